@@ -1,0 +1,61 @@
+"""What accompanies training: metrics, pictures, weight distance, throughput, progress and checkpoints."""
+
+import sys
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+from gitlight.callbacks.checkpoints import best_checkpoint, last_checkpoint
+from gitlight.callbacks.learning_rate import LearningRate
+from gitlight.callbacks.metrics import ReconstructionMetrics
+from gitlight.callbacks.progress import PairsProgressBar, QuietProgress
+from gitlight.callbacks.reconstructions import ReconstructionGrid, draw_grid
+from gitlight.callbacks.throughput import Throughput
+from gitlight.callbacks.weight_distance import WeightDistance
+from gitlight.config import Config
+
+__all__ = [
+    "LearningRate",
+    "PairsProgressBar",
+    "QuietProgress",
+    "ReconstructionGrid",
+    "ReconstructionMetrics",
+    "Throughput",
+    "WeightDistance",
+    "build_callbacks",
+    "draw_grid",
+]
+
+MONITORS = {"generator": "val/psnr", "leaked": "val/accuracy"}
+"""Task → the validation metric, larger is better, that chooses ``best.ckpt``."""
+
+
+def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
+    """The callbacks of a training run.
+
+    Every task has a progress display, the learning rate and the two checkpoints; ``task=generator`` adds what
+    concerns reconstructions. The display is a progress bar, or one plain line an epoch where ``logging.quiet`` asks
+    for it or standard output is not a terminal.
+
+    Args:
+        config: the run's settings.
+        output_dir: the run's folder.
+    """
+    output_dir = Path(output_dir)
+    # The display comes after what it shows.
+    return [
+        *(_reconstruction_callbacks(config, output_dir) if config.task == "generator" else ()),
+        LearningRate(),
+        QuietProgress() if config.logging.quiet or not sys.stdout.isatty() else PairsProgressBar(),
+        best_checkpoint(output_dir, MONITORS[config.task]),
+        last_checkpoint(output_dir),
+    ]
+
+
+def _reconstruction_callbacks(config: Config, output_dir: Path) -> list[Callback]:
+    return [
+        ReconstructionMetrics(),
+        ReconstructionGrid(output_dir, config.evaluation.n_pictures),
+        WeightDistance(),
+        Throughput(),
+    ]

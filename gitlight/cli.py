@@ -1,0 +1,136 @@
+"""The two command lines, ``train.py`` and ``evaluate.py``. Imports torch only once there is something to do."""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gitlight.config import ChannelConfig, Config
+from gitlight.config_loading import COMPONENTS, load_config
+from gitlight.errors import GitlightError
+from gitlight.gradients import CHANNELS
+from gitlight.registry import Registry
+
+USER_ERROR = 2
+"""Exit code for mistakes in what the user gave."""
+
+_TRAIN_USAGE = """\
+usage: python train.py [CONFIG.yaml] [key.path=value ...]
+
+Train a generator that reconstructs images from a model's gradients (task=generator),
+or the leaked model itself (task=leaked). Without CONFIG.yaml: configs/demo.yaml.
+
+  python train.py                                        the demo, on embedded photographs
+  python train.py configs/lenet_hybrid.yaml seed=1       a config, one setting changed
+  python train.py runs/demo trainer.resume=last          continue a run
+"""
+
+_EVALUATE_USAGE = """\
+usage: python evaluate.py RUN_DIR|CONFIG.yaml [key.path=value ...]
+
+Attack private images with a trained generator; write metrics.json, per_image.csv,
+reconstructions.png and report.html to RUN_DIR/evaluation/.
+
+  python evaluate.py runs/demo                           a run that train.py left
+  python evaluate.py configs/lenet_hybrid.yaml           the run of that config
+  python evaluate.py runs/demo evaluation.n_images=100   one setting changed
+"""
+
+
+def train_command(arguments: Sequence[str], default_config: Path) -> int:
+    """``train.py``; returns the exit code."""
+    return _run(arguments, _TRAIN_USAGE, _train, default_config)
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """``evaluate.py``; returns the exit code."""
+    return _run(arguments, _EVALUATE_USAGE, _evaluate, default_config=None)
+
+
+def _train(config: Config) -> None:
+    from gitlight.training import train
+
+    folder = train(config)
+    logging.getLogger(__name__).info("run folder: %s; next: python evaluate.py %s", folder, folder)
+
+
+def _evaluate(config: Config) -> None:
+    from gitlight.evaluation import evaluate
+
+    print(evaluate(config).summary())
+
+
+def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None], default_config: Path | None) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
+        print(settings_help())
+        return 0
+    first, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else (None, arguments)
+    path = Path(first) if first is not None else default_config
+    if path is None:
+        print(usage, file=sys.stderr)
+        return USER_ERROR
+    try:
+        config = load_config(path, rest)
+        _configure_logging(config)
+        command(config)
+    except GitlightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; python train.py RUN_DIR trainer.resume=last continues a training run", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _configure_logging(config: Config) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    logging.getLogger("gitlight").setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
+
+
+def settings_help() -> str:
+    """All settings with their defaults and meaning, section by section."""
+    lines = ["settings (set in a YAML file, or as key.path=value; documented in gitlight/config.py):", ""]
+    defaults = Config()
+    plain = [
+        field for field in dataclasses.fields(Config) if not dataclasses.is_dataclass(getattr(defaults, field.name))
+    ]
+    lines += _field_lines(plain, defaults, "")
+    for section in dataclasses.fields(Config):
+        settings = getattr(defaults, section.name)
+        if section.name == "channel":
+            lines += _component_lines("channel[i]", CHANNELS, ChannelConfig())
+        elif section.name in COMPONENTS:
+            lines += _component_lines(section.name, COMPONENTS[section.name], settings)
+        elif dataclasses.is_dataclass(settings):
+            lines += ["", *_field_lines(dataclasses.fields(settings), settings, f"{section.name}.")]
+    return "\n".join(lines)
+
+
+def _component_lines(section: str, registry: Registry, default: Any) -> list[str]:
+    """Settings that all components of a section share, then those of each."""
+    classes = [registry[name].settings for name in registry.names()]
+    shared = set.intersection(*({field.name for field in dataclasses.fields(cls)} for cls in classes))
+    fields = [field for field in dataclasses.fields(default) if field.name in shared]
+    lines = ["", f"  {section}.name is one of: {', '.join(registry.names())}"]
+    lines += _field_lines(fields, default, f"{section}.")
+    for name in registry.names():
+        settings = registry[name].settings()
+        own = [field for field in dataclasses.fields(settings) if field.name not in shared]
+        if own:
+            lines += [f"    with {section}.name={name}:", *_field_lines(own, settings, f"{section}.")]
+    return lines
+
+
+def _field_lines(fields: Sequence[dataclasses.Field[Any]], settings: Any, prefix: str) -> list[str]:
+    lines = []
+    for field in fields:
+        value = getattr(settings, field.name)
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        choices = f" [{', '.join(map(str, field.metadata['choices']))}]" if "choices" in field.metadata else ""
+        lines.append(f"  {f'{prefix}{field.name}={shown}':<40} {field.metadata['help']}{choices}")
+    return lines

@@ -1,0 +1,242 @@
+"""Every setting of gitlight, once: its name, type, default, unit and meaning.
+
+`gitlight.config_loading` reads YAML files and command-line overrides into these classes. A named component (a
+generator, a leaked model, a channel stage) has a class of its own, chosen by its ``name``, and registered with it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with its documentation and limits.
+
+    Args:
+        default: the default value; a list becomes a default factory.
+        help: one line: meaning and unit.
+        **limits: any of ``choices`` (allowed values), ``minimum``, ``above`` (exclusive minimum), ``maximum``.
+    """
+    metadata = {"help": help, **limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how they are shared out."""
+
+    name: str = setting("photos", "image source")
+    root: str | None = setting(None, "folder that holds the images; not needed for photos and faces")
+    download: bool = setting(False, "let torchvision download the set into data.root")
+    image_size: int = setting(32, "height and width of the images, in pixels", minimum=8)
+    channels: int = setting(3, "3: colour (grey images are repeated); 1: grey (colour is converted)", choices=[1, 3])
+    client_batch_size: int = setting(1, "images whose averaged gradient is one leak", minimum=1)
+    n_public_images: int | None = setting(
+        None, "public images to use, validation included; null: all of the training split", minimum=2
+    )
+    n_validation: int = setting(256, "of these, images held out to choose the best checkpoint", minimum=1)
+    public_classes: list[str] | None = setting(None, "classes that pairs are made from; null: all")
+    private_classes: list[str] | None = setting(None, "classes of the attacked images; null: all")
+    batch_size: int = setting(128, "leaks in one optimiser step, summed over all devices", minimum=1)
+    num_workers: int | None = setting(
+        None, "processes that read images, per device; null: none for sets held in memory, else one per core", minimum=0
+    )
+    memory_limit_gb: float = setting(2.0, "decoded image sets up to this size are held in memory, in GB", minimum=0)
+    horizontal_flip: bool = setting(False, "mirror each public image at random, afresh in every epoch")
+
+
+@dataclass
+class LeakedConfig:
+    """Settings of every leaked model."""
+
+    name: str = setting("lenet", "leaked model")
+    activation: str = setting(
+        "sigmoid", "activation function", choices=["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"]
+    )
+    init: str = setting(
+        "uniform",
+        "initial weights: uniform in ±leaked.init_range, or PyTorch's default",
+        choices=["uniform", "default"],
+    )
+    init_range: float = setting(0.5, "half the width of the uniform initialisation", above=0)
+    seed: int = setting(
+        0, "seed of the initial weights; apart from `seed`, so that runs can attack one model", minimum=0
+    )
+    weights: str | None = setting(None, "trained weights: a run folder of task=leaked, a checkpoint, or a state dict")
+
+
+@dataclass
+class LeNetConfig(LeakedConfig):
+    """LeNet."""
+
+    width: int = setting(12, "channels of every convolution", minimum=1)
+
+
+@dataclass
+class FullyConnectedConfig(LeakedConfig):
+    """A fully connected network."""
+
+    name: str = setting("mlp", "leaked model")
+    hidden_sizes: list[int] = setting([512, 256], "units of each hidden layer", minimum=1)
+
+
+@dataclass
+class GradientsConfig:
+    """How gradients are made."""
+
+    method: str = setting(
+        "auto", "how per-example gradients are made; auto picks the fastest", choices=["auto", "vmap", "loop"]
+    )
+    memory_limit_gb: float = setting(2.0, "memory for making one batch of gradients, per device, in GB", above=0)
+    dtype: str = setting("float32", "precision that gradients are made and kept in", choices=["float32", "float64"])
+
+
+@dataclass
+class ChannelConfig:
+    """A stage that gradients pass on their way to the attacker."""
+
+    name: str = setting("gaussian_noise", "channel stage")
+
+
+@dataclass
+class GaussianNoiseConfig(ChannelConfig):
+    """White noise on the gradient."""
+
+    relative_std: float = setting(
+        0.01, "standard deviation of the noise over the root mean square of the leak's gradient entries", minimum=0
+    )
+
+
+@dataclass
+class PruningConfig(ChannelConfig):
+    """Sparsification of the gradient."""
+
+    name: str = setting("pruning", "channel stage")
+    fraction: float = setting(0.9, "share of each tensor's entries, the smallest, set to zero", minimum=0, maximum=1)
+
+
+@dataclass
+class GeneratorConfig:
+    """Settings of every generator."""
+
+    name: str = setting("hybrid", "generator")
+    parameters: int | None = setting(
+        None, "trainable parameters at most; if given, the generator's width is chosen to meet it", minimum=1000
+    )
+
+
+@dataclass
+class MLPGeneratorConfig(GeneratorConfig):
+    """LTI: one multilayer perceptron."""
+
+    name: str = setting("mlp", "generator")
+    hidden_size: int = setting(3000, "units of each hidden layer", minimum=1)
+    hidden_layers: int = setting(2, "number of hidden layers", minimum=1)
+    scale_inputs: bool = setting(True, "scale gradients by their size and standardise them; LTI as published does not")
+
+
+@dataclass
+class CoarseGeneratorConfig(GeneratorConfig):
+    """Coarse-GIT: one learned step per module."""
+
+    name: str = setting("coarse", "generator")
+    hidden_size: int = setting(1000, "hidden units of each module's network", minimum=1)
+
+
+@dataclass
+class HybridGeneratorConfig(GeneratorConfig):
+    """Hybrid-GIT: closed form, then a trained refinement."""
+
+    exact_depth: int | None = setting(
+        None, "layers to invert in closed form, from the output down; null: as many as have a rule", minimum=1
+    )
+    damping: float = setting(
+        1e-8, "Tikhonov damping of each layer's solve, over the mean diagonal of its normal matrix", minimum=0
+    )
+    channels: int = setting(64, "channels of the convolutional refinement", minimum=1)
+    blocks: int = setting(3, "residual blocks of the refinement", minimum=0)
+    gradient_channels: int = setting(8, "feature maps learned from each gradient that no rule explains", minimum=0)
+    linear_start_features: int = setting(
+        6144, "most features that the closed-form linear start uses (its cost grows with the cube)", minimum=1
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """How weights are trained."""
+
+    name: str = setting("adam", "optimiser", choices=["adam", "adamw", "sgd"])
+    learning_rate: float = setting(1e-3, "peak learning rate", above=0)
+    weight_decay: float = setting(0.0, "weight decay", minimum=0)
+    schedule: str = setting(
+        "cosine",
+        "learning rate over the run: constant, cosine to zero, or step (tenfold down at 75 %)",
+        choices=["constant", "cosine", "step"],
+    )
+    warmup_fraction: float = setting(0.02, "share of the run over which the rate rises from zero", minimum=0, maximum=1)
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's own names (`lightning.Trainer`), and `resume`."""
+
+    accelerator: str = setting("auto", "auto, cpu, gpu, …")
+    devices: Any = setting("auto", "number of devices, list of device indices, or auto")
+    num_nodes: int = setting(1, "number of machines", minimum=1)
+    strategy: str = setting("auto", "auto, ddp, fsdp, …")
+    precision: str = setting(
+        "32-true", "32-true, bf16-mixed, 16-mixed, 64-true", choices=["32-true", "bf16-mixed", "16-mixed", "64-true"]
+    )
+    max_epochs: int = setting(10, "passes over the public images", minimum=1)
+    max_steps: int = setting(-1, "optimiser steps at most; -1: no limit", minimum=-1)
+    max_time: str | None = setting(None, "training time at most, as DD:HH:MM:SS")
+    limit_train_batches: Any = setting(None, "batches (int) or share (float) of an epoch; null: all")
+    limit_val_batches: Any = setting(None, "batches (int) or share (float) of the validation set; null: all")
+    check_val_every_n_epoch: int = setting(1, "epochs between validations", minimum=1)
+    log_every_n_steps: int = setting(10, "steps between logged training losses", minimum=1)
+    gradient_clip_val: float | None = setting(None, "largest norm of the generator's own gradient", minimum=0)
+    accumulate_grad_batches: int = setting(1, "batches summed into one optimiser step", minimum=1)
+    deterministic: bool = setting(False, "only deterministic algorithms, an error where there is none")
+    detect_anomaly: bool = setting(False, "stop at the operation that made a NaN (slow)")
+    profiler: str | None = setting(None, "simple, advanced or pytorch")
+    resume: str | None = setting(None, "continue a run: last, best, or a checkpoint's path")
+
+
+@dataclass
+class EvaluationConfig:
+    """How a trained generator is measured."""
+
+    n_images: int = setting(1000, "private images to attack; fewer where the test split has fewer", minimum=1)
+    checkpoint: str = setting("best", "which checkpoint to evaluate", choices=["best", "last"])
+    bootstrap_samples: int = setting(2000, "resamplings of the images for the 95 % intervals", minimum=100)
+    n_pictures: int = setting(16, "reconstructions drawn in pictures", minimum=1)
+
+
+@dataclass
+class LoggingConfig:
+    """Where a run reports to."""
+
+    wandb: str = setting(
+        "auto", "auto: online where an API key is set, else offline", choices=["auto", "online", "offline", "off"]
+    )
+    project: str = setting("gitlight", "W&B project")
+    quiet: bool = setting(False, "no progress bar: one line an epoch, for log files")
+
+
+@dataclass
+class Config:
+    """The root: one run."""
+
+    task: str = setting("generator", "train a generator, or a leaked model", choices=["generator", "leaked"])
+    seed: int = setting(0, "seed of everything random but the leaked model's weights", minimum=0)
+    output_dir: str | None = setting(None, "folder that the run writes; null: runs/NAME, NAME that of the config file")
+    data: DataConfig = field(default_factory=DataConfig)
+    leaked: LeakedConfig = field(default_factory=LeNetConfig)
+    gradients: GradientsConfig = field(default_factory=GradientsConfig)
+    channel: list[Any] = setting([], "stages that gradients pass on their way to the attacker, in order")
+    generator: GeneratorConfig = field(default_factory=HybridGeneratorConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

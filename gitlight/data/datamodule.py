@@ -1,0 +1,288 @@
+"""`ImageDataModule`, which yields images, and `GradientPairDataModule`, which makes pairs of them on the device."""
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gitlight.architecture import ImageShape
+from gitlight.config import ChannelConfig, DataConfig, GradientsConfig
+from gitlight.data import SOURCES
+from gitlight.data.images import ImageSplits, ImageSubset, LabelledImages
+from gitlight.data.pair import GradientPair
+from gitlight.data.sampling import LeakSampler, mixed_seed, public_positions
+from gitlight.errors import CheckpointError, ConfigError, DataError
+from gitlight.gradients.channel import build_channel
+from gitlight.gradients.engine import GradientEngine
+from gitlight.leaked.model import LeakedModel
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images ``(leaks · N, C, H, W)``, bytes from the loaders and [0, 1] after the transfer; labels; indices."""
+
+# Separates the random numbers of splits, so that no two leaks of a run share their noise.
+_STREAMS = {"train": 0, "validation": 1, "test": 2, "fit": 3}
+
+
+def load_images(settings: DataConfig) -> ImageSplits:
+    """The image source that ``data.name`` names, loaded.
+
+    Raises:
+        DataError: the images are missing or unreadable.
+    """
+    with FileLock(Path(settings.root) / ".gitlight.lock") if settings.download and settings.root else nullcontext():
+        # One rank downloads, the others wait and then find the files.
+        splits = SOURCES[settings.name].load()(settings)
+    assert isinstance(splits, ImageSplits)
+    return splits
+
+
+def image_shape(settings: DataConfig) -> ImageShape:
+    """``(C, H, W)`` of the images."""
+    return (settings.channels, settings.image_size, settings.image_size)
+
+
+class ImageDataModule(LightningDataModule):
+    """Public images for training and validation, private images for the attack; never the same image in both.
+
+    Public images come from the source's training split, private ones from its test split.
+    """
+
+    def __init__(self, loaded: ImageSplits, settings: DataConfig, seed: int) -> None:
+        """Divide the images of a source (`load_images`).
+
+        Raises:
+            DataError: they are too few for the settings.
+            ConfigError: a class name is unknown, or the numbers of images asked for do not fit.
+        """
+        super().__init__()
+        self.settings = settings
+        self._seed = seed
+        public = _of_classes(loaded.train, loaded.class_names, settings.public_classes, "public_classes")
+        train, held_out = public_positions(
+            len(public), settings, has_validation=loaded.validation is not None, seed=self._seed
+        )
+        validation: LabelledImages
+        if loaded.validation is None:
+            validation = ImageSubset(public, held_out)
+        else:
+            own = _of_classes(loaded.validation, loaded.class_names, settings.public_classes, "public_classes")
+            validation = _shuffled(own, seed, settings.n_validation)
+        private = _of_classes(loaded.test, loaded.class_names, settings.private_classes, "private_classes")
+        self._splits: dict[str, LabelledImages] = {
+            "train": ImageSubset(public, train),
+            "validation": validation,
+            "test": _shuffled(private, seed),
+        }
+        for name, split in self._splits.items():
+            if len(split) < settings.client_batch_size:
+                raise DataError(
+                    f"data: the {name} images are {len(split)}, fewer than one client batch "
+                    f"(data.client_batch_size: {settings.client_batch_size})."
+                )
+
+    def split(self, name: str) -> LabelledImages:
+        """The images of ``train``, ``validation`` or ``test``."""
+        return self._splits[name]
+
+    def n_leaks(self, name: str) -> int:
+        """Client batches in a split; images left over form none."""
+        return len(self.split(name)) // self.settings.client_batch_size
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """This rank's part of every global batch, shuffled afresh each epoch."""
+        world = self._world_size
+        if self.settings.batch_size % world:
+            raise ConfigError(
+                f"data.batch_size: {self.settings.batch_size} leaks a step cannot be shared equally by {world} "
+                f"devices; give a multiple of {world}."
+            )
+        if self.n_leaks("train") < self.settings.batch_size:
+            raise ConfigError(
+                f"data.batch_size: {self.settings.batch_size} leaks a step, but only {self.n_leaks('train')} can be "
+                "made of the public images; lower data.batch_size."
+            )
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This rank's part of the public images held out."""
+        return self._loader("validation", shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """This rank's part of the private images."""
+        return self._loader("test", shuffle=False)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Any:
+        """Bytes to [0, 1], mirrored at random where asked for."""
+        return self.prepare(batch, self._stage, self._epoch)
+
+    def prepare(self, batch: Batch, split: str, epoch: int) -> Any:
+        """What a step receives of a batch that is on its device already."""
+        images, labels, indices = batch
+        images = images.float() / 255
+        if split == "train" and self.settings.horizontal_flip:
+            generator = torch.Generator().manual_seed(mixed_seed(self._seed, _STREAMS["train"], epoch))
+            coins = torch.rand(len(self.split("train")), generator=generator)[indices.cpu()] < 0.5
+            images = torch.where(coins.to(images.device)[:, None, None, None], images.flip(3), images)
+        return images, labels, indices
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def _stage(self) -> str:
+        assert self.trainer is not None
+        if self.trainer.training:
+            return "train"
+        return "validation" if self.trainer.validating or self.trainer.sanity_checking else "test"
+
+    @property
+    def _epoch(self) -> int:
+        assert self.trainer is not None
+        return int(self.trainer.current_epoch)
+
+    def _loader(self, name: str, shuffle: bool) -> DataLoader[Batch]:
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        split, settings = self.split(name), self.settings
+        per_rank = -(-settings.batch_size // self._world_size)
+        workers = self._n_workers(split)
+        return DataLoader(
+            _Readable(split),
+            batch_size=per_rank * settings.client_batch_size,
+            sampler=LeakSampler(len(split), settings, rank, self._world_size, self._seed, shuffle),
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _n_workers(self, split: LabelledImages) -> int:
+        if self.settings.num_workers is not None:
+            return self.settings.num_workers
+        if split.in_memory:
+            return 0
+        ranks_here = getattr(self.trainer, "num_devices", 1) if self.trainer is not None else 1
+        return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+class GradientPairDataModule(ImageDataModule):
+    """Makes pairs on the fly, on each rank's own device, from the images of the loaders.
+
+    The leaked model is never handed to a generator, which gets its `Architecture`.
+    """
+
+    def __init__(
+        self,
+        loaded: ImageSplits,
+        settings: DataConfig,
+        leaked_model: LeakedModel,
+        gradients: GradientsConfig,
+        channel: list[ChannelConfig],
+        seed: int,
+    ) -> None:
+        """Args: a source's images, how to use them, the model that leaks, how its gradients are made and sent."""
+        super().__init__(loaded, settings, seed)
+        self.leaked_model = leaked_model
+        self._engine = GradientEngine(leaked_model.network, leaked_model.architecture, gradients)
+        self._channel = build_channel(channel)
+
+    def prepare(self, batch: Batch, split: str, epoch: int) -> GradientPair:
+        """Turn images on a device into pairs there.
+
+        Args:
+            batch: images, labels and indices.
+            split: ``train``, ``validation``, ``test``, or ``fit`` (public images as they are, before training).
+            epoch: fixes mirroring and the channel's noise of training pairs, which are fresh in every epoch.
+        """
+        images, labels, indices = super().prepare(batch, split, epoch)
+        per_leak = self.settings.client_batch_size
+        images = images.view(-1, per_leak, *images.shape[1:])
+        labels, indices = labels.view(-1, per_leak), indices.view(-1, per_leak)
+        if self.leaked_model.device != images.device:
+            self.leaked_model.to(images.device)
+        gradients = self._engine(images, labels)
+        if self._channel:
+            counter = epoch if split == "train" else 0
+            seeds = torch.tensor(
+                [mixed_seed(self._seed, _STREAMS[split], counter, index) for index in indices[:, 0].tolist()]
+            )
+            for stage in self._channel:
+                gradients = stage(gradients, seeds)
+        return GradientPair(gradients, images, labels, indices)
+
+    def fit_pairs(self, device: torch.device) -> Iterator[GradientPair]:
+        """This rank's share of all public pairs, in order, without augmentation: for closed-form fits."""
+        loader = self._loader("train", shuffle=False)
+        for batch in loader:
+            images, labels, indices = (part.to(device) for part in batch)
+            yield self.prepare((images, labels, indices), "fit", epoch=0)
+
+    def private_pairs(self, device: torch.device, n_images: int) -> Iterator[GradientPair]:
+        """Pairs of the first ``n_images`` private images, whole client batches of them."""
+        left = n_images // self.settings.client_batch_size
+        for batch in self.test_dataloader():
+            if left <= 0:
+                return
+            kept = left * self.settings.client_batch_size
+            images, labels, indices = (part[:kept].to(device) for part in batch)
+            yield self.prepare((images, labels, indices), "test", epoch=0)
+            left -= len(images) // self.settings.client_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which leaked model the pairs are of."""
+        return {"leaked_fingerprint": self.leaked_model.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a resumed run attacks the model that it began with."""
+        if state_dict["leaked_fingerprint"] != self.leaked_model.fingerprint():
+            raise CheckpointError(
+                "The checkpoint was made with another leaked model: its weights differ from those that `leaked` gives "
+                "now. Use the run's own config.yaml, with the weights file that it names unchanged."
+            )
+
+
+class _Readable(Dataset[Batch]):
+    """Reads whole batches at once: in memory that is one indexing operation instead of one per image."""
+
+    def __init__(self, images: LabelledImages) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        positions = torch.tensor(indices)
+        return self._images.read(indices), self._images.labels[positions], positions
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _of_classes(
+    images: LabelledImages, class_names: tuple[str, ...], wanted: list[str] | None, key: str
+) -> LabelledImages:
+    if wanted is None:
+        return images
+    if unknown := [name for name in wanted if name not in class_names]:
+        raise ConfigError(
+            f"data.{key}: {', '.join(map(repr, unknown))} not among the classes of the data. "
+            f"Valid names: {', '.join(class_names[:50])}{', …' if len(class_names) > 50 else ''}."
+        )
+    labels = torch.tensor([class_names.index(name) for name in wanted])
+    return ImageSubset(images, torch.isin(images.labels, labels).nonzero().squeeze(1))
+
+
+def _shuffled(images: LabelledImages, seed: int, at_most: int | None = None) -> LabelledImages:
+    """In random order, so that the first few are a fair sample; sources often sort by class."""
+    return ImageSubset(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:at_most])

@@ -1,0 +1,29 @@
+"""`GradientPair`: what a generator is trained on."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Gradients = dict[str, Tensor]
+"""Parameter name → ``(B, *parameter.shape)``, in the order of ``leaked_model.named_parameters()``."""
+
+
+@dataclass(frozen=True)
+class GradientPair:
+    """``B`` leaks and the images behind them.
+
+    Attributes:
+        gradients: parameter name → ``(B, *parameter.shape)``: one gradient per client batch, averaged over its
+            ``N`` images, as it reaches the attacker (after the channel).
+        images: ``(B, N, C, H, W)`` in [0, 1].
+        labels: ``(B, N)`` int64.
+        indices: ``(B, N)`` int64, each image's position in its split.
+    """
+
+    gradients: Gradients
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)

@@ -1,0 +1,92 @@
+"""Which images a run uses, and in which order each rank reads them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from gitlight.config import DataConfig
+from gitlight.errors import ConfigError
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A well-spread 63-bit seed from small related numbers (NumPy's SeedSequence).
+
+    PyTorch's CPU generator keeps only the lower 32 bits of a seed, so related numbers must be mixed, not packed.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class LeakSampler(Sampler[int]):
+    """Positions of the images that one rank reads: client batch after client batch.
+
+    The order depends on the seed and the epoch alone. While training, every global batch of ``data.batch_size`` leaks
+    holds the same images for any number of ranks, each rank taking its contiguous part, and leaks that do not fill a
+    batch wait for another epoch. In evaluation nothing is shuffled, repeated or dropped; ranks take turns, so their
+    shares may differ by one leak.
+    """
+
+    def __init__(
+        self, n_images: int, settings: DataConfig, rank: int, world_size: int, seed: int, shuffle: bool
+    ) -> None:
+        """Args: number of images, batch sizes, this rank of how many, the run's seed, and whether this is training."""
+        self._n_images = n_images
+        self._settings = settings
+        self._rank = rank
+        self._world_size = world_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it before every epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._mine(torch.arange(self._n_images)).numel()
+
+    def __iter__(self) -> Iterator[int]:
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(mixed_seed(self._seed, self._epoch))
+            order = torch.randperm(self._n_images, generator=generator)
+        else:
+            order = torch.arange(self._n_images)
+        return iter(self._mine(order).tolist())
+
+    def _mine(self, order: Tensor) -> Tensor:
+        per_leak = self._settings.client_batch_size
+        leaks = order[: len(order) // per_leak * per_leak].view(-1, per_leak)
+        if not self._shuffle:
+            return leaks[self._rank :: self._world_size].flatten()
+        batch = self._settings.batch_size
+        batches = leaks[: len(leaks) // batch * batch].view(-1, self._world_size, batch // self._world_size, per_leak)
+        return batches[:, self._rank].flatten()
+
+
+def public_positions(n_public: int, settings: DataConfig, has_validation: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """Divide the public images: positions to train on, and, in random order, those held out for validation.
+
+    Args:
+        n_public: number of public images.
+        settings: ``n_public_images`` (all that are used) and ``n_validation`` (of these, held out).
+        has_validation: whether the source has a validation split of its own; then none is held out.
+        seed: chooses which.
+
+    Raises:
+        ConfigError: more pairs are asked for than there are images, or validation leaves none to train on.
+    """
+    n_used = n_public if settings.n_public_images is None else settings.n_public_images
+    if n_used > n_public:
+        raise ConfigError(
+            f"data.n_public_images: {n_used} asked for, but {settings.name} has {n_public} public images "
+            "of the chosen classes. Lower it, or leave it out to use all."
+        )
+    n_held_out = 0 if has_validation else settings.n_validation
+    if n_held_out >= n_used:
+        raise ConfigError(
+            f"data.n_validation: {n_held_out} of {n_used} public images held out leaves none to train on."
+        )
+    order = torch.randperm(n_public, generator=torch.Generator().manual_seed(seed))[:n_used]
+    return order[n_held_out:].sort().values, order[:n_held_out]

@@ -1,0 +1,302 @@
+"""`evaluate`, what ``evaluate.py`` does: attack private images with a trained generator, measure, and report."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from gitlight.callbacks.reconstructions import draw_grid
+from gitlight.config import Config, TrainerConfig
+from gitlight.config_loading import load_config
+from gitlight.data.datamodule import GradientPairDataModule, image_shape, load_images
+from gitlight.data.pair import Gradients
+from gitlight.errors import CheckpointError, ConfigError
+from gitlight.generators.base import Generator
+from gitlight.generators.exact.labels import labels_from_bias_gradient, output_bias
+from gitlight.gradients.channel import describe_channel
+from gitlight.leaked.model import LeakedModel
+from gitlight.lpips import load_lpips
+from gitlight.metrics import SMALLEST_LPIPS_IMAGE, bootstrap_interval, match
+from gitlight.report.attacked import AttackedImages, measure, to_bytes, write_per_image
+from gitlight.report.html import render_report
+from gitlight.report.results import METRICS, Estimate, Result, merge_results, read_results, write_results, write_text
+from gitlight.runs import checkpoint_path, load_checkpoint, run_folder
+from gitlight.training import build_generator
+
+log = logging.getLogger(__name__)
+
+KNOWLEDGE = ("architecture", "pairs")
+"""What a trained generator is given: it never sees a parameter, a label or another attack's result."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found and wrote.
+
+    Attributes:
+        result: the entry of ``metrics.json``.
+        folder: ``RUN_DIR/evaluation``.
+    """
+
+    result: Result
+    folder: Path
+
+    def summary(self) -> str:
+        """The metrics as an aligned table in plain text, then where the picture and the report are."""
+        result = self.result
+        lines = [
+            f"{result.attack} on {result.leaked}, {result.data}: {result.n_images} private images, "
+            f"{result.client_batch_size} per leak, channel: {result.channel}",
+            "",
+            f"{'':<16}{'mean':>10}    95 % interval",
+        ]
+        for name, metric in METRICS.items():
+            if name in result.metrics:
+                estimate = result.metrics[name]
+                low, high = metric.show(estimate.low), metric.show(estimate.high)
+                lines.append(f"{metric.title:<16}{metric.show(estimate.mean):>10}    {low} to {high}{metric.unit}")
+        if result.label_accuracy is not None:
+            lines.append(f"{'labels right':<16}{result.label_accuracy:>10.1%}")
+        lines.append(f"{'time per image':<16}{result.seconds_per_image * 1000:>10.3g}    ms")
+        if result.n_failed:
+            lines.append(f"{'failed':<16}{result.n_failed:>10}    not finite; each counts as 0 dB")
+        lines += ["", f"picture  {self.folder / 'reconstructions.png'}", f"report   {self.folder / 'report.html'}"]
+        return "\n".join(lines)
+
+
+def evaluate(config: Config) -> Evaluation:
+    """Attack the first ``evaluation.n_images`` private images with a run's trained generator.
+
+    Writes ``metrics.json``, ``per_image.csv``, ``reconstructions.png`` and ``report.html`` to ``evaluation/`` in the
+    run's folder. Results of other conditions that ``metrics.json`` holds are kept; the other files are those of the
+    latest evaluation. Reconstructions with NaN or infinity are not dropped: each counts as a complete failure
+    (`gitlight.report.attacked.FAILURE`). The generator runs in float32 on one device.
+
+    Args:
+        config: the run's settings, perhaps with another channel, ``leaked`` or ``evaluation``.
+
+    Raises:
+        CheckpointError: there is no trained generator, or it is damaged, or was trained with other settings or another
+            leaked model; or an existing ``metrics.json`` cannot be read.
+        ConfigError: the settings are not those of an attack.
+        DataError: the images are missing or unreadable.
+    """
+    settings, folder = config.evaluation, run_folder(config)
+    if config.task != "generator":
+        raise ConfigError(
+            f"task: {config.task}: an evaluation attacks with a trained generator, and this config trains a leaked "
+            f"model. To attack that model, train a generator with leaked.weights={folder}."
+        )
+    if settings.n_images < config.data.client_batch_size:
+        raise ConfigError(
+            f"evaluation.n_images: {settings.n_images} is less than one client batch "
+            f"(data.client_batch_size: {config.data.client_batch_size})."
+        )
+    checkpoint = _checkpoint(config)
+    read_results(folder / "evaluation" / "metrics.json")  # unreadable results should stop it now, not after the attack
+    trained = load_config(folder) if (folder / "config.yaml").is_file() else config
+    loaded = load_images(config.data)
+    leaked = LeakedModel(config.leaked, image_shape(config.data), len(loaded.class_names))
+    datamodule = GradientPairDataModule(loaded, config.data, leaked, config.gradients, config.channel, config.seed)
+    _check_leaked_model(config, trained, datamodule, checkpoint)
+    generator = build_generator(config, datamodule.leaked_model.architecture)
+    _load_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, settings.checkpoint))
+    device = _device(config.trainer)
+    images, seconds = attack(generator, datamodule, loaded.class_names, device, settings.n_images)
+    if len(images) < settings.n_images:
+        log.warning("evaluation.n_images: %d, but the private images make up %d", settings.n_images, len(images))
+    result = _result(config, trained, images, seconds)
+    _write(config, trained, result, images, device, folder / "evaluation")
+    return Evaluation(result, folder / "evaluation")
+
+
+def attack(
+    generator: Generator,
+    datamodule: GradientPairDataModule,
+    class_names: tuple[str, ...],
+    device: torch.device,
+    n_images: int,
+) -> tuple[AttackedImages, float]:
+    """Reconstruct private images from their leaks, and measure how close the reconstructions are.
+
+    Args:
+        generator: trained; it is moved to the device and put into evaluation mode.
+        datamodule: makes the leaks.
+        class_names: name of each label.
+        device: where gradients are made and the generator runs.
+        n_images: private images to attack, rounded down to whole client batches.
+
+    Returns:
+        The images; and the seconds that the generator's forward passes took, without making the gradients. The first
+        batch passes through the generator once more before the clock starts, to leave out one-off set-up costs.
+    """
+    generator.to(device).eval()
+    bias = output_bias(generator.architecture) if generator.client_batch_size == 1 else None
+    lpips = load_lpips() if min(generator.image_shape[-2:]) >= SMALLEST_LPIPS_IMAGE else None
+    identifiers = datamodule.split("test").identifiers
+    parts: list[AttackedImages] = []
+    seconds = 0.0
+    for pair in datamodule.private_pairs(device, n_images):
+        if not parts:
+            _timed_forward(generator, pair.gradients, device)
+        raw, elapsed = _timed_forward(generator, pair.gradients, device)
+        seconds += elapsed
+        reconstructions = match(raw, pair.images)
+        metrics, failed = measure(reconstructions, pair.images, lpips)
+        positions = torch.arange(pair.images.shape[1]).expand(len(pair), -1)
+        parts.append(
+            AttackedImages(
+                indices=pair.indices.flatten().cpu(),
+                identifiers=tuple(identifiers[index] for index in pair.indices.flatten().tolist()),
+                positions=positions.flatten(),
+                labels=pair.labels.flatten().cpu(),
+                class_names=class_names,
+                recovered_labels=labels_from_bias_gradient(pair.gradients[bias]).cpu() if bias is not None else None,
+                metrics={name: values.flatten() for name, values in metrics.items()},
+                failed=failed.flatten(),
+                truth=to_bytes(pair.images.flatten(0, 1)),
+                reconstructions=to_bytes(reconstructions.flatten(0, 1)),
+            )
+        )
+    return AttackedImages.joined(parts), seconds
+
+
+def _timed_forward(generator: Generator, gradients: Gradients, device: torch.device) -> tuple[Tensor, float]:
+    _synchronize(device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        images: Tensor = generator(gradients)
+    _synchronize(device)
+    return images, time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _device(settings: TrainerConfig) -> torch.device:
+    """One device of the kind that ``trainer.accelerator`` names; the CPU where the machine has none."""
+    if settings.accelerator == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available() and settings.accelerator != "mps":
+        return torch.device("cuda")
+    if torch.backends.mps.is_available() and settings.accelerator != "cuda":
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def _checkpoint(config: Config) -> dict[str, Any]:
+    folder, which = run_folder(config), config.evaluation.checkpoint
+    path = checkpoint_path(folder, which)
+    if not path.is_file():
+        others = [name for name in ("best", "last") if checkpoint_path(folder, name).is_file()]
+        advice = (
+            f"There is evaluation.checkpoint={others[0]}."
+            if others
+            else "Train the generator first: `python train.py CONFIG`, then evaluate that config or its run folder."
+        )
+        raise CheckpointError(f"{folder} holds no trained generator: {path} does not exist. {advice}")
+    return dict(load_checkpoint(path))
+
+
+def _load_weights(generator: Generator, state: dict[str, Tensor], path: Path) -> None:
+    own = {name.removeprefix("generator."): value for name, value in state.items() if name.startswith("generator.")}
+    if not own:
+        raise CheckpointError(f"{path} holds no generator; was it made with task=leaked?")
+    try:
+        generator.load_state_dict(own)
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{path} does not fit the settings: they differ from those that the generator was trained with. Evaluate "
+            f"the run's folder without changing data, leaked or generator settings. {' '.join(problems[:3])}{more}"
+        ) from error
+
+
+def _check_leaked_model(
+    config: Config, trained: Config, datamodule: GradientPairDataModule, checkpoint: dict[str, Any]
+) -> None:
+    """The leaked model must be the one that the generator was trained on, unless ``leaked`` was changed on purpose."""
+    if config.leaked != trained.leaked:
+        log.warning(
+            "The attacked model is not the one that the generator was trained on: %s was changed",
+            ", ".join(f"leaked.{key}" for key in _changes(config.leaked, trained.leaked)),
+        )
+        return
+    stored = checkpoint.get(type(datamodule).__qualname__, {}).get("leaked_fingerprint")
+    if stored != datamodule.leaked_model.fingerprint():
+        named = config.leaked.weights
+        cause = f"{named} (leaked.weights) has changed since" if named else "data settings or initialisation differ"
+        raise CheckpointError(
+            f"The generator was trained on another leaked model, whose weights are not those that `leaked` gives now: "
+            f"{cause}. Restore the weights, or train the generator again: `python train.py CONFIG`. "
+            "To attack another model on purpose, say so: leaked.weights=PATH or leaked.seed=NUMBER."
+        )
+
+
+def _changes(settings: Any, trained: Any) -> dict[str, Any]:
+    """The settings of a component that are not those of training."""
+    former = vars(trained)
+    return {key: value for key, value in vars(settings).items() if key not in former or value != former[key]}
+
+
+def _described(name: str, changes: dict[str, Any]) -> str:
+    """A name, with what was changed since training: a result under such a condition must not replace the other's."""
+    values = ", ".join(f"{key}={value}" for key, value in changes.items() if key != "name")
+    return f"{name}({values})" if values else name
+
+
+def _result(config: Config, trained: Config, images: AttackedImages, seconds: float) -> Result:
+    metrics = {}
+    for name, values in images.metrics.items():
+        low, high = bootstrap_interval(values, config.evaluation.bootstrap_samples, config.seed)
+        metrics[name] = Estimate(float(values.mean()), low, high)
+    data = config.data
+    # Of the data settings, only these choose other private images; a folder's own name says which images it holds.
+    data_name = Path(os.path.abspath(data.root)).name if data.name == "folder" and data.root else data.name
+    data_changes = {key: v for key, v in _changes(data, trained.data).items() if key == "private_classes"}
+    return Result(
+        attack=_described(config.generator.name, _changes(config.generator, trained.generator)),
+        leaked=_described(config.leaked.name, _changes(config.leaked, trained.leaked)),
+        data=_described(data_name, data_changes),
+        channel=describe_channel(config.channel),
+        client_batch_size=data.client_batch_size,
+        n_images=len(images),
+        seed=config.seed,
+        metrics=metrics,
+        label_accuracy=images.label_accuracy,
+        seconds_per_image=seconds / len(images),
+        knowledge=KNOWLEDGE,
+        n_failed=int(images.failed.sum()),
+    )
+
+
+def _write(
+    config: Config, trained: Config, result: Result, images: AttackedImages, device: torch.device, folder: Path
+) -> None:
+    """Write the four files, each all or nothing."""
+    folder.mkdir(exist_ok=True)
+    n = config.evaluation.n_pictures
+    captions = [
+        "failed" if failed else f"{psnr:.1f} dB"
+        for psnr, failed in zip(images.metrics["psnr"][:n].tolist(), images.failed[:n].tolist(), strict=True)
+    ]
+    # Evaluations of one run under several conditions may well run side by side.
+    with FileLock(folder / ".lock"):
+        results = merge_results(read_results(folder / "metrics.json"), result)
+        write_per_image(images, folder / "per_image.csv")
+        partial = folder / ".reconstructions.partial.png"
+        draw_grid(images.truth[:n] / 255, images.reconstructions[:n] / 255, partial, captions)
+        partial.replace(folder / "reconstructions.png")
+        write_text(render_report(config, trained, results, result, images, device), folder / "report.html")
+        write_results(results, folder / "metrics.json")

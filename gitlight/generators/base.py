@@ -1,0 +1,80 @@
+"""`Generator`: a module from gradients to images; and `PairFit`: what it estimates from pairs in closed form."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gitlight.architecture import Architecture
+from gitlight.data.pair import GradientPair, Gradients
+
+
+@dataclass(frozen=True)
+class ParameterEstimate:
+    """What a generator believes one leaked parameter to be.
+
+    Attributes:
+        value: of the parameter's shape.
+        up_to_common_row: whether a vector added to every row (class) cannot be told from the gradients, as in the last
+            linear layer under cross-entropy; distances are then taken between centred rows.
+    """
+
+    value: Tensor
+    up_to_common_row: bool = False
+
+
+class PairFit(Protocol):
+    """An estimate from sums over pairs, made in one pass over the public pairs before training.
+
+    Only sums cross between devices, so that a fit on any number of ranks equals the fit on one.
+    """
+
+    def update(self, pair: GradientPair) -> None:
+        """Add one batch of pairs to the sums."""
+        ...
+
+    def sums(self) -> Sequence[Tensor]:
+        """The sums so far; other ranks' sums are added to these tensors in place."""
+        ...
+
+    def finish(self) -> None:
+        """Turn the sums into the estimate and forget them."""
+        ...
+
+
+class Generator(nn.Module, ABC):
+    """Reconstructs images from gradients. Built from an `Architecture` alone.
+
+    Attributes:
+        architecture: structure of the leaked model.
+        client_batch_size: ``N``, the number of images to reconstruct from one leak.
+        fitted: whether the closed-form parts have been estimated from pairs (kept in checkpoints).
+    """
+
+    fitted: Tensor
+
+    def __init__(self, architecture: Architecture, client_batch_size: int) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.client_batch_size = client_batch_size
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    @abstractmethod
+    def forward(self, gradients: Gradients) -> Tensor:
+        """Reconstruct: parameter name → ``(B, *shape)`` to images ``(B, N, C, H, W)`` in [0, 1]."""
+
+    def fits(self) -> Sequence[PairFit]:
+        """Closed-form estimates to make before training, one pass over the pairs each, in this order."""
+        return ()
+
+    def estimated_parameters(self) -> dict[str, ParameterEstimate]:
+        """The leaked parameters that the generator has estimated, by name; empty if it estimates none."""
+        return {}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        """``(N, C, H, W)`` of one leak's reconstruction."""
+        return (self.client_batch_size, *self.architecture.image_shape)

@@ -1,0 +1,53 @@
+"""Labels from the last layer's bias gradient (Zhao et al. 2020, iDLG, §3)."""
+
+import torch
+from torch import Tensor, nn
+
+from gitlight.architecture import Architecture
+
+NO_LABEL = -1
+"""What stands for the label of a leak whose bias gradient holds NaN or infinity."""
+
+
+def output_bias(architecture: Architecture) -> str | None:
+    """The name of the bias whose gradient is ``δ``: that of the linear layer that puts out the logits.
+
+    Returns:
+        The parameter's name, or None where the model does not end in a linear layer with a bias.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> output_bias(Architecture.of(model, image_shape=(3, 2, 2), n_classes=2))
+    '1.bias'
+    """
+    graph = architecture.graph
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    if len(output.all_input_nodes) != 1 or output.all_input_nodes[0].op != "call_module":
+        return None
+    last = output.all_input_nodes[0].target
+    name = f"{last}.bias"
+    is_linear = isinstance(graph.get_submodule(str(last)), nn.Linear)
+    return name if is_linear and name in architecture.parameter_shapes else None
+
+
+def labels_from_bias_gradient(delta: Tensor) -> Tensor:
+    """The label of each leak of a single image, read off the last layer's bias gradient.
+
+    Under cross-entropy that gradient is ``δ = softmax(z) − y``. Probabilities lie between 0 and 1, so the label's entry
+    is the only negative one. Taking the smallest entry rather than the sign of each also gives one answer where a
+    channel has added noise. With several images per leak the gradient is an average, and this does not apply.
+
+    >>> labels_from_bias_gradient(torch.tensor([[0.2, -0.7, 0.5], [-0.1, 0.1, 0.0]])).tolist()
+    [1, 0]
+
+    Args:
+        delta: ``(B, classes)``, the bias gradients of ``B`` leaks of one image each.
+
+    Returns:
+        Labels, ``(B,)`` int64; -1 where a gradient is not finite.
+
+    Raises:
+        ValueError: ``delta`` is not a matrix with at least one column.
+    """
+    if delta.ndim != 2 or delta.shape[1] == 0:
+        raise ValueError(f"Expected bias gradients (leaks, classes), not a tensor of shape {tuple(delta.shape)}.")
+    return torch.where(torch.isfinite(delta).all(dim=1), delta.argmin(dim=1), NO_LABEL)

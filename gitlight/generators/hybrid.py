@@ -1,0 +1,182 @@
+"""Hybrid-GIT: exact where the equations are exact, learned where they are not."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from gitlight.architecture import Architecture
+from gitlight.config import HybridGeneratorConfig
+from gitlight.data.pair import GradientPair, Gradients
+from gitlight.generators.base import Generator, PairFit, ParameterEstimate
+from gitlight.generators.exact.walk import ExactWalk
+from gitlight.generators.refinement import FeatureMaps, Refinement
+from gitlight.generators.ridge import RidgeRegression
+from gitlight.generators.scaling import GradientScaling
+from gitlight.generators.width import width_for_budget
+
+
+class HybridGenerator(Generator):
+    """Three stages, each built on what the one before leaves open.
+
+    1. The `ExactWalk`: inputs of the leaked layers in closed form, as far down as the equations determine them.
+    2. A linear start: ridge regression from those features to the image, fitted on the pairs in closed form; or the
+       image itself, where the walk reaches it. Neither is changed by training.
+    3. A convolutional `Refinement`, trained: it sees the start, the features as maps, and maps made from the gradients
+       of the layers that the walk does not reach, and adds what the linear start misses.
+
+    With ``N > 1`` images per leak the features are ``δ``-weighted averages, the start is the mean image, and the
+    refinement learns to tell the ``N`` images apart.
+    """
+
+    def __init__(self, architecture: Architecture, settings: HybridGeneratorConfig, client_batch_size: int = 1) -> None:
+        """Raises: ArchitectureError, where the leaked model has no last layer to start from or is not a chain."""
+        super().__init__(architecture, client_batch_size)
+        self.walk = ExactWalk(architecture, settings.damping, settings.exact_depth, client_batch_size)
+        n_image = prod(architecture.image_shape)
+        shapes = [feature.shape for feature in self.walk.features]
+        self._in_start = _deepest_that_fit([prod(shape) for shape in shapes], settings.linear_start_features)
+        self._solved = self.walk.reaches_the_image
+        self.ridge = None if self._solved else RidgeRegression(sum(prod(shapes[i]) for i in self._in_start), n_image)
+        unexplained = [
+            name
+            for layer in architecture.chain()
+            if f"input of {layer.name}" not in {feature.name for feature in self.walk.features}
+            for name in layer.parameters
+        ]
+        self.scaling = GradientScaling(architecture, tuple(unexplained)) if unexplained else None
+        self.standardisation = _FeatureStandardisation(shapes)
+
+        def build(width: int) -> nn.Module:
+            maps = FeatureMaps(
+                architecture.image_shape,
+                shapes,
+                self.scaling.n_entries if self.scaling else 0,
+                settings.gradient_channels,
+            )
+            return Refinement(architecture.image_shape, client_batch_size, maps, width, settings.blocks)
+
+        width = settings.channels
+        if settings.parameters is not None:
+            width = width_for_budget(build, settings.parameters)
+        self.refinement = None if self._solved else build(width)
+
+    def forward(self, gradients: Gradients) -> Tensor:
+        """``(B, N, C, H, W)`` in [0, 1]."""
+        features = self.walk(gradients)
+        if self.ridge is None or self.refinement is None:
+            return features[-1].reshape(-1, *self.image_shape).float().clamp(0, 1)
+        start = self.ridge(self.start_features(features)).view(-1, 1, *self.architecture.image_shape)
+        scaled = None if self.scaling is None else self.scaling(gradients)
+        residual = self.refinement(start.squeeze(1), self.standardisation(features), scaled)
+        return _clamp_passing_gradients(start + residual)
+
+    def start(self, gradients: Gradients) -> Tensor:
+        """What stages 1 and 2 alone give: ``(B, N, C, H, W)`` in [0, 1], the same image ``N`` times."""
+        features = self.walk(gradients)
+        flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features))
+        image = flat.reshape(-1, 1, *self.architecture.image_shape).float().clamp(0, 1)
+        return image.expand(-1, *self.image_shape)
+
+    def fits(self) -> Sequence[PairFit]:
+        """The leaked weights that the walk needs, then everything that stands on its features."""
+        if self.ridge is None:
+            return self.walk.fits()
+        return (*self.walk.fits(), _FeatureFit(self, self.ridge))
+
+    def estimated_parameters(self) -> dict[str, ParameterEstimate]:
+        """The leaked weights that the walk has fitted."""
+        return self.walk.estimated_parameters()
+
+    def start_features(self, features: list[Tensor]) -> Tensor:
+        """The features that the linear start uses, flattened: ``(B, n)`` float64."""
+        return torch.cat([features[index].flatten(1) for index in self._in_start], dim=1)
+
+
+def _deepest_that_fit(sizes: Sequence[int], limit: int) -> list[int]:
+    """Positions of the last features, the nearest to the image, whose sizes add up to at most ``limit``.
+
+    >>> _deepest_that_fit([768, 768, 3072], 4000)
+    [1, 2]
+    """
+    chosen: list[int] = []
+    total = 0
+    for position in reversed(range(len(sizes))):
+        if total + sizes[position] <= limit:
+            chosen.insert(0, position)
+            total += sizes[position]
+    # Never none: a start from the smallest feature is better than a start from nothing.
+    return chosen or [min(range(len(sizes)), key=lambda position: sizes[position])]
+
+
+class _FeatureStandardisation(nn.Module):
+    """Subtracts each feature's mean over pairs, entry by entry, and divides by one deviation per feature map."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self._shapes = shapes
+        for index, shape in enumerate(shapes):
+            self.register_buffer(f"mean{index}", torch.zeros(shape, dtype=torch.float64))
+            self.register_buffer(f"deviation{index}", torch.ones((), dtype=torch.float64))
+        self._sums: list[Tensor] = []
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return [
+            ((feature - getattr(self, f"mean{index}")) / getattr(self, f"deviation{index}")).float().clamp(-10, 10)
+            for index, feature in enumerate(features)
+        ]
+
+    def add(self, features: list[Tensor]) -> None:
+        if not self._sums:
+            self._sums = [torch.zeros_like(feature[0]) for feature in features for _ in range(2)]
+            self._sums.append(torch.zeros((), dtype=torch.float64, device=features[0].device))
+        for index, feature in enumerate(features):
+            self._sums[2 * index] += feature.sum(dim=0)
+            self._sums[2 * index + 1] += feature.square().sum(dim=0)
+        self._sums[-1] += len(features[0])
+
+    def sums(self) -> Sequence[Tensor]:
+        return self._sums
+
+    def solve(self) -> None:
+        count = self._sums[-1]
+        for index in range(len(self._shapes)):
+            mean = self._sums[2 * index] / count
+            variance = (self._sums[2 * index + 1] / count - mean.square()).clamp_min(0).mean()
+            getattr(self, f"mean{index}").copy_(mean)
+            getattr(self, f"deviation{index}").copy_(variance.sqrt().clamp_min(1e-12))
+        self._sums = []
+
+
+class _FeatureFit:
+    """The `PairFit` of all that stands on the walk's features: computed once, they cost more than the sums."""
+
+    def __init__(self, generator: HybridGenerator, ridge: RidgeRegression) -> None:
+        self._generator = generator
+        self._ridge = ridge
+
+    def update(self, pair: GradientPair) -> None:
+        generator = self._generator
+        features = generator.walk(pair.gradients)
+        mean_images = pair.images.mean(dim=1).flatten(1)
+        self._ridge.add(generator.start_features(features), mean_images, pair.indices[:, 0])
+        generator.standardisation.add(features)
+        if generator.scaling is not None:
+            generator.scaling.update(pair)
+
+    def sums(self) -> Sequence[Tensor]:
+        generator = self._generator
+        scaling = [] if generator.scaling is None else generator.scaling.sums()
+        return [*self._ridge.sums(), *generator.standardisation.sums(), *scaling]
+
+    def finish(self) -> None:
+        self._ridge.solve()
+        self._generator.standardisation.solve()
+        if self._generator.scaling is not None:
+            self._generator.scaling.finish()
+
+
+def _clamp_passing_gradients(images: Tensor) -> Tensor:
+    """Clamped to [0, 1]; the gradient passes as if it were not, so that an overshooting pixel still learns."""
+    return images + (images.clamp(0, 1) - images).detach()

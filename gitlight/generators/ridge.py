@@ -1,0 +1,146 @@
+"""Ridge regression from sums over pairs, its strength chosen on pairs held out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+STRENGTHS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Candidate strengths, over the mean diagonal of the standardised features' covariance (which is 1)."""
+
+_HELD_OUT = 10  # one pair in so many is held out while the strength is chosen
+_OUTPUTS_TRIED = 64
+
+
+class RidgeRegression(nn.Module):
+    """``outputs ≈ (features − mean) / deviation · coefficients + offset``.
+
+    Works from the sums of products alone, for the kept and the held-out pairs, so one pass over the pairs fits it,
+    whatever their number, and sums from several devices add up.
+
+    >>> features = torch.randn(400, 3, dtype=torch.float64)
+    >>> ridge = RidgeRegression(3, 1)
+    >>> outputs = features @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) + 4
+    >>> ridge.add(features, outputs, torch.arange(400))
+    >>> ridge.solve()
+    >>> round(ridge(torch.ones(1, 3)).item(), 3)
+    10.0
+    """
+
+    def __init__(self, n_features: int, n_outputs: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.coefficients: Tensor
+        self.offset: Tensor
+        self.strength: Tensor
+        self.register_buffer("mean", torch.zeros(n_features, dtype=torch.float64))
+        self.register_buffer("deviation", torch.ones(n_features, dtype=torch.float64))
+        self.register_buffer("coefficients", torch.zeros(n_features, n_outputs))
+        self.register_buffer("offset", torch.zeros(n_outputs))
+        self.register_buffer("strength", torch.zeros((), dtype=torch.float64))
+        self._sums: list[Tensor] = []
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """``(B, n_features)`` float64 to mean 0 and standard deviation 1, float32."""
+        return ((features - self.mean) / self.deviation).float()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, n_features)`` to ``(B, n_outputs)``, float32."""
+        return self.standardise(features) @ self.coefficients + self.offset
+
+    def add(self, features: Tensor, outputs: Tensor, numbers: Tensor) -> None:
+        """Add pairs to the sums.
+
+        Args:
+            features: ``(B, n_features)`` float64.
+            outputs: ``(B, n_outputs)``.
+            numbers: ``(B,)`` int64, each pair's position in the data: decides which are held out, so that the choice
+                does not depend on how pairs are spread over devices.
+        """
+        joint = torch.cat([torch.ones_like(features[:, :1]), features, outputs.to(features.dtype)], dim=1)
+        n_left = 1 + features.shape[1]
+        if not self._sums:
+            size = joint.shape[1]
+            self._sums = [joint.new_zeros(n_left, size) for _ in range(2)]
+            self._sums.append(joint.new_zeros(size - n_left))
+        for held_out, chosen in enumerate((numbers % _HELD_OUT != 0, numbers % _HELD_OUT == 0)):
+            part = joint[chosen]
+            self._sums[held_out] += part[:, :n_left].T @ part
+            if held_out:
+                self._sums[2] += part[:, n_left:].square().sum(dim=0)
+
+    def sums(self) -> Sequence[Tensor]:
+        """Products of (1, features) with (1, features, outputs), kept and held out; squares of held-out outputs."""
+        return self._sums
+
+    def solve(self) -> None:
+        """Choose the strength by the error on the held-out pairs, then fit on all; forgets the sums."""
+        kept, held_out, held_out_squares = self._sums
+        n_left = len(kept)
+        everything = kept + held_out
+        mean = everything[0, 1:n_left] / everything[0, 0]
+        variance = everything.diagonal()[1:] / everything[0, 0] - mean.square()
+        deviation = variance.clamp_min(0).sqrt()
+        # A feature that never varies gets an infinite deviation, so that it counts as zero from here on.
+        deviation = torch.where(deviation > 1e-9 * deviation.max().clamp_min(1e-300), deviation, float("inf"))
+        # The strength is the same for all outputs, and a few dozen of them tell it: solving for all would cost more
+        # than the rest of the fit.
+        n_outputs = everything.shape[1] - n_left
+        some = torch.arange(0, n_outputs, max(1, n_outputs // _OUTPUTS_TRIED), device=kept.device)
+        columns = torch.cat([torch.arange(n_left, device=kept.device), n_left + some])
+        train = _Moments.of(kept[:, columns], mean, deviation)
+        test = _Moments.of(held_out[:, columns], mean, deviation)
+        strength = min(STRENGTHS, key=lambda s: test.error(*train.fit(s), held_out_squares[some]))
+        coefficients, offset = _Moments.of(everything, mean, deviation).fit(strength)
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+        self.coefficients.copy_(coefficients)
+        self.offset.copy_(offset)
+        self.strength.fill_(strength)
+        self._sums = []
+
+
+class _Moments(NamedTuple):
+    """Sums over pairs of standardised features ``s`` and outputs ``y``."""
+
+    n: Tensor  # ()
+    features: Tensor  # Σ s
+    outputs: Tensor  # Σ y
+    second: Tensor  # Σ s sᵀ
+    cross: Tensor  # Σ s yᵀ
+
+    @classmethod
+    def of(cls, products: Tensor, mean: Tensor, deviation: Tensor) -> "_Moments":
+        """From products of (1, raw features) with (1, raw features, outputs)."""
+        n_left = len(products)
+        count, raw, outputs = products[0, 0], products[0, 1:n_left], products[0, n_left:]
+        second = products[1:, 1:n_left] - torch.outer(raw, mean) - torch.outer(mean, raw - count * mean)
+        cross = products[1:, n_left:] - torch.outer(mean, outputs)
+        return cls(
+            count,
+            (raw - count * mean) / deviation,
+            outputs,
+            second / deviation[:, None] / deviation,
+            cross / deviation[:, None],
+        )
+
+    def fit(self, strength: float) -> tuple[Tensor, Tensor]:
+        """Coefficients and offset of the ridge regression; the offset is not penalised."""
+        first, offset = self.features / self.n, self.outputs / self.n
+        matrix = self.second - self.n * torch.outer(first, first)
+        matrix.diagonal().add_(self.n * strength)
+        right = self.cross - self.n * torch.outer(first, offset)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:
+            return torch.full_like(right, float("nan")), offset
+        coefficients = torch.cholesky_solve(right, factor)
+        return coefficients, offset - first @ coefficients
+
+    def error(self, coefficients: Tensor, offset: Tensor, squares: Tensor) -> float:
+        """Summed squared error of a regression on these pairs; infinite if it is not finite."""
+        explained = self.cross + torch.outer(self.features, -offset)
+        total = squares.sum() - 2 * (offset * self.outputs).sum() + self.n * offset.square().sum()
+        total = total - 2 * (coefficients * explained).sum() + (coefficients * (self.second @ coefficients)).sum()
+        return float(torch.nan_to_num(total, nan=float("inf")))

@@ -1,0 +1,72 @@
+"""Channels: what happens to a gradient on its way to the attacker."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gitlight.config import ChannelConfig, GaussianNoiseConfig, PruningConfig
+from gitlight.data.pair import Gradients
+from gitlight.gradients import CHANNELS
+
+
+class Channel(Protocol):
+    """One stage of a channel: gradients of ``B`` leaks in, the same shapes out."""
+
+    def __call__(self, gradients: Gradients, seeds: Tensor) -> Gradients:
+        """Change the gradients; ``seeds`` (``(B,)`` int64) fixes each leak's randomness, whatever its batch."""
+        ...
+
+
+class GaussianNoise:
+    """Adds white noise whose standard deviation is a share of the leak's root-mean-square gradient entry."""
+
+    def __init__(self, settings: GaussianNoiseConfig) -> None:
+        self._relative_std = settings.relative_std
+
+    def __call__(self, gradients: Gradients, seeds: Tensor) -> Gradients:
+        """Noisy copies; each leak's noise depends on its seed alone."""
+        flat = torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
+        noise = torch.empty_like(flat)
+        generator = torch.Generator(flat.device)
+        for row, seed in zip(noise, seeds.tolist(), strict=True):
+            row.normal_(generator=generator.manual_seed(seed))
+        noise *= self._relative_std * flat.square().mean(dim=1, keepdim=True).sqrt()
+        parts = (flat + noise).split([gradient[0].numel() for gradient in gradients.values()], dim=1)
+        return {name: part.view_as(gradient) for (name, gradient), part in zip(gradients.items(), parts, strict=True)}
+
+
+class Pruning:
+    """Sets the smallest entries of each tensor to zero (the gradient sparsification of distributed training)."""
+
+    def __init__(self, settings: PruningConfig) -> None:
+        self._fraction = settings.fraction
+
+    def __call__(self, gradients: Gradients, seeds: Tensor) -> Gradients:
+        """Pruned copies; of each leak's tensor of ``n`` entries the ``round(fraction · n)`` smallest become zero."""
+        return {name: self._prune(gradient) for name, gradient in gradients.items()}
+
+    def _prune(self, gradient: Tensor) -> Tensor:
+        flat = gradient.flatten(1)
+        n_pruned = round(self._fraction * flat.shape[1])
+        smallest = flat.abs().topk(n_pruned, dim=1, largest=False).indices
+        return flat.scatter(1, smallest, 0.0).view_as(gradient)
+
+
+def build_channel(stages: Sequence[ChannelConfig]) -> list[Channel]:
+    """The stages of a config, in order."""
+    return [CHANNELS[stage.name].load()(stage) for stage in stages]
+
+
+def describe_channel(stages: Sequence[ChannelConfig]) -> str:
+    """A channel in one line, for results: ``none``, or the stages with their settings.
+
+    >>> describe_channel([GaussianNoiseConfig(relative_std=0.01), PruningConfig(fraction=0.5)])
+    'gaussian_noise(relative_std=0.01) + pruning(fraction=0.5)'
+    """
+    described = []
+    for stage in stages:
+        values = ", ".join(f"{key}={value:g}" for key, value in vars(stage).items() if key != "name")
+        described.append(f"{stage.name}({values})")
+    return " + ".join(described) or "none"

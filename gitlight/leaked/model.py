@@ -1,0 +1,114 @@
+"""`LeakedModel`: the model whose gradients leak."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from gitlight.architecture import Architecture, ImageShape
+from gitlight.config import LeakedConfig, OptimizerConfig
+from gitlight.errors import CheckpointError
+from gitlight.leaked import LEAKED_MODELS
+from gitlight.optimization import configure_optimizer
+
+
+class LeakedModel(LightningModule):
+    """A classifier, frozen unless it is being trained with ``train.py task=leaked``.
+
+    Attributes:
+        network: images ``(B, C, H, W)`` in [0, 1] to logits ``(B, n_classes)``.
+        architecture: the network's structure, without its weights.
+    """
+
+    def __init__(
+        self,
+        settings: LeakedConfig,
+        image_shape: ImageShape,
+        n_classes: int,
+        optimizer: OptimizerConfig | None = None,
+    ) -> None:
+        """Build the network, initialise it from ``leaked.seed``, and load ``leaked.weights`` if given.
+
+        Args:
+            settings: name, activation, initialisation, weights.
+            image_shape: ``(C, H, W)``.
+            n_classes: number of labels.
+            optimizer: how to train it; None leaves it frozen.
+
+        Raises:
+            CheckpointError: ``leaked.weights`` is missing, unreadable, or of another architecture.
+        """
+        super().__init__()
+        build = LEAKED_MODELS[settings.name].load()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.network: nn.Module = build(settings, image_shape, n_classes)
+            if settings.init == "uniform":
+                for parameter in self.network.parameters():
+                    nn.init.uniform_(parameter, -settings.init_range, settings.init_range)
+        if settings.weights is not None:
+            _load_weights(self.network, Path(settings.weights))
+        self.architecture = Architecture.of(self.network, image_shape, n_classes)
+        self._optimizer = optimizer
+        if optimizer is None:
+            self.freeze()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` to logits ``(B, n_classes)``."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def fingerprint(self) -> str:
+        """A hash of all weights: two leaked models with equal fingerprints are the same model."""
+        digest = hashlib.sha256()
+        for name, value in self.network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy of one batch of ``(images, labels, indices)``."""
+        return self._log_step("train", batch)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy on held-out public images."""
+        self._log_step("val", batch)
+
+    def _log_step(self, stage: str, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        images, labels, _ = batch
+        logits = self(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        values = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
+        self.log_dict(values, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True, batch_size=len(labels))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser and schedule of the config."""
+        assert self._optimizer is not None, "a frozen leaked model is not trained"
+        return configure_optimizer(self, self._optimizer)
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    """Load a state dict, a Lightning checkpoint of a `LeakedModel`, or the last checkpoint of a run folder."""
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise CheckpointError(
+            f"leaked.weights: {path} does not exist. Give a state dict saved by torch.save, a checkpoint, "
+            "or the folder of a run of `python train.py CONFIG task=leaked`."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise CheckpointError(f"leaked.weights: {path} cannot be read as weights: {error}") from error
+    if "state_dict" in state:
+        state = state["state_dict"]
+    state = {name.removeprefix("network."): value for name, value in state.items()}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"leaked.weights: {path} is of another architecture: {error}") from error

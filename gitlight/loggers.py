@@ -1,0 +1,287 @@
+"""Where a run's numbers go: ``metrics.csv`` always, W&B where it is wanted. Neither ever stops a run."""
+
+import csv
+import os
+import uuid
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from gitlight.config import Config
+
+WANDB_INIT_TIMEOUT = 30.0
+"""Seconds that W&B's server has to answer when a run starts, before the run is logged offline."""
+
+WANDB_FINISH_TIMEOUT = 60.0
+"""Seconds that the end of a run waits for uploads; what is left stays on disk for ``wandb sync``."""
+
+
+def build_loggers(config: Config, output_dir: Path, run_name: str, resume_step: int | None) -> list[Logger]:
+    """The loggers of a training run.
+
+    ``logging.wandb=auto`` follows ``WANDB_MODE`` if set; otherwise it is online where W&B finds credentials
+    (environment, netrc, its settings), and offline where not. Nothing asks for a key. ``off`` does not import wandb.
+
+    Args:
+        config: the run's settings; logged as the W&B run's config.
+        output_dir: the run's folder: ``metrics.csv``, ``wandb/``.
+        run_name: name of the run at W&B.
+        resume_step: ``global_step`` of the checkpoint that the run continues from: earlier rows of ``metrics.csv`` and
+            the W&B run are continued; ``None`` for a new run, which replaces the file.
+    """
+    output_dir = Path(output_dir)
+    loggers: list[Logger] = [CSVFileLogger(output_dir / "metrics.csv", resume_step)]
+    # wandb reports its own crashes to a third party unless told not to, before it is imported.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    mode = _wandb_mode(config.logging.wandb)
+    if mode is not None:
+        loggers.append(_wandb_logger(config, output_dir, run_name, mode, resume=resume_step is not None))
+    return loggers
+
+
+class CSVFileLogger(Logger):
+    """One row for each set of metrics that Lightning logs, written at once; columns ``epoch``, ``step``, metrics.
+
+    ``step`` counts optimiser steps from 0, as Lightning does. Lightning's own CSVLogger deletes the file of the run
+    that it continues.
+
+    Args:
+        path: the file; rank 0 writes it, from the first row on.
+        resume_step: number of steps done when training goes on: rows of these steps are kept, later ones, which
+            will be logged again, are dropped; ``None`` starts an empty file.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._resume_step = resume_step
+        self._columns: list[str] = []
+        self._started = False
+
+    @property
+    def name(self) -> str:
+        """Lightning names folders after it; here the run's folder is given."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """See `name`."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder of the file."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: settings are in the run's config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write one row.
+
+        Args:
+            metrics: name → number.
+            step: optimiser steps before the one that the numbers belong to.
+        """
+        if not self._started:
+            self._start()
+        row = {name: float(value) for name, value in metrics.items()}
+        if "epoch" in row:
+            row["epoch"] = int(row["epoch"])
+        if step is not None:
+            row["step"] = step
+        if new := [name for name in row if name not in self._columns]:
+            self._rewrite([*self._columns, *new], _read_rows(self.path))
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _start(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[dict[str, str]] = []
+        if self._resume_step is not None:
+            kept = [row for row in _read_rows(self.path) if row.get("step") and int(row["step"]) < self._resume_step]
+        columns = dict.fromkeys(["epoch", "step", *(name for row in kept for name in row)])
+        self._rewrite(list(columns), kept)
+        self._started = True
+
+    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+        # Renamed into place, so that being killed here loses nothing.
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, self.path)
+        self._columns = columns
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    text = path.read_text()
+    # A killed run may leave half a row; its numbers would be wrong.
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+class ForgivingWandbLogger(WandbLogger):
+    """Lightning's WandbLogger, except that no failure of W&B reaches the run: one warning each, and training goes on.
+
+    A run that cannot start online is logged offline. The W&B run is finished when the trainer is, so that the next
+    run in the process is another one.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # Lightning passes it on unasked, and wandb warns that it has no effect.
+        self._wandb_init.pop("anonymous", None)
+        self._warned = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run; started at the first use."""
+        if self._experiment is None:
+            self._experiment = self._start()
+        return self._experiment
+
+    @property
+    def version(self) -> str | None:
+        """The W&B run's id."""
+        return self._id
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Add to the W&B run's config."""
+        with self._forgiving():
+            super().log_hyperparams(params)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers."""
+        with self._forgiving():
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log pictures."""
+        with self._forgiving():
+            super().log_image(key, images, step, **kwargs)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the W&B run; waits for uploads for a minute at most."""
+        run, self._experiment = self._experiment, None
+        if run is not None:
+            with self._forgiving():
+                run.finish(exit_code=0 if status == "success" else 1)
+
+    def _start(self) -> Any:
+        try:
+            return super().experiment
+        except Exception as error:  # wandb raises its own errors, those of its service and those of the network
+            if self._wandb_init["mode"] == "online":
+                rank_zero_warn(f"W&B cannot be reached; the run is logged offline: {error}")
+                self._wandb_init["mode"] = "offline"
+                with self._forgiving():
+                    self._release_run_id()
+                return self._start()
+            rank_zero_warn(f"W&B cannot be used; metrics.csv has all numbers: {error}")
+            self._warned = True
+            return _DummyExperiment()
+
+    @staticmethod
+    def _release_run_id() -> None:
+        # wandb's service holds the id of a run that failed to start until it ends.
+        import wandb
+
+        wandb.teardown()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # see _start
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(f"W&B failed, and may lack some of this run; metrics.csv has all numbers: {error}")
+
+
+def _wandb_mode(setting: str) -> str | None:
+    """``online``, ``offline``, or ``None`` for no W&B at all."""
+    if setting == "auto":
+        environment = os.environ.get("WANDB_MODE", "")
+        if environment == "disabled":
+            return None
+        # wandb's own older names for the modes are dryrun and run.
+        wanted = {"offline": "offline", "dryrun": "offline", "online": "online", "run": "online"}.get(environment)
+        setting = wanted or ("online" if _wandb_credentials() else "offline")
+    if setting == "online" and not _wandb_credentials():
+        rank_zero_warn(
+            "W&B is to be online but finds no API key, and the run is logged offline. Set WANDB_API_KEY or run "
+            "`wandb login`; `wandb sync` uploads the run later."
+        )
+        return "offline"
+    return None if setting == "off" else setting
+
+
+def _wandb_credentials() -> bool:
+    """Whether wandb would find credentials without asking. Whether they are right shows when the run starts."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    host = wandb.setup().settings.base_url
+    try:
+        from wandb.sdk.lib import wbauth
+
+        found: Any = wbauth.authenticate_session(host=host, source="gitlight", prompt=False, update_session=False)
+    except wandb.errors.AuthenticationError:
+        return True
+    except (ImportError, TypeError):  # older versions of wandb
+        found = wandb.api.api_key
+    return found is not None
+
+
+def _wandb_logger(config: Config, output_dir: Path, run_name: str, mode: str, resume: bool) -> ForgivingWandbLogger:
+    import wandb
+
+    if config.logging.quiet:
+        # A run's own settings come too late for what is said at the login.
+        wandb.setup(wandb.Settings(silent=True))
+    settings: dict[str, Any] = {
+        # wandb's capture of the console and a progress bar get in each other's way.
+        "console": "off",
+        "silent": config.logging.quiet,
+        "init_timeout": WANDB_INIT_TIMEOUT,
+        "finish_timeout": WANDB_FINISH_TIMEOUT,
+    }
+    known = {key: value for key, value in settings.items() if key in wandb.Settings.model_fields}
+    (output_dir / "wandb").mkdir(parents=True, exist_ok=True)
+    return ForgivingWandbLogger(
+        name=run_name,
+        save_dir=output_dir,
+        id=_run_id(output_dir / "wandb" / "run_id.txt", resume),
+        project=config.logging.project,
+        mode=mode,
+        config=asdict(config),
+        settings=wandb.Settings(**known),
+    )
+
+
+def _run_id(path: Path, resume: bool) -> str:
+    """The W&B run's id: that of the run which is continued, or a new one."""
+    if resume and path.exists() and (known := path.read_text().strip()):
+        return known
+    new = uuid.uuid4().hex[:8]
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        path.write_text(new + "\n")
+    return new

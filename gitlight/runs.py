@@ -1,0 +1,87 @@
+"""Run folders: where they are, what a new run does with an old one, and which checkpoint a run resumes from."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from gitlight.config import Config
+from gitlight.config_loading import save_config
+from gitlight.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+_RESUMABLE = ("last", "best")
+
+
+def checkpoint_path(run_folder: Path, which: str) -> Path:
+    """Where a run keeps its ``last`` or ``best`` checkpoint."""
+    return run_folder / CHECKPOINTS / f"{which}.ckpt"
+
+
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The checkpoint that ``trainer.resume`` names, or None for a fresh run.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    named = config.trainer.resume
+    if named is None:
+        return None
+    path = checkpoint_path(run_folder(config), named) if named in _RESUMABLE else Path(named)
+    if not path.is_file():
+        raise CheckpointError(
+            f"trainer.resume: {named}: {path} does not exist. Give last, best or the path of a checkpoint; "
+            "leave trainer.resume out to start afresh."
+        )
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents on the CPU; only tensors and plain values are ever unpickled.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist.") from error
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise CheckpointError(f"{path} cannot be read as a checkpoint; it is damaged or not one: {error}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of a run: it has no state_dict.")
+    return content
+
+
+def run_folder(config: Config) -> Path:
+    """The folder that a config's run writes."""
+    assert config.output_dir is not None, "load_config sets it"
+    return Path(config.output_dir)
+
+
+@rank_zero_only
+def prepare_run_folder(config: Config, resume: Path | None) -> None:
+    """Create the folder, moving a run that is there aside, and write ``config.yaml``.
+
+    Raises:
+        ConfigError: the folder holds files that are not a run's.
+    """
+    folder = run_folder(config)
+    is_run = (folder / "config.yaml").is_file()
+    if folder.exists() and not is_run and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"output_dir: {folder} exists and is not a run's folder; choose another, or empty it.")
+    if is_run and resume is None:
+        number = 1
+        while (former := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(former)
+        log.warning("%s held a run; it is now %s", folder, former)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    repeatable = config.trainer.resume
+    config.trainer.resume = None  # run again, the saved config repeats the run instead of looking for its checkpoint
+    save_config(config, folder / "config.yaml")
+    config.trainer.resume = repeatable

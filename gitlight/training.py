@@ -1,0 +1,159 @@
+"""`GITModule`, the LightningModule around a generator, and `train`, what ``train.py`` does."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor, nn
+
+from gitlight.architecture import Architecture
+from gitlight.callbacks import build_callbacks
+from gitlight.checkpoint_io import AtomicCheckpointIO
+from gitlight.config import Config, OptimizerConfig
+from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
+from gitlight.data.pair import GradientPair, Gradients
+from gitlight.generators import GENERATORS
+from gitlight.generators.base import Generator
+from gitlight.leaked.model import LeakedModel
+from gitlight.loggers import build_loggers
+from gitlight.metrics import match
+from gitlight.optimization import configure_optimizer
+from gitlight.runs import checkpoint_to_resume, load_checkpoint, prepare_run_folder, run_folder
+
+log = logging.getLogger(__name__)
+
+
+class GITModule(LightningModule):
+    """Trains a generator on pairs: closed-form fits first, then descent on the mean squared error.
+
+    With several images per leak the loss is that of the best assignment of outputs to images (Wu et al. 2023).
+    Metrics and pictures are callbacks'.
+    """
+
+    def __init__(self, generator: Generator, optimizer: OptimizerConfig) -> None:
+        super().__init__()
+        self.generator = generator
+        self._optimizer = optimizer
+
+    def forward(self, gradients: Gradients) -> Tensor:
+        """Gradients ``(B, …)`` to images ``(B, N, C, H, W)`` in [0, 1]."""
+        images: Tensor = self.generator(gradients)
+        return images
+
+    def on_fit_start(self) -> None:
+        """Make the generator's closed-form fits, unless a resumed checkpoint holds them already."""
+        if bool(self.generator.fitted):
+            return
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, GradientPairDataModule)
+        with torch.no_grad():
+            fits = self.generator.fits()
+            for number, fit in enumerate(fits, start=1):
+                log.info("closed-form fit %d of %d: one pass over the public pairs", number, len(fits))
+                for pair in datamodule.fit_pairs(self.device):
+                    fit.update(pair)
+                for total in fit.sums():
+                    total.copy_(self.trainer.strategy.reduce(total, reduce_op="sum"))
+                fit.finish()
+            self.generator.fitted.fill_(True)
+
+    def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor | None:
+        """Mean squared error over the batch; None for a generator with nothing to train."""
+        loss = self._loss(self(pair.gradients), pair)
+        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, sync_dist=True, batch_size=len(pair))
+        return loss if loss.requires_grad else None
+
+    def validation_step(self, pair: GradientPair, batch_idx: int) -> dict[str, Tensor]:
+        """Log the loss on held-out public pairs and hand the reconstructions to the callbacks."""
+        reconstructions = self(pair.gradients)
+        self.log("val/loss", self._loss(reconstructions, pair), sync_dist=True, batch_size=len(pair))
+        return {"reconstructions": reconstructions}
+
+    def _loss(self, reconstructions: Tensor, pair: GradientPair) -> Tensor:
+        return nn.functional.mse_loss(match(reconstructions, pair.images), pair.images)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser and schedule of the config."""
+        return configure_optimizer(self, self._optimizer)
+
+
+def build_generator(config: Config, architecture: Architecture) -> Generator:
+    """The generator of a config, from an architecture alone, initialised from the run's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        generator = GENERATORS[config.generator.name].load()(
+            architecture, config.generator, config.data.client_batch_size
+        )
+    assert isinstance(generator, Generator)
+    return generator
+
+
+def build_pairs(config: Config) -> GradientPairDataModule:
+    """The images and the leaked model of a config, and the data module that makes pairs of them."""
+    images = load_images(config.data)
+    leaked = LeakedModel(config.leaked, image_shape(config.data), len(images.class_names))
+    return GradientPairDataModule(images, config.data, leaked, config.gradients, config.channel, config.seed)
+
+
+def train(config: Config) -> Path:
+    """Train what the config says (``task``: a generator, or a leaked model) and return the run's folder.
+
+    The folder holds ``config.yaml``, ``checkpoints/``, ``metrics.csv``, ``wandb/`` and ``reconstructions/``. A run that
+    was in it before is moved aside, unless ``trainer.resume`` continues it.
+
+    Raises:
+        GitlightError: the settings, the images or the checkpoint to resume from are not right; nothing is trained.
+    """
+    resume = checkpoint_to_resume(config)
+    resume_step = None if resume is None else int(load_checkpoint(resume)["global_step"])
+    module: LightningModule
+    datamodule: ImageDataModule
+    if config.task == "leaked":
+        images = load_images(config.data)
+        shape, n_classes = image_shape(config.data), len(images.class_names)
+        module = LeakedModel(config.leaked, shape, n_classes, optimizer=config.optimizer)
+        datamodule = ImageDataModule(images, config.data, config.seed)
+    else:
+        datamodule = build_pairs(config)
+        module = GITModule(build_generator(config, datamodule.leaked_model.architecture), config.optimizer)
+    folder = run_folder(config)
+    prepare_run_folder(config, resume)
+    trainer = build_trainer(config, folder, resume_step)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    return folder
+
+
+def build_trainer(config: Config, folder: Path, resume_step: int | None) -> Trainer:
+    """Lightning's trainer with the callbacks, loggers and checkpoint writer of a run."""
+    settings = dict(vars(config.trainer))
+    settings.pop("resume")
+    settings["strategy"] = _strategy(config)
+    callbacks = build_callbacks(config, folder)
+    return Trainer(
+        **settings,
+        callbacks=callbacks,
+        logger=build_loggers(config, folder, folder.name, resume_step),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder,
+        inference_mode=False,  # gradients are made in validation, too
+        num_sanity_val_steps=0,  # they would run before the closed-form fits
+        use_distributed_sampler=False,  # LeakSampler shares images among ranks by itself
+        enable_model_summary=False,
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+    )
+
+
+def _strategy(config: Config) -> str | Strategy:
+    """Lightning's strategy, but ``ddp`` without sending buffers around at every step.
+
+    Generators keep closed-form coefficients in buffers: tens of megabytes, equal on all ranks since they come from
+    sums over all of them.
+    """
+    settings = config.trainer
+    if settings.strategy == "ddp":
+        return DDPStrategy(broadcast_buffers=False)
+    return settings.strategy

@@ -1,0 +1,68 @@
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import Fit, TinyData, TinyModule, batches
+
+import gitlight.callbacks.throughput
+from gitlight.callbacks import Throughput
+from gitlight.loggers import CSVFileLogger, _read_rows
+
+
+class FakeClock:
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    fake = FakeClock()
+    monkeypatch.setattr(gitlight.callbacks.throughput, "time", fake)
+    return fake
+
+
+class TimedModule(TinyModule):
+    """A training step takes half a second, a validation step a hundred."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def training_step(self, *args: Any) -> Any:
+        self.clock.now += 0.5
+        return super().training_step(*args)
+
+    def validation_step(self, *args: Any) -> Any:
+        self.clock.now += 100
+        return super().validation_step(*args)
+
+
+def test_pairs_per_second_leaves_validation_out(fit: Fit, tmp_path: Path, clock: FakeClock) -> None:
+    data = TinyData(batches(4, 4, 4, 2, n=2), batches(3))
+    logger = CSVFileLogger(tmp_path / "metrics.csv", None)
+    trainer = fit(
+        [Throughput()], TimedModule(clock), data, logger=[logger], log_every_n_steps=2, val_check_interval=0.5
+    )
+    logged = [
+        (int(row["step"]), float(row["throughput/pairs_per_second"]))
+        for row in _read_rows(tmp_path / "metrics.csv")
+        if row["throughput/pairs_per_second"]
+    ]
+    # Leaks, not images; windows of two steps, and each epoch's mean.
+    assert logged == [(1, 8.0), (3, 6.0), (3, 7.0), (5, 8.0), (7, 6.0), (7, 7.0)]
+    assert float(trainer.progress_bar_metrics["throughput/pairs_per_second"]) == 7.0
+
+
+def test_accumulated_batches_count_once_each(fit: Fit, clock: FakeClock) -> None:
+    data = TinyData(batches(4, 4, 4, 4), batches(3))
+    trainer = fit([Throughput()], TimedModule(clock), data, accumulate_grad_batches=2, log_every_n_steps=1)
+    assert float(trainer.callback_metrics["throughput/pairs_per_second"]) == 8.0
+
+
+def test_a_real_clock_runs(fit: Fit) -> None:
+    start = time.perf_counter()
+    trainer = fit([Throughput()], max_epochs=1)
+    assert float(trainer.callback_metrics["throughput/pairs_per_second"]) > 12 / (time.perf_counter() - start)

@@ -1,0 +1,138 @@
+import dataclasses
+
+import pytest
+import torch
+
+from gitlight.config import DataConfig, FullyConnectedConfig, GaussianNoiseConfig, GradientsConfig
+from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule
+from gitlight.data.images import ImageSplits, InMemoryImages
+from gitlight.errors import CheckpointError, ConfigError, DataError
+from gitlight.leaked.model import LeakedModel
+
+CPU = torch.device("cpu")
+
+
+def split(n, seed, name):
+    images = torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return InMemoryImages(images, torch.arange(n) % 3, [f"{name}/{i}" for i in range(n)])
+
+
+@pytest.fixture
+def images():
+    return ImageSplits(split(60, 0, "train"), None, split(20, 1, "test"), ("cat", "dog", "eel"))
+
+
+def module(images, channel=(), leaked_seed=0, seed=0, **changed):
+    settings = DataConfig(**{"image_size": 8, "n_validation": 10, "batch_size": 4, **changed})
+    leaked = LeakedModel(FullyConnectedConfig(hidden_sizes=[5], seed=leaked_seed), (3, 8, 8), 3)
+    return GradientPairDataModule(images, settings, leaked, GradientsConfig(), list(channel), seed)
+
+
+def pairs(data, split="train", epoch=0):
+    loader = {"train": data.train_dataloader, "test": data.test_dataloader}[split]()
+    loader.sampler.set_epoch(epoch)
+    return [data.prepare(batch, split, epoch) for batch in loader]
+
+
+def test_public_and_private_images_never_meet(images):
+    data = module(images)
+    names = {name: set(data.split(name).identifiers) for name in ("train", "validation", "test")}
+    assert [len(names[name]) for name in names] == [50, 10, 20]
+    assert not names["train"] & names["validation"]
+    assert not (names["train"] | names["validation"]) & names["test"]
+
+
+def test_pairs_have_the_shapes_and_ranges_of_the_contract(images):
+    data = module(images, client_batch_size=2)
+    pair = pairs(data)[0]
+    assert pair.images.shape == (4, 2, 3, 8, 8)
+    assert pair.labels.shape == pair.indices.shape == (4, 2)
+    assert pair.images.min() >= 0
+    assert pair.images.max() <= 1
+    assert list(pair.gradients) == list(data.leaked_model.architecture.parameter_shapes)
+    assert all(gradient.shape[0] == len(pair) == 4 for gradient in pair.gradients.values())
+
+
+def test_a_pair_holds_the_image_and_label_at_its_index(images):
+    data = module(images)
+    for pair in pairs(data):
+        positions = pair.indices[:, 0].tolist()
+        assert torch.equal((pair.images[:, 0] * 255).round().to(torch.uint8), data.split("train").read(positions))
+        assert torch.equal(pair.labels[:, 0], data.split("train").labels[positions])
+
+
+def everything(batches):
+    return torch.cat([torch.cat([p.images.flatten(), p.gradients["linear1.weight"].flatten()]) for p in batches])
+
+
+def test_the_seed_fixes_the_pairs_whatever_the_number_of_workers(images):
+    changed = {"horizontal_flip": True, "channel": [GaussianNoiseConfig(relative_std=0.1)]}
+    wanted = everything(pairs(module(images, **changed)))
+    assert torch.equal(everything(pairs(module(images, num_workers=0, **changed))), wanted)
+    assert torch.equal(everything(pairs(module(images, num_workers=2, **changed))), wanted)
+    assert not torch.equal(everything(pairs(module(images, seed=1, **changed))), wanted)
+
+
+def test_mirroring_and_noise_are_fresh_in_every_epoch_of_training_and_fixed_in_the_attack(images):
+    data = module(images, horizontal_flip=True, channel=[GaussianNoiseConfig(relative_std=0.1)])
+    by_index = []
+    for epoch in (0, 1):
+        batches = pairs(data, epoch=epoch)
+        found = {int(i): image for p in batches for i, image in zip(p.indices[:, 0], p.images[:, 0], strict=True)}
+        by_index.append(found)
+    both = [index for index in by_index[0] if index in by_index[1]]
+    mirrored = [not torch.equal(by_index[0][index], by_index[1][index]) for index in both]
+    assert any(mirrored)
+    assert not all(mirrored)
+    assert torch.equal(everything(pairs(data, "test", 0)), everything(pairs(data, "test", 5)))
+
+
+def test_fit_pairs_are_all_public_images_as_they_are(images):
+    data = module(images, horizontal_flip=True)
+    indices = torch.cat([pair.indices.flatten() for pair in data.fit_pairs(CPU)])
+    assert torch.equal(indices.sort().values, torch.arange(50))
+    first = next(data.fit_pairs(CPU))
+    assert torch.equal((first.images[:, 0] * 255).round().to(torch.uint8), data.split("train").read([0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize(("n_images", "per_leak", "n_leaks"), [(7, 1, 7), (7, 2, 3), (100, 1, 20)])
+def test_private_pairs_are_as_many_as_asked_for(images, n_images, per_leak, n_leaks):
+    data = module(images, client_batch_size=per_leak)
+    assert sum(len(pair) for pair in data.private_pairs(CPU, n_images)) == n_leaks
+
+
+def test_private_images_come_in_random_order_of_classes(images):
+    labels = module(images).split("test").labels
+    assert labels.tolist() != images.test.labels.tolist()
+    assert labels.sort().values.tolist() == images.test.labels.sort().values.tolist()
+
+
+def test_classes_choose_public_and_private_images(images):
+    data = module(images, public_classes=["cat", "eel"], private_classes=["dog"])
+    assert set(data.split("train").labels.tolist()) == {0, 2}
+    assert set(data.split("test").labels.tolist()) == {1}
+    with pytest.raises(ConfigError, match=r"data.public_classes: 'cow'.*cat, dog, eel"):
+        module(images, public_classes=["cow"])
+
+
+def test_batches_that_cannot_be_filled_are_named(images):
+    with pytest.raises(ConfigError, match=r"data.batch_size: 64 .* only 50"):
+        module(images, batch_size=64).train_dataloader()
+    with pytest.raises(DataError, match="client_batch_size: 15"):
+        module(images, client_batch_size=15)
+
+
+def test_a_checkpoint_of_another_leaked_model_is_refused(images):
+    state = module(images).state_dict()
+    module(images).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="another leaked model"):
+        module(images, leaked_seed=1).load_state_dict(state)
+
+
+def test_images_alone_for_training_a_leaked_model(images):
+    settings = dataclasses.replace(module(images).settings, batch_size=10)
+    data = ImageDataModule(images, settings, seed=0)
+    batch, labels, indices = data.prepare(next(iter(data.train_dataloader())), "train", 0)
+    assert batch.shape == (10, 3, 8, 8)
+    assert batch.dtype == torch.float32
+    assert labels.shape == indices.shape == (10,)

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gitlight.config import DataConfig
+from gitlight.data.sampling import LeakSampler, public_positions
+from gitlight.errors import ConfigError
+
+
+def read(n_images, per_leak, batch, world, shuffle, epoch=0, seed=3):
+    settings = DataConfig(client_batch_size=per_leak, batch_size=batch)
+    shares = []
+    for rank in range(world):
+        sampler = LeakSampler(n_images, settings, rank, world, seed, shuffle)
+        sampler.set_epoch(epoch)
+        positions = list(sampler)
+        assert len(positions) == len(sampler)
+        shares.append(torch.tensor(positions).view(-1, per_leak))
+    return shares
+
+
+sizes = st.tuples(st.integers(1, 60), st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2, 3]))
+
+
+@given(sizes)
+def test_every_global_batch_is_the_same_for_any_number_of_ranks(size):
+    n_images, per_leak, per_rank, world = size
+    batch = per_rank * world
+    (alone,) = read(n_images, per_leak, batch, 1, shuffle=True)
+    shares = read(n_images, per_leak, batch, world, shuffle=True)
+    together = torch.cat([share.view(-1, per_rank, per_leak) for share in shares], dim=1).view(-1, per_leak)
+    assert torch.equal(together, alone)
+    assert alone.unique().numel() == alone.numel() == n_images // per_leak // batch * batch * per_leak
+
+
+@given(sizes)
+def test_evaluation_reads_every_leak_once_over_all_ranks(size):
+    n_images, per_leak, per_rank, world = size
+    shares = read(n_images, per_leak, per_rank * world, world, shuffle=False)
+    leaks = torch.cat(shares)
+    assert torch.equal(leaks.flatten().sort().values, torch.arange(n_images // per_leak * per_leak))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    def order(**changed):
+        return read(50, 1, 10, 1, shuffle=True, **changed)[0].flatten().tolist()
+
+    assert order() == order()
+    assert order() != order(epoch=1)
+    assert order() != order(seed=4)
+
+
+def test_training_and_validation_images_are_disjoint_and_counted():
+    settings = DataConfig(n_public_images=40, n_validation=15)
+    train, validation = public_positions(100, settings, has_validation=False, seed=0)
+    assert (len(train), len(validation)) == (25, 15)
+    assert not set(train.tolist()) & set(validation.tolist())
+    train, validation = public_positions(100, settings, has_validation=True, seed=0)
+    assert (len(train), len(validation)) == (40, 0)
+
+
+@pytest.mark.parametrize(("n_public", "n_validation", "key"), [(101, 5, "n_public_images"), (40, 40, "n_validation")])
+def test_numbers_that_do_not_fit_are_named(n_public, n_validation, key):
+    settings = DataConfig(n_public_images=n_public, n_validation=n_validation)
+    with pytest.raises(ConfigError, match=f"data.{key}"):
+        public_positions(100, settings, has_validation=False, seed=0)

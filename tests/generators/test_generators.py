@@ -1,0 +1,171 @@
+"""What every generator must do, and what is particular to each."""
+
+import pytest
+import torch
+from conftest import run_fits
+from torch import nn
+
+from gitlight.architecture import Architecture
+from gitlight.config import (
+    CoarseGeneratorConfig,
+    FullyConnectedConfig,
+    HybridGeneratorConfig,
+    LeNetConfig,
+    MLPGeneratorConfig,
+)
+from gitlight.errors import ArchitectureError
+from gitlight.generators import GENERATORS
+from gitlight.generators.width import n_trainable
+
+SMALL = {
+    "mlp": {"hidden_size": 20},
+    "coarse": {"hidden_size": 20},
+    "hybrid": {"channels": 8, "blocks": 1, "gradient_channels": 2},
+}
+
+
+def build(name, architecture, client_batch_size=1, **changed):
+    settings = GENERATORS[name].settings(**{**SMALL[name], **changed})
+    torch.manual_seed(0)
+    return GENERATORS[name].load()(architecture, settings, client_batch_size)
+
+
+@pytest.fixture(params=list(SMALL))
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("leaked_settings", [LeNetConfig(width=4), FullyConnectedConfig(hidden_sizes=[12])])
+@pytest.mark.parametrize("client_batch_size", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_become_images(make_pairs, name, leaked_settings, client_batch_size, dtype):
+    leaked, pair = make_pairs(leaked_settings, n=60, client_batch_size=client_batch_size, dtype=dtype)
+    generator = run_fits(build(name, leaked.architecture, client_batch_size), [pair])
+    images = generator(pair.gradients)
+    assert images.shape == pair.images.shape
+    assert images.dtype == torch.float32
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_everything_trainable_gets_a_gradient(make_pairs, name):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=60, client_batch_size=2)
+    generator = run_fits(build(name, leaked.architecture, 2), [pair])
+    (generator(pair.gradients) - pair.images).square().mean().backward()
+    without = [key for key, p in generator.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+def test_state_restores_the_generator_with_its_fits(make_pairs, name):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=60)
+    generator = run_fits(build(name, leaked.architecture), [pair])
+    copy = build(name, leaked.architecture)
+    assert not copy.fitted
+    copy.load_state_dict(generator.state_dict())
+    assert copy.fitted
+    assert torch.equal(copy(pair.gradients), generator(pair.gradients))
+
+
+def test_fits_do_not_depend_on_how_pairs_are_batched(make_pairs, name):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=200)
+    whole = run_fits(build(name, leaked.architecture), [pair])
+    rows = torch.arange(200).chunk(4)
+    parts = [
+        type(pair)({k: g[r] for k, g in pair.gradients.items()}, pair.images[r], pair.labels[r], pair.indices[r])
+        for r in rows
+    ]
+    in_parts = run_fits(build(name, leaked.architecture), parts)
+    torch.testing.assert_close(in_parts(pair.gradients), whole(pair.gradients), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [60_000, 300_000])
+def test_a_budget_of_parameters_is_met_and_used(lenet_architecture, name, budget):
+    generator = build(name, lenet_architecture, parameters=budget)
+    assert 0.7 * budget < n_trainable(generator) <= budget
+
+
+def test_a_step_of_descent_lowers_the_error(make_pairs, name):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=100)
+    generator = run_fits(build(name, leaked.architecture), [pair])
+    _, pair = make_pairs(LeNetConfig(width=4), n=100, seed=1)  # a closed form fits its own pairs too well to improve
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.mse_loss(generator(pair.gradients), pair.images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_lti_takes_raw_gradients_where_asked_to(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4), dtype="float32")
+    generator = build("mlp", leaked.architecture, scale_inputs=False)
+    assert generator.fits() == ()
+    flat = torch.cat([gradient.flatten(1) for gradient in pair.gradients.values()], dim=1)
+    torch.testing.assert_close(generator(pair.gradients).flatten(1), generator.network(flat))
+
+
+def test_lti_has_its_published_size_by_default(lenet_architecture):
+    settings = MLPGeneratorConfig()
+    generator = GENERATORS["mlp"].load()(lenet_architecture, settings)
+    sizes = [module.out_features for module in generator.network if isinstance(module, nn.Linear)]
+    assert sizes == [3000, 3000, 3 * 16 * 16]
+
+
+def test_coarse_has_one_step_per_module_with_the_shapes_of_the_trace(lenet_architecture):
+    generator = GENERATORS["coarse"].load()(lenet_architecture, CoarseGeneratorConfig(hidden_size=7))
+    shapes = [(step.hidden.in_features, step.output.out_features) for step in generator.steps]
+    linear, conv, first = 64 * 5 + 5, 4 * 4 * 25 + 4, 4 * 3 * 25 + 4
+    assert shapes == [(linear, 64), (64 + conv, 64), (64 + conv, 256), (256 + first, 768)]
+
+
+def test_coarse_names_a_module_that_it_has_no_step_for():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    architecture = Architecture.of(model, (3, 8, 8), 2)
+    with pytest.raises(ArchitectureError, match=r"no step for BatchNorm2d, module '1'.*Linear, Conv2d.*mlp"):
+        GENERATORS["coarse"].load()(architecture, CoarseGeneratorConfig())
+
+
+def test_hybrid_is_exact_for_fully_connected_networks_with_nothing_to_train(make_pairs):
+    leaked, pair = make_pairs(FullyConnectedConfig(hidden_sizes=[12]))
+    generator = run_fits(build("hybrid", leaked.architecture), [])
+    assert n_trainable(generator) == 0
+    torch.testing.assert_close(generator(pair.gradients), pair.images, rtol=0, atol=1e-6)
+
+
+def test_hybrid_starts_from_its_closed_form(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=12), n=400)
+    generator = run_fits(build("hybrid", leaked.architecture), [pair])
+    assert torch.equal(generator(pair.gradients), generator.start(pair.gradients))
+    error = (generator(pair.gradients) - pair.images).square().mean()
+    spread = (pair.images.mean(dim=0) - pair.images).square().mean()
+    assert error < 0.01 * spread, "the closed form alone must be far better than the mean image"
+
+
+def test_hybrid_learns_from_pixels_that_overshoot(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=60)
+    generator = run_fits(build("hybrid", leaked.architecture), [pair])
+    with torch.no_grad():
+        generator.refinement.leave.bias.fill_(5.0)
+    images = generator(pair.gradients)
+    assert (images == 1).all()
+    (images - pair.images).square().mean().backward()
+    assert (generator.refinement.leave.bias.grad > 0).all()
+
+
+def test_hybrid_uses_the_gradients_of_layers_that_its_walk_does_not_reach(make_pairs):
+    leaked, _ = make_pairs(LeNetConfig(width=12), shape=(3, 32, 32))
+    generator = build("hybrid", leaked.architecture)
+    assert generator.scaling.n_entries == sum(p.numel() for p in leaked.network.conv1.parameters())
+
+
+@pytest.mark.parametrize("size", [(3, 15, 17), (1, 9, 9)])
+def test_hybrid_takes_images_of_odd_size(size):
+    network = nn.Sequential(nn.Conv2d(size[0], 6, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.LazyLinear(3))
+    network(torch.zeros(1, *size))
+    architecture = Architecture.of(network, size, 3)
+    generator = GENERATORS["hybrid"].load()(architecture, HybridGeneratorConfig(channels=4, blocks=1))
+    gradients = {name: torch.randn(2, *p.shape) for name, p in network.named_parameters()}
+    assert generator(gradients).shape == (2, 1, *size)

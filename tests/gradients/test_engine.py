@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+
+from gitlight.architecture import Architecture
+from gitlight.config import FullyConnectedConfig, GradientsConfig, LeNetConfig
+from gitlight.errors import ConfigError
+from gitlight.gradients.engine import GradientEngine
+from gitlight.leaked.lenet import lenet
+from gitlight.leaked.mlp import fully_connected
+
+SHAPE, N_CLASSES = (3, 16, 16), 10
+
+
+@pytest.fixture(params=["lenet", "mlp"])
+def network(request):
+    torch.manual_seed(0)
+    if request.param == "lenet":
+        return lenet(LeNetConfig(width=4), SHAPE, N_CLASSES)
+    return fully_connected(FullyConnectedConfig(hidden_sizes=[20, 15], activation="tanh"), SHAPE, N_CLASSES)
+
+
+def autograd_loop(network, images, labels):
+    """The reference: one ordinary backward pass per leak, in float64."""
+    network = network.double()
+    leaks = []
+    for client_images, client_labels in zip(images.double(), labels, strict=True):
+        loss = nn.functional.cross_entropy(network(client_images), client_labels)
+        leaks.append(torch.autograd.grad(loss, list(network.parameters())))
+    network.float()
+    names = [name for name, _ in network.named_parameters()]
+    return {name: torch.stack(parts) for name, parts in zip(names, zip(*leaks, strict=True), strict=True)}
+
+
+def relative_error(found, wanted):
+    assert list(found) == list(wanted)
+    return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop", "auto"])
+@pytest.mark.parametrize("client_batch_size", [1, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_gradients_equal_those_of_plain_autograd(network, method, client_batch_size, dtype, tolerance):
+    images = torch.rand(5, client_batch_size, *SHAPE)
+    labels = torch.randint(N_CLASSES, (5, client_batch_size))
+    wanted = autograd_loop(network, images, labels)
+    engine = GradientEngine(
+        network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig(method=method, dtype=dtype)
+    )
+    found = engine(images, labels)
+    assert all(gradient.dtype == getattr(torch, dtype) for gradient in found.values())
+    assert relative_error(found, wanted) < tolerance
+
+
+def test_chunks_do_not_change_the_result(network):
+    images, labels = torch.rand(7, 2, *SHAPE), torch.randint(N_CLASSES, (7, 2))
+    architecture = Architecture.of(network, SHAPE, N_CLASSES)
+    whole = GradientEngine(network, architecture, GradientsConfig(dtype="float64"))(images, labels)
+    results = 7 * architecture.n_parameters * 8
+    one_at_a_time = 8 * (2 * architecture.n_parameters + 3 * 2 * architecture.n_activations)
+    limit = (results + 2.5 * one_at_a_time) / 1e9
+    settings = GradientsConfig(dtype="float64", memory_limit_gb=limit)
+    chunked = GradientEngine(network, architecture, settings)(images, labels)
+    assert relative_error(chunked, whole) < 1e-12
+
+
+def test_an_impossible_memory_limit_says_what_is_needed(network):
+    architecture = Architecture.of(network, SHAPE, N_CLASSES)
+    engine = GradientEngine(network, architecture, GradientsConfig(memory_limit_gb=1e-6))
+    with pytest.raises(ConfigError, match=r"gradients.memory_limit_gb: 1e-06 GB is too little.*data.batch_size"):
+        engine(torch.rand(4, 1, *SHAPE), torch.zeros(4, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_made_where_autograd_is_off(network, mode):
+    images, labels = torch.rand(2, 1, *SHAPE), torch.zeros(2, 1, dtype=torch.int64)
+    engine = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig())
+    wanted = engine(images, labels)
+    with mode():
+        found = engine(images + 0, labels + 0)
+    assert relative_error(found, wanted) == 0
+
+
+def test_the_leaked_model_is_followed_as_it_trains(network):
+    engine = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig())
+    images, labels = torch.rand(2, 1, *SHAPE), torch.zeros(2, 1, dtype=torch.int64)
+    engine(images, labels)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.5)
+    assert relative_error(engine(images, labels), autograd_loop(network, images, labels)) < 1e-5
+
+
+def test_gradients_of_a_frozen_model_and_of_trained_parameters_alone(network):
+    images, labels = torch.rand(2, 1, *SHAPE), torch.zeros(2, 1, dtype=torch.int64)
+    wanted = autograd_loop(network, images, labels)
+    network.requires_grad_(False)
+    frozen = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig())(images, labels)
+    assert relative_error(frozen, wanted) < 1e-5
+    last = list(wanted)[-1]
+    dict(network.named_parameters())[last].requires_grad_(True)
+    some = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig())(images, labels)
+    assert relative_error(some, {last: wanted[last]}) < 1e-5

@@ -1,0 +1,105 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gitlight.checkpoint_io import AtomicCheckpointIO
+from gitlight.errors import CheckpointError
+
+
+def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state": torch.arange(3), "epoch": 2}, path)
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    assert torch.equal(loaded["state"], torch.arange(3))
+    assert loaded["epoch"] == 2
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"epoch": 1}, path)
+
+    def half_a_write(checkpoint: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half_a_write)
+    with pytest.raises(OSError, match="No space"):
+        io.save_checkpoint({"epoch": 2}, path)
+    assert io.load_checkpoint(path) == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"epoch": 1}, path)
+    # The child stalls in the middle of torch.save, where it is killed.
+    code = f"""
+import time, torch
+from gitlight.checkpoint_io import AtomicCheckpointIO
+def stall(checkpoint, file):
+    file.write(b"half a checkpoint"); file.flush(); time.sleep(60)
+torch.save = stall
+AtomicCheckpointIO().save_checkpoint({{"epoch": 2}}, {str(path)!r})
+"""
+    root = Path(__file__).parents[1]
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    try:
+        partial = tmp_path / ".last.ckpt.partial"
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert partial.stat().st_size > 0
+    finally:
+        child.kill()
+        child.wait()
+    assert io.load_checkpoint(path) == {"epoch": 1}
+    io.save_checkpoint({"epoch": 3}, path)
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert io.load_checkpoint(path) == {"epoch": 3}
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"There is no checkpoint .*gone\.ckpt"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "gone.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt .*damaged"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+def test_a_cut_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt .*damaged"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for path, write in ((tmp_path / "a.ckpt", torch.save), (tmp_path / "b.ckpt", None)):
+        if write is None:
+            path.write_bytes(pickle.dumps({"x": Payload()}, protocol=2))
+        else:
+            write({"x": Payload()}, path)
+        with pytest.raises(CheckpointError, match="not read"):
+            AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,52 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gitlight.cli import evaluate_command, settings_help, train_command
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_shows_usage_and_settings_without_loading_torch(script):
+    code = f"import sys, runpy; sys.argv = ['{script}', '--help']\n"
+    code += f"try:\n    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\nexcept SystemExit as end:\n"
+    code += "    assert end.code == 0\nassert 'torch' not in sys.modules, 'help must not wait for torch'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: python {script}" in result.stdout
+    assert "trainer.max_epochs=10" in result.stdout
+    assert "gitlight/config.py" in result.stdout
+
+
+def test_importing_gitlight_does_not_load_torch():
+    code = "import sys, gitlight; assert 'torch' not in sys.modules"
+    code += "; gitlight.Architecture; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_lists_the_settings_of_every_generator():
+    text = settings_help()
+    for setting in ("generator.hidden_layers=2", "generator.exact_depth=null", "channel[i].relative_std=0.01"):
+        assert setting in text
+
+
+@pytest.mark.parametrize(
+    "override", ["data.imagesize=3", "data.name=fodler", "data.name=folder", "trainer.resume=last"]
+)
+def test_mistakes_end_with_code_2_and_one_message(override, tmp_path, capsys):
+    code = train_command([str(DEMO), override, f"output_dir={tmp_path / 'run'}"], DEMO)
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert override.split("=")[0] in captured.err
+    assert not (tmp_path / "run").exists(), "a run that cannot start writes nothing"
+
+
+def test_evaluate_without_a_run_shows_its_usage(capsys):
+    assert evaluate_command([]) == 2
+    assert "usage: python evaluate.py" in capsys.readouterr().err

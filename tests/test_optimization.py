@@ -1,0 +1,22 @@
+import pytest
+
+from gitlight.config import OptimizerConfig
+from gitlight.optimization import learning_rate_factor
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+def test_schedules_warm_up_and_never_exceed_the_peak(schedule):
+    settings = OptimizerConfig(schedule=schedule, warmup_fraction=0.1)
+    factors = [learning_rate_factor(settings, step / 100) for step in range(101)]
+    assert 0 < factors[0] < factors[5] < factors[10] == 1.0
+    assert max(factors) == 1.0
+
+
+def test_step_drops_tenfold_at_three_quarters():
+    settings = OptimizerConfig(schedule="step", warmup_fraction=0)
+    assert [learning_rate_factor(settings, t) for t in (0, 0.7499, 0.75, 1)] == [1.0, 1.0, 0.1, 0.1]
+
+
+def test_warm_up_may_be_the_whole_run_or_none():
+    assert learning_rate_factor(OptimizerConfig(warmup_fraction=1.0), 0.5) == 0.5
+    assert learning_rate_factor(OptimizerConfig(warmup_fraction=0.0), 0.0) == 1.0

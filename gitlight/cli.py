@@ -74,7 +74,7 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         return USER_ERROR
     try:
         config = load_config(path, rest)
-        _configure_logging(config)
+        _configure_logging()
         command(config)
     except GitlightError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,11 +85,17 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
     return 0
 
 
-def _configure_logging(config: Config) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+def _configure_logging() -> None:
+    """Plain lines for gitlight's messages, from the first process; of Lightning's, only warnings."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    logging.getLogger("gitlight").setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
+    own = logging.getLogger("gitlight")
+    own.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
+    if not own.handlers:
+        own.addHandler(logging.StreamHandler(sys.stdout))
+    own.propagate = False
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def settings_help() -> str:

@@ -32,10 +32,10 @@ class DataConfig:
     image_size: int = setting(32, "height and width of the images, in pixels", minimum=8)
     channels: int = setting(3, "3: colour (grey images are repeated); 1: grey (colour is converted)", choices=[1, 3])
     client_batch_size: int = setting(1, "images whose averaged gradient is one leak", minimum=1)
-    n_public_images: int | None = setting(
-        None, "public images to use, validation included; null: all of the training split", minimum=2
+    n_public_images: int | None = setting(None, "images of the training split to use; null: all", minimum=2)
+    n_validation: int = setting(
+        256, "images to choose the best checkpoint by: of the above, unless the source has its own", minimum=1
     )
-    n_validation: int = setting(256, "of these, images held out to choose the best checkpoint", minimum=1)
     public_classes: list[str] | None = setting(None, "classes that pairs are made from; null: all")
     private_classes: list[str] | None = setting(None, "classes of the attacked images; null: all")
     batch_size: int = setting(128, "leaks in one optimiser step, summed over all devices", minimum=1)

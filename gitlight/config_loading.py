@@ -137,6 +137,8 @@ def _typed(values: Values, sources: Mapping[str, str]) -> Config:
     values["channel"] = _channel_stages(values.get("channel", []), sources)
     _check_keys(values, OmegaConf.to_object(schema), "", sources)
     for key, value in _dotted(values).items():
+        if value is False and "off" in getattr(_field_of(schema, key), "metadata", {}).get("choices", ()):
+            value = "off"  # YAML 1.1, which PyYAML reads, takes the bare word for a boolean
         try:
             # One key at a time, so that an error can say which; whole sections are known to be mappings by now.
             OmegaConf.update(schema, key, value, merge=False)

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,19 @@ from torch import Tensor
 from gitlight.callbacks.reconstructions import draw_grid
 from gitlight.config import Config, TrainerConfig
 from gitlight.config_loading import load_config
-from gitlight.data.datamodule import GradientPairDataModule, image_shape, load_images
+from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import Gradients
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.base import Generator
 from gitlight.generators.exact.labels import labels_from_bias_gradient, output_bias
 from gitlight.gradients.channel import describe_channel
-from gitlight.leaked.model import LeakedModel
 from gitlight.lpips import load_lpips
 from gitlight.metrics import SMALLEST_LPIPS_IMAGE, bootstrap_interval, match
 from gitlight.report.attacked import AttackedImages, measure, to_bytes, write_per_image
 from gitlight.report.html import render_report
 from gitlight.report.results import METRICS, Estimate, Result, merge_results, read_results, write_results, write_text
 from gitlight.runs import checkpoint_path, load_checkpoint, run_folder
-from gitlight.training import build_generator
+from gitlight.training import build_generator, build_pairs
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +57,8 @@ class Evaluation:
         ]
         for name, metric in METRICS.items():
             if name in result.metrics:
-                estimate = result.metrics[name]
-                low, high = metric.show(estimate.low), metric.show(estimate.high)
-                lines.append(f"{metric.title:<16}{metric.show(estimate.mean):>10}    {low} to {high}{metric.unit}")
+                mean, low, high = map(metric.show, astuple(result.metrics[name]))
+                lines.append(f"{metric.title:<16}{mean:>10}    {low} to {high}{metric.unit}")
         if result.label_accuracy is not None:
             lines.append(f"{'labels right':<16}{result.label_accuracy:>10.1%}")
         lines.append(f"{'time per image':<16}{result.seconds_per_image * 1000:>10.3g}    ms")
@@ -84,8 +82,7 @@ def evaluate(config: Config) -> Evaluation:
     Raises:
         CheckpointError: there is no trained generator, or it is damaged, or was trained with other settings or another
             leaked model; or an existing ``metrics.json`` cannot be read.
-        ConfigError: the settings are not those of an attack.
-        DataError: the images are missing or unreadable.
+        ConfigError, DataError: the settings are not those of an attack, or the images are missing or unreadable.
     """
     settings, folder = config.evaluation, run_folder(config)
     if config.task != "generator":
@@ -99,21 +96,19 @@ def evaluate(config: Config) -> Evaluation:
             f"(data.client_batch_size: {config.data.client_batch_size})."
         )
     checkpoint = _checkpoint(config)
-    read_results(folder / "evaluation" / "metrics.json")  # unreadable results should stop it now, not after the attack
+    read_results(folder / "evaluation" / "metrics.json")  # unreadable: stop now, not after the attack
     trained = load_config(folder) if (folder / "config.yaml").is_file() else config
-    loaded = load_images(config.data)
-    leaked = LeakedModel(config.leaked, image_shape(config.data), len(loaded.class_names))
-    datamodule = GradientPairDataModule(loaded, config.data, leaked, config.gradients, config.channel, config.seed)
+    datamodule = build_pairs(config)
     _check_leaked_model(config, trained, datamodule, checkpoint)
     generator = build_generator(config, datamodule.leaked_model.architecture)
     _load_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, settings.checkpoint))
     device = _device(config.trainer)
-    images, seconds = attack(generator, datamodule, loaded.class_names, device, settings.n_images)
+    images, seconds = attack(generator, datamodule, datamodule.class_names, device, settings.n_images)
     if len(images) < settings.n_images:
         log.warning("evaluation.n_images: %d, but the private images make up %d", settings.n_images, len(images))
-    result = _result(config, trained, images, seconds)
-    _write(config, trained, result, images, device, folder / "evaluation")
-    return Evaluation(result, folder / "evaluation")
+    evaluation = Evaluation(_result(config, trained, images, seconds), folder / "evaluation")
+    _write(evaluation, config, trained, images, device)
+    return evaluation
 
 
 def attack(
@@ -216,10 +211,10 @@ def _load_weights(generator: Generator, state: dict[str, Tensor], path: Path) ->
         generator.load_state_dict(own)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
         raise CheckpointError(
             f"{path} does not fit the settings: they differ from those that the generator was trained with. Evaluate "
-            f"the run's folder without changing data, leaked or generator settings. {' '.join(problems[:3])}{more}"
+            f"the run's folder without changing data, leaked or generator settings. {' '.join(problems[:2])}{more}"
         ) from error
 
 
@@ -252,7 +247,7 @@ def _changes(settings: Any, trained: Any) -> dict[str, Any]:
 
 def _described(name: str, changes: dict[str, Any]) -> str:
     """A name, with what was changed since training: a result under such a condition must not replace the other's."""
-    values = ", ".join(f"{key}={value}" for key, value in changes.items() if key != "name")
+    values = ", ".join(f"{key}={'null' if v is None else v}" for key, v in changes.items() if key != "name")
     return f"{name}({values})" if values else name
 
 
@@ -282,9 +277,10 @@ def _result(config: Config, trained: Config, images: AttackedImages, seconds: fl
 
 
 def _write(
-    config: Config, trained: Config, result: Result, images: AttackedImages, device: torch.device, folder: Path
+    evaluation: Evaluation, config: Config, trained: Config, images: AttackedImages, device: torch.device
 ) -> None:
     """Write the four files, each all or nothing."""
+    result, folder = evaluation.result, evaluation.folder
     folder.mkdir(exist_ok=True)
     n = config.evaluation.n_pictures
     captions = [

@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture
 from gitlight.callbacks import build_callbacks
@@ -16,6 +17,7 @@ from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.config import Config, OptimizerConfig
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
+from gitlight.errors import CheckpointError
 from gitlight.generators import GENERATORS
 from gitlight.generators.base import Generator
 from gitlight.leaked.model import LeakedModel
@@ -37,6 +39,8 @@ class GITModule(LightningModule):
     def __init__(self, generator: Generator, optimizer: OptimizerConfig) -> None:
         super().__init__()
         self.generator = generator
+        # Lightning's own epoch mean rounds the ranks' batch counts, which is wrong for shares of unequal size.
+        self.val_loss = MeanMetric()
         self._optimizer = optimizer
 
     def forward(self, gradients: Gradients) -> Tensor:
@@ -70,7 +74,8 @@ class GITModule(LightningModule):
     def validation_step(self, pair: GradientPair, batch_idx: int) -> dict[str, Tensor]:
         """Log the loss on held-out public pairs and hand the reconstructions to the callbacks."""
         reconstructions = self(pair.gradients)
-        self.log("val/loss", self._loss(reconstructions, pair), sync_dist=True, batch_size=len(pair))
+        self.val_loss.update(self._loss(reconstructions, pair), weight=len(pair))
+        self.log("val/loss", self.val_loss, on_epoch=True, batch_size=len(pair))
         return {"reconstructions": reconstructions}
 
     def _loss(self, reconstructions: Tensor, pair: GradientPair) -> Tensor:
@@ -109,7 +114,6 @@ def train(config: Config) -> Path:
         GitlightError: the settings, the images or the checkpoint to resume from are not right; nothing is trained.
     """
     resume = checkpoint_to_resume(config)
-    resume_step = None if resume is None else int(load_checkpoint(resume)["global_step"])
     module: LightningModule
     datamodule: ImageDataModule
     if config.task == "leaked":
@@ -120,11 +124,26 @@ def train(config: Config) -> Path:
     else:
         datamodule = build_pairs(config)
         module = GITModule(build_generator(config, datamodule.leaked_model.architecture), config.optimizer)
+    resume_step = None if resume is None else _check_checkpoint(resume, module, datamodule)
     folder = run_folder(config)
     prepare_run_folder(config, resume)
     trainer = build_trainer(config, folder, resume_step)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     return folder
+
+
+def _check_checkpoint(path: Path, module: LightningModule, datamodule: ImageDataModule) -> int:
+    """The step that a checkpoint was made at, once it is sure to fit: before anything of the run is touched."""
+    checkpoint = load_checkpoint(path)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} was made with other settings of the {'generator' if isinstance(module, GITModule) else 'model'} "
+            f"than those given now; use the run's own config.yaml. {error}"
+        ) from error
+    datamodule.load_state_dict(checkpoint.get(type(datamodule).__qualname__, {}))
+    return int(checkpoint["global_step"])
 
 
 def build_trainer(config: Config, folder: Path, resume_step: int | None) -> Trainer:

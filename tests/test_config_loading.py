@@ -49,9 +49,15 @@ def test_channel_stages_have_their_own_settings(config_file):
     assert load_config(path).channel == [PruningConfig(fraction=0.5)]
 
 
+def test_the_word_off_is_a_word(config_file):
+    assert load_config(config_file("logging: {wandb: off}")).logging.wandb == "off"
+    assert load_config(config_file("seed: 0"), ["logging.wandb=off"]).logging.wandb == "off"
+
+
 def test_a_saved_config_loads_as_it_was(config_file, tmp_path):
     config = load_config(
-        config_file("channel: [{name: pruning}]\nleaked: {name: mlp}"), ["data.public_classes=[cat,dog]", "seed=3"]
+        config_file("channel: [{name: pruning}]\nleaked: {name: mlp}"),
+        ["data.public_classes=[cat,dog]", "seed=3", "logging.wandb=off"],
     )
     (tmp_path / "run").mkdir()
     save_config(config, tmp_path / "run" / "config.yaml")

@@ -52,6 +52,9 @@ class ImageDataModule(LightningDataModule):
     """Public images for training and validation, private images for the attack; never the same image in both.
 
     Public images come from the source's training split, private ones from its test split.
+
+    Attributes:
+        class_names: name of each label.
     """
 
     def __init__(self, loaded: ImageSplits, settings: DataConfig, seed: int) -> None:
@@ -63,6 +66,7 @@ class ImageDataModule(LightningDataModule):
         """
         super().__init__()
         self.settings = settings
+        self.class_names = loaded.class_names
         self._seed = seed
         public = _of_classes(loaded.train, loaded.class_names, settings.public_classes, "public_classes")
         train, held_out = public_positions(

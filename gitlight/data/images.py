@@ -83,7 +83,8 @@ class ImageSubset:
     @property
     def identifiers(self) -> Sequence[str]:
         """One short name per image."""
-        return [self.source.identifiers[position] for position in self.positions.tolist()]
+        identifiers = self.source.identifiers  # once: of a subset of a subset it is made anew at each access
+        return [identifiers[position] for position in self.positions.tolist()]
 
     @property
     def in_memory(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture, ImageShape
 from gitlight.config import LeakedConfig, OptimizerConfig
@@ -52,6 +53,8 @@ class LeakedModel(LightningModule):
         if settings.weights is not None:
             _load_weights(self.network, Path(settings.weights))
         self.architecture = Architecture.of(self.network, image_shape, n_classes)
+        # Lightning's own epoch mean rounds the ranks' batch counts, which is wrong for shares of unequal size.
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self._optimizer = optimizer
         if optimizer is None:
             self.freeze()
@@ -71,20 +74,23 @@ class LeakedModel(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of one batch of ``(images, labels, indices)``."""
-        return self._log_step("train", batch)
+        loss, accuracy = self._loss_and_accuracy(batch)
+        values = {"train/loss": loss, "train/accuracy": accuracy}
+        self.log_dict(values, on_step=True, on_epoch=False, prog_bar=True, sync_dist=True, batch_size=len(batch[1]))
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Log loss and accuracy on held-out public images."""
-        self._log_step("val", batch)
+        loss, accuracy = self._loss_and_accuracy(batch)
+        self.val_loss.update(loss, weight=len(batch[1]))
+        self.val_accuracy.update(accuracy, weight=len(batch[1]))
+        values = {"val/loss": self.val_loss, "val/accuracy": self.val_accuracy}
+        self.log_dict(values, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
 
-    def _log_step(self, stage: str, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _loss_and_accuracy(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels, _ = batch
         logits = self(images)
-        loss = nn.functional.cross_entropy(logits, labels)
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        values = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
-        self.log_dict(values, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True, batch_size=len(labels))
-        return loss
+        return nn.functional.cross_entropy(logits, labels), (logits.argmax(dim=1) == labels).float().mean()
 
     def configure_optimizers(self) -> Any:
         """The optimiser and schedule of the config."""

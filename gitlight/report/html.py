@@ -25,8 +25,7 @@ from gitlight.report.results import METRICS, Result
 
 KNOWLEDGE = {
     "architecture": "the structure of the attacked model: its layers and their sizes",
-    "pairs": "example pairs: public images of the attacker's own, each with the gradient that the attacked model gives "
-    "for it",
+    "pairs": "example pairs: public images of the attacker's own, each with the gradient that the model gives for it",
     "parameters": "the attacked model's weights",
     "labels": "the labels of the private images",
     "prior": "the reconstructions of another attack, as a starting point",
@@ -90,6 +89,7 @@ def render_report(
         knowledge=[KNOWLEDGE[item] for item in result.knowledge],
         unknown=[words for item, words in KNOWLEDGE.items() if item not in result.knowledge and item != "prior"],
         results=results,
+        other_model=config.leaked != trained.leaked,
         trained_channel=describe_channel(trained.channel),
         bands=_bands(psnr),
         groups=_groups(images),

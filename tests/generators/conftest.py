@@ -41,14 +41,3 @@ def lenet_architecture() -> Architecture:
 @pytest.fixture
 def mlp_architecture() -> Architecture:
     return LeakedModel(FullyConnectedConfig(hidden_sizes=[20, 10]), SHAPE, N_CLASSES).architecture
-
-
-def run_fits(generator, pairs):
-    """What `GITModule` does before training, on one device."""
-    for fit in generator.fits():
-        for pair in pairs:
-            fit.update(pair)
-        assert fit.sums()
-        fit.finish()
-    generator.fitted.fill_(True)
-    return generator

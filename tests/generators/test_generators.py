@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_fits
+from closed_form import run_fits
 from torch import nn
 
 from gitlight.architecture import Architecture

@@ -1,7 +1,11 @@
 """Leaked weights from pairs, in closed form: linear least squares on what the layers above give away."""
 
+import logging
+
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Ridge on the scaled normal matrix, whose diagonal is 1: only against exact singularity.
 _REGULARISATION = 1e-14
@@ -30,17 +34,28 @@ class WeightFit:
         targets = outputs.flatten(0, 1)
         if not self._sums:
             size = design.shape[1]
-            self._sums = [design.new_zeros(size, size), design.new_zeros(size, targets.shape[1])]
+            self._sums = [design.new_zeros(size, size), design.new_zeros(size, targets.shape[1]), design.new_zeros(())]
         self._sums[0] += weighted.T @ design
         self._sums[1] += weighted.T @ targets
+        self._sums[2] += (weights > 0).sum() * patches.shape[1]
 
     def sums(self) -> list[Tensor]:
-        """Normal matrix and right-hand side."""
+        """Normal matrix, right-hand side, number of equations per output."""
         return self._sums
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """``W`` ``(outputs, inputs)`` and ``b`` ``(outputs,)``; forgets the sums."""
-        normal, right = self._sums
+        """``W`` ``(outputs, inputs)`` and ``b`` ``(outputs,)``; forgets the sums.
+
+        With fewer equations than unknowns it warns: the result is then one of many, and rounding decides which.
+        """
+        normal, right, n_equations = self._sums
+        if n_equations < len(normal):
+            log.warning(
+                "closed-form fit of a leaked weight: %d equations for %d unknowns per output; the reconstruction will "
+                "suffer. More pairs help: data.n_public_images.",
+                int(n_equations),
+                len(normal),
+            )
         count, mean, offset = normal[-1, -1], normal[-1, :-1] / normal[-1, -1], right[-1] / normal[-1, -1]
         # Centred, then scaled to a unit diagonal: activations may vary a thousand times less than their mean, and the
         # constant would then hide their differences.

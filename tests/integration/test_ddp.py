@@ -1,0 +1,38 @@
+import csv
+
+import pytest
+from small_run import SMALL
+
+TWO_PROCESSES = ["trainer.devices=2", "trainer.strategy=ddp"]
+
+
+def logged(run, column):
+    with (run / "metrics.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
+@pytest.mark.parametrize(("generator", "client_batch_size"), [("hybrid", 1), ("mlp", 1), ("mlp", 2)])
+def test_two_processes_follow_the_curve_of_one(command, tmp_path, generator, client_batch_size):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"generator: {{name: {generator}}}\ntrainer: {{max_epochs: 2}}\n"
+        # Enough pairs for the closed-form fits: where they are underdetermined, rounding decides.
+        "data: {horizontal_flip: true}\nchannel: [{name: gaussian_noise, relative_std: 0.0001}]\n"
+    )
+    # An odd number of validation leaks: the two ranks' shares differ.
+    settings = [*SMALL, f"data.client_batch_size={client_batch_size}", "data.n_validation=15"]
+    settings += ["data.n_public_images=512", "data.batch_size=64"]
+    settings += ["generator.hidden_size=32"] if generator == "mlp" else ["generator.channels=8", "generator.blocks=1"]
+    command("train.py", str(config), *settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}")
+    command("train.py", str(config), *settings, *TWO_PROCESSES, f"output_dir={tmp_path / 'two'}")
+    for column in ("train/loss", "val/loss", "val/mse", "val/psnr", "val/ssim"):
+        one, two = logged(tmp_path / "one", column), logged(tmp_path / "two", column)
+        assert one
+        assert two == pytest.approx(one, rel=1e-4), column
+
+
+def test_a_batch_that_cannot_be_shared_is_named(command, tmp_path):
+    (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 8}\n")
+    output = command("train.py", "run.yaml", *SMALL, "data.batch_size=15", *TWO_PROCESSES, code=2)
+    assert "data.batch_size: 15" in output
+    assert "multiple of 2" in output

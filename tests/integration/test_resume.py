@@ -1,0 +1,77 @@
+import csv
+
+import pytest
+import torch
+from small_run import SMALL
+
+from gitlight.runs import load_checkpoint
+
+EPOCHS = 4
+STEPS_AN_EPOCH = 6  # 96 images in batches of 16
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    # Mirroring and channel noise are random numbers that a resumed run must find again.
+    path.write_text(
+        "generator: {name: hybrid, channels: 8, blocks: 1}\n"
+        "data: {horizontal_flip: true}\n"
+        "channel: [{name: gaussian_noise, relative_std: 0.001}]\n"
+        f"trainer: {{max_epochs: {EPOCHS}}}\n"
+    )
+    return path
+
+
+def metrics(run):
+    with (run / "metrics.csv").open() as file:
+        timeless = [{k: v for k, v in row.items() if not k.startswith("throughput")} for row in csv.DictReader(file)]
+    return [row for row in timeless if any(value for key, value in row.items() if key not in ("epoch", "step"))]
+
+
+def same_weights(one, other):
+    first, second = (load_checkpoint(run / "checkpoints" / "last.ckpt") for run in (one, other))
+    assert first["global_step"] == second["global_step"] == EPOCHS * STEPS_AN_EPOCH
+    return all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+
+
+def test_a_killed_run_resumed_ends_like_one_never_interrupted(command, config, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command("train.py", str(config), *SMALL, f"output_dir={whole}")
+
+    process = command.start("train.py", str(config), *SMALL, f"output_dir={killed}")
+    command.kill_when(process, lambda: (killed / "reconstructions" / "epoch_0001.png").exists())
+    step = load_checkpoint(killed / "checkpoints" / "last.ckpt")["global_step"]
+    assert 0 < step < EPOCHS * STEPS_AN_EPOCH, "it was killed in the middle"
+    command("train.py", str(killed), "trainer.resume=last")
+
+    assert metrics(killed) == metrics(whole)
+    assert same_weights(killed, whole)
+
+
+def test_resuming_can_prolong_a_finished_run(train, config, tmp_path):
+    run = tmp_path / "run"
+    assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
+    assert train(str(run), "trainer.resume=last", "trainer.max_epochs=2") == 0
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2 * STEPS_AN_EPOCH
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "generator.channels=16", "leaked.seed=5"])
+def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, config, tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    before = (run / "metrics.csv").read_bytes()
+    changed = []
+    if damage == "missing":
+        checkpoint.unlink()
+    elif damage == "truncated":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    else:
+        changed = [damage]
+    capsys.readouterr()
+    assert train(str(run), "trainer.resume=last", *changed) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "checkpoint" in error
+    assert (run / "metrics.csv").read_bytes() == before

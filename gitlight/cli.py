@@ -77,7 +77,8 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         _configure_logging()
         command(config)
     except GitlightError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # From a process that reads images an error arrives with that process's traceback before it.
+        print(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; python train.py RUN_DIR trainer.resume=last continues a training run", file=sys.stderr)

@@ -26,7 +26,7 @@ from gitlight.report.attacked import AttackedImages, measure, to_bytes, write_pe
 from gitlight.report.html import render_report
 from gitlight.report.results import METRICS, Estimate, Result, merge_results, read_results, write_results, write_text
 from gitlight.runs import checkpoint_path, load_checkpoint, run_folder
-from gitlight.training import build_generator, build_pairs
+from gitlight.training import accelerator, build_generator, build_pairs
 
 log = logging.getLogger(__name__)
 
@@ -179,14 +179,11 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _device(settings: TrainerConfig) -> torch.device:
-    """One device of the kind that ``trainer.accelerator`` names; the CPU where the machine has none."""
-    if settings.accelerator == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.is_available() and settings.accelerator != "mps":
+    """One device of the kind that training would use; the CPU where the machine has none."""
+    wanted = accelerator(settings)
+    if wanted != "cpu" and torch.cuda.is_available():
         return torch.device("cuda")
-    if torch.backends.mps.is_available() and settings.accelerator != "cuda":
-        return torch.device("mps")
-    return torch.device("cpu")
+    return torch.device("mps" if wanted == "mps" else "cpu")
 
 
 def _checkpoint(config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from gitlight.architecture import Architecture
 from gitlight.callbacks import build_callbacks
 from gitlight.checkpoint_io import AtomicCheckpointIO
-from gitlight.config import Config, OptimizerConfig
+from gitlight.config import Config, OptimizerConfig, TrainerConfig
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.errors import CheckpointError
@@ -150,7 +150,8 @@ def build_trainer(config: Config, folder: Path, resume_step: int | None) -> Trai
     """Lightning's trainer with the callbacks, loggers and checkpoint writer of a run."""
     settings = dict(vars(config.trainer))
     settings.pop("resume")
-    settings["strategy"] = _strategy(config)
+    settings["accelerator"] = accelerator(config.trainer)
+    settings["strategy"] = _strategy(config.trainer)
     callbacks = build_callbacks(config, folder)
     return Trainer(
         **settings,
@@ -166,13 +167,30 @@ def build_trainer(config: Config, folder: Path, resume_step: int | None) -> Trai
     )
 
 
-def _strategy(config: Config) -> str | Strategy:
+def accelerator(settings: TrainerConfig) -> str:
+    """``trainer.accelerator``, where ``auto`` never means MPS: it has no float64, which closed forms need."""
+    if settings.accelerator != "auto" or torch.cuda.is_available():
+        return settings.accelerator
+    return "cpu"
+
+
+def _strategy(settings: TrainerConfig) -> str | Strategy:
     """Lightning's strategy, but ``ddp`` without sending buffers around at every step.
 
     Generators keep closed-form coefficients in buffers: tens of megabytes, equal on all ranks since they come from
     sums over all of them.
     """
-    settings = config.trainer
-    if settings.strategy == "ddp":
+    several = settings.num_nodes > 1 or _n_devices(settings) > 1
+    if settings.strategy == "ddp" or (settings.strategy == "auto" and several):
         return DDPStrategy(broadcast_buffers=False)
     return settings.strategy
+
+
+def _n_devices(settings: TrainerConfig) -> int:
+    """How many devices Lightning will use on this machine."""
+    devices = settings.devices
+    if isinstance(devices, list):
+        return len(devices)
+    if devices in ("auto", -1, "-1"):
+        return torch.cuda.device_count() if accelerator(settings) in ("auto", "gpu", "cuda") else 1
+    return int(devices) if str(devices).isdecimal() else 1

@@ -42,8 +42,7 @@ def _quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("gitlight.callbacks.metrics", "gitlight.evaluation"):
             patch.setattr(f"{module}.load_lpips", lambda: None)
-        for module in ("gitlight.training", "gitlight.evaluation"):
-            patch.setattr(f"{module}.load_images", lambda settings: photos(settings.name))
+        patch.setattr("gitlight.training.load_images", lambda settings: photos(settings.name))
         yield
 
 

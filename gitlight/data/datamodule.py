@@ -116,6 +116,11 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """This rank's part of the public images held out."""
+        if self.n_leaks("validation") < self._world_size:
+            raise ConfigError(
+                f"data.n_validation: {self.n_leaks('validation')} leaks to validate on are fewer than the "
+                f"{self._world_size} devices, which need at least one each."
+            )
         return self._loader("validation", shuffle=False)
 
     def test_dataloader(self) -> DataLoader[Batch]:

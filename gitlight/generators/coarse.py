@@ -54,7 +54,7 @@ class CoarseGenerator(Generator):
         estimate: list[Tensor] = []
         for layer, step in zip(self._modules_down, self.steps, strict=True):
             estimate = [step(torch.cat([*estimate, *(own[name] for name in layer.parameters)], dim=1))]
-        return torch.sigmoid(estimate[0]).view(-1, *self.image_shape)
+        return torch.sigmoid(estimate[0].float()).view(-1, *self.image_shape)
 
     def fits(self) -> Sequence[PairFit]:
         """The scaling's statistics."""
@@ -62,7 +62,7 @@ class CoarseGenerator(Generator):
 
 
 class _Step(nn.Module):
-    """One inverse step: a hidden layer beside a linear path, so that depth costs no gradient."""
+    """One inverse step: one hidden layer."""
 
     def __init__(self, n_inputs: int, width: int, n_outputs: int) -> None:
         super().__init__()

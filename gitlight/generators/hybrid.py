@@ -64,20 +64,17 @@ class HybridGenerator(Generator):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
-        features = self.walk(gradients)
-        if self.ridge is None or self.refinement is None:
-            return features[-1].reshape(-1, *self.image_shape).float().clamp(0, 1)
-        start = self.ridge(self.start_features(features)).view(-1, 1, *self.architecture.image_shape)
+        features, start = self._closed_form(gradients)
+        if self.refinement is None:
+            return start.unsqueeze(1).clamp(0, 1)
         scaled = None if self.scaling is None else self.scaling(gradients)
-        residual = self.refinement(start.squeeze(1), self.standardisation(features), scaled)
-        return _clamp_passing_gradients(start + residual)
+        residual = self.refinement(start, self.standardisation(features), scaled)
+        return _clamp_passing_gradients(start.unsqueeze(1) + residual.float())
 
     def start(self, gradients: Gradients) -> Tensor:
         """What stages 1 and 2 alone give: ``(B, N, C, H, W)`` in [0, 1], the same image ``N`` times."""
-        features = self.walk(gradients)
-        flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features))
-        image = flat.reshape(-1, 1, *self.architecture.image_shape).float().clamp(0, 1)
-        return image.expand(-1, *self.image_shape)
+        _, start = self._closed_form(gradients)
+        return start.unsqueeze(1).clamp(0, 1).expand(-1, *self.image_shape)
 
     def fits(self) -> Sequence[PairFit]:
         """The leaked weights that the walk needs, then everything that stands on its features."""
@@ -88,6 +85,14 @@ class HybridGenerator(Generator):
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
         """The leaked weights that the walk has fitted."""
         return self.walk.estimated_parameters()
+
+    def _closed_form(self, gradients: Gradients) -> tuple[list[Tensor], Tensor]:
+        """Features, and the start ``(B, C, H, W)``; in full precision whatever that of the trained layers."""
+        first = next(iter(gradients.values()))
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            features = self.walk(gradients)
+            flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features))
+            return features, flat.reshape(-1, *self.architecture.image_shape).float()
 
     def start_features(self, features: list[Tensor]) -> Tensor:
         """The features that the linear start uses, flattened: ``(B, n)`` float64."""

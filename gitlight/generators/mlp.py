@@ -47,7 +47,7 @@ class MLPGenerator(Generator):
         else:
             flat = self.scaling(gradients)
         images: Tensor = self.network(flat)
-        return images.view(-1, *self.image_shape)
+        return images.view(-1, *self.image_shape).float()
 
     def fits(self) -> Sequence[PairFit]:
         """The scaling's statistics."""

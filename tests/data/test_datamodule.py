@@ -2,7 +2,9 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
+from gitlight.cli import train_command
 from gitlight.config import DataConfig, FullyConnectedConfig, GaussianNoiseConfig, GradientsConfig
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule
 from gitlight.data.images import ImageSplits, InMemoryImages
@@ -136,3 +138,21 @@ def test_images_alone_for_training_a_leaked_model(images):
     assert batch.shape == (10, 3, 8, 8)
     assert batch.dtype == torch.float32
     assert labels.shape == indices.shape == (10,)
+
+
+def test_an_image_that_a_worker_cannot_read_is_named_in_one_message(tmp_path, capsys):
+    for name in ("train", "test"):
+        folder = tmp_path / name / "cat"
+        folder.mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    broken = tmp_path / "train" / "cat" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    (tmp_path / "run.yaml").write_text("seed: 0")
+    settings = ["data.name=folder", f"data.root={tmp_path}", "data.memory_limit_gb=0", "data.image_size=8"]
+    settings += ["data.batch_size=2", "data.n_validation=1", "data.num_workers=1", f"output_dir={tmp_path / 'out'}"]
+    settings += ["logging.wandb=off", "generator.name=mlp", "generator.hidden_size=8", "trainer.accelerator=cpu"]
+    assert train_command([str(tmp_path / "run.yaml"), *settings], tmp_path / "unused.yaml") == 2
+    error = capsys.readouterr().err
+    assert str(broken) in error
+    assert "Traceback" not in error

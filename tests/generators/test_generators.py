@@ -48,6 +48,17 @@ def test_gradients_become_images(make_pairs, name, leaked_settings, client_batch
     assert images.max() <= 1
 
 
+def test_mixed_precision_changes_the_trained_layers_alone(make_pairs, name):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=200)
+    generator = run_fits(build(name, leaked.architecture), [pair])
+    wanted = generator(pair.gradients)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = generator(pair.gradients)
+    assert images.dtype == torch.float32
+    # Hybrid's refinement starts at zero, so that all it gives is its closed form.
+    torch.testing.assert_close(images, wanted, rtol=0, atol=0 if name == "hybrid" else 0.02)
+
+
 def test_everything_trainable_gets_a_gradient(make_pairs, name):
     leaked, pair = make_pairs(LeNetConfig(width=4), n=60, client_batch_size=2)
     generator = run_fits(build(name, leaked.architecture, 2), [pair])

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+DATA = ["data.name=folder", "data.root=data/cifar10_subset", "data.download=false"]
 NAMES = ["lenet_mlp", "lenet_coarse", "lenet_hybrid"]
 
 
@@ -21,7 +22,7 @@ def measure(name: str) -> str:
     """One row of the table."""
     run = ROOT / "runs" / "benchmarks" / name
     started = time.perf_counter()
-    train = ["train.py", f"configs/{name}.yaml", f"output_dir={run}", "logging.quiet=true", "logging.wandb=off"]
+    train = ["train.py", f"configs/{name}.yaml", *DATA, f"output_dir={run}", "logging.quiet=true", "logging.wandb=off"]
     subprocess.run([sys.executable, *train], cwd=ROOT, check=True)
     seconds = time.perf_counter() - started
     subprocess.run([sys.executable, "evaluate.py", str(run)], cwd=ROOT, check=True)

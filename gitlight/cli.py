@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         print(usage)
         print(settings_help())
         return 0
-    first, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else (None, arguments)
+    names_config = bool(arguments) and ("=" not in arguments[0] or Path(arguments[0]).exists())
+    first, rest = (arguments[0], arguments[1:]) if names_config else (None, arguments)
     path = Path(first) if first is not None else default_config
     if path is None:
         print(usage, file=sys.stderr)
@@ -81,9 +83,20 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         print(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; python train.py RUN_DIR trainer.resume=last continues a training run", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+# What libraries say of choices that are made on purpose, or of each other; a regular expression each.
+_NO_NEWS = (
+    r".*LeafSpec.* is deprecated",  # Lightning's use of PyTorch
+    r".*does not have many workers",  # sets held in memory need none
+    r".*Checkpoint directory .* exists and is not empty",  # that is what resuming means
+    r".*`training_step` returned `None`",  # a generator in closed form
+    r".*`LightningModule.configure_optimizers` returned `None`",
+    r".*The number of training batches .* is smaller than the logging interval",
+)
 
 
 def _configure_logging() -> None:
@@ -92,11 +105,12 @@ def _configure_logging() -> None:
 
     own = logging.getLogger("gitlight")
     own.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
-    if not own.handlers:
-        own.addHandler(logging.StreamHandler(sys.stdout))
+    own.handlers[:] = [logging.StreamHandler(sys.stdout)]
     own.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NO_NEWS:
+        warnings.filterwarnings("ignore", message)
 
 
 def settings_help() -> str:

@@ -29,7 +29,7 @@ class DataConfig:
     name: str = setting("photos", "image source")
     root: str | None = setting(None, "folder that holds the images; not needed for photos and faces")
     download: bool = setting(False, "let torchvision download the set into data.root")
-    image_size: int = setting(32, "height and width of the images, in pixels", minimum=8)
+    image_size: int = setting(32, "height and width of the images, in pixels", minimum=8, maximum=4096)
     channels: int = setting(3, "3: colour (grey images are repeated); 1: grey (colour is converted)", choices=[1, 3])
     client_batch_size: int = setting(1, "images whose averaged gradient is one leak", minimum=1)
     n_public_images: int | None = setting(None, "images of the training split to use; null: all", minimum=2)
@@ -86,7 +86,7 @@ class GradientsConfig:
     """How gradients are made."""
 
     method: str = setting(
-        "auto", "how per-example gradients are made; auto picks the fastest", choices=["auto", "vmap", "loop"]
+        "auto", "how per-leak gradients are made; auto: vmap, the faster one", choices=["auto", "vmap", "loop"]
     )
     memory_limit_gb: float = setting(2.0, "memory for making one batch of gradients, per device, in GB", above=0)
     dtype: str = setting("float32", "precision that gradients are made and kept in", choices=["float32", "float64"])
@@ -181,7 +181,7 @@ class OptimizerConfig:
 class TrainerConfig:
     """Lightning's own names (`lightning.Trainer`), and `resume`."""
 
-    accelerator: str = setting("auto", "auto, cpu, gpu, …")
+    accelerator: str = setting("auto", "auto, cpu, gpu; not mps, which has no float64")
     devices: Any = setting("auto", "number of devices, list of device indices, or auto")
     num_nodes: int = setting(1, "number of machines", minimum=1)
     strategy: str = setting("auto", "auto, ddp, fsdp, …")
@@ -231,7 +231,7 @@ class Config:
     """The root: one run."""
 
     task: str = setting("generator", "train a generator, or a leaked model", choices=["generator", "leaked"])
-    seed: int = setting(0, "seed of everything random but the leaked model's weights", minimum=0)
+    seed: int = setting(0, "seed of everything random but the leaked model's weights", minimum=0, maximum=2**32 - 1)
     output_dir: str | None = setting(None, "folder that the run writes; null: runs/NAME, NAME that of the config file")
     data: DataConfig = field(default_factory=DataConfig)
     leaked: LeakedConfig = field(default_factory=LeNetConfig)

@@ -42,8 +42,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             The message names the key, the value, where it was set, and what is allowed.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / "config.yaml"
+    folder = path if path.is_dir() else None
+    path = path / "config.yaml" if folder else path
     values: Values = {}
     sources: dict[str, str] = {}
     for source, layer in [*_read_with_bases(path, ()), (_COMMAND_LINE, _parse_overrides(overrides))]:
@@ -52,7 +52,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = _typed(values, sources)
     for key, value, field in _leaves(config):
         _check_limits(key, value, field, sources)
-    if config.output_dir is None:
+    if folder and "output_dir" not in [override.partition("=")[0] for override in overrides]:
+        config.output_dir = str(folder)  # where the run is now, which may have been moved
+    elif config.output_dir is None:
         config.output_dir = str(Path("runs") / path.stem)
     return config
 

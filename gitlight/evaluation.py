@@ -12,7 +12,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from gitlight.callbacks.reconstructions import draw_grid
-from gitlight.config import Config, TrainerConfig
+from gitlight.config import Config, EvaluationConfig, TrainerConfig
 from gitlight.config_loading import load_config
 from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import Gradients
@@ -242,6 +242,17 @@ def _changes(settings: Any, trained: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(settings).items() if key not in former or value != former[key]}
 
 
+def _attack_changes(config: Config, trained: Config) -> dict[str, Any]:
+    """What makes an attack another one than the trained generator's best checkpoint on the run's own images."""
+    changes = _changes(config.generator, trained.generator) | _changes(config.gradients, trained.gradients)
+    changes.pop("memory_limit_gb", None)
+    if config.evaluation.checkpoint != EvaluationConfig().checkpoint:
+        changes["checkpoint"] = config.evaluation.checkpoint
+    if config.seed != trained.seed:
+        changes["images_seed"] = config.seed
+    return changes
+
+
 def _described(name: str, changes: dict[str, Any]) -> str:
     """A name, with what was changed since training: a result under such a condition must not replace the other's."""
     values = ", ".join(f"{key}={'null' if v is None else v}" for key, v in changes.items() if key != "name")
@@ -258,13 +269,13 @@ def _result(config: Config, trained: Config, images: AttackedImages, seconds: fl
     data_name = Path(os.path.abspath(data.root)).name if data.name == "folder" and data.root else data.name
     data_changes = {key: v for key, v in _changes(data, trained.data).items() if key == "private_classes"}
     return Result(
-        attack=_described(config.generator.name, _changes(config.generator, trained.generator)),
+        attack=_described(config.generator.name, _attack_changes(config, trained)),
         leaked=_described(config.leaked.name, _changes(config.leaked, trained.leaked)),
         data=_described(data_name, data_changes),
         channel=describe_channel(config.channel),
         client_batch_size=data.client_batch_size,
         n_images=len(images),
-        seed=config.seed,
+        seed=trained.seed,
         metrics=metrics,
         label_accuracy=images.label_accuracy,
         seconds_per_image=seconds / len(images),

@@ -1,6 +1,7 @@
 """Where a run's numbers go: ``metrics.csv`` always, W&B where it is wanted. Neither ever stops a run."""
 
 import csv
+import logging
 import os
 import uuid
 from argparse import Namespace
@@ -15,6 +16,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from gitlight.config import Config
+
+log = logging.getLogger(__name__)
 
 WANDB_INIT_TIMEOUT = 30.0
 """Seconds that W&B's server has to answer when a run starts, before the run is logged offline."""
@@ -254,18 +257,23 @@ def _wandb_credentials() -> bool:
 def _wandb_logger(config: Config, output_dir: Path, run_name: str, mode: str, resume: bool) -> ForgivingWandbLogger:
     import wandb
 
-    if config.logging.quiet:
+    silent = config.logging.quiet or mode == "offline"
+    if silent:
         # A run's own settings come too late for what is said at the login.
         wandb.setup(wandb.Settings(silent=True))
+    if mode == "offline":
+        log.info("W&B: offline; `wandb sync %s` uploads the run", output_dir / "wandb" / "offline-run-*")
     settings: dict[str, Any] = {
         # wandb's capture of the console and a progress bar get in each other's way.
         "console": "off",
-        "silent": config.logging.quiet,
+        "silent": silent,
         "init_timeout": WANDB_INIT_TIMEOUT,
         "finish_timeout": WANDB_FINISH_TIMEOUT,
     }
     known = {key: value for key, value in settings.items() if key in wandb.Settings.model_fields}
-    (output_dir / "wandb").mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        # The other ranks must not touch the folder: the first may not have moved a former run aside yet.
+        (output_dir / "wandb").mkdir(parents=True, exist_ok=True)
     return ForgivingWandbLogger(
         name=run_name,
         save_dir=output_dir,

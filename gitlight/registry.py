@@ -74,7 +74,7 @@ class Registry:
         return list(self._components)
 
     def __getitem__(self, name: str) -> Component:
-        if name not in self._components:
+        if not isinstance(name, str) or name not in self._components:
             raise ConfigError(
                 f"{self.key}.name: {name!r} is not a known {self.kind}."
                 f"{did_you_mean(str(name), self._components)} Valid names: {', '.join(self._components)}."

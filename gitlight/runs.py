@@ -1,10 +1,14 @@
 """Run folders: where they are, what a new run does with an old one, and which checkpoint a run resumes from."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from gitlight.config import Config
@@ -63,6 +67,25 @@ def run_folder(config: Config) -> Path:
     return Path(config.output_dir)
 
 
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs from the folder while this one writes it; ends with the process, however that ends.
+
+    Raises:
+        ConfigError: another run is writing it.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise ConfigError(f"output_dir: another run is writing {folder}; choose another folder, or wait.") from error
+
+
 @rank_zero_only
 def prepare_run_folder(config: Config, resume: Path | None) -> None:
     """Create the folder, moving a run that is there aside, and write ``config.yaml``.
@@ -74,14 +97,14 @@ def prepare_run_folder(config: Config, resume: Path | None) -> None:
     is_run = (folder / "config.yaml").is_file()
     if folder.exists() and not is_run and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir: {folder} exists and is not a run's folder; choose another, or empty it.")
-    if is_run and resume is None:
+    continues = resume is not None and resume.resolve().is_relative_to(folder.resolve())
+    if is_run and not continues:
         number = 1
         while (former := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
         folder.rename(former)
         log.warning("%s held a run; it is now %s", folder, former)
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    repeatable = config.trainer.resume
-    config.trainer.resume = None  # run again, the saved config repeats the run instead of looking for its checkpoint
-    save_config(config, folder / "config.yaml")
-    config.trainer.resume = repeatable
+    # Run again, the saved config repeats the run; a continued one from its beginning, not from its own checkpoint.
+    repeatable = replace(config.trainer, resume=None if continues else config.trainer.resume)
+    save_config(replace(config, trainer=repeatable), folder / "config.yaml")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -17,14 +17,14 @@ from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.config import Config, OptimizerConfig, TrainerConfig
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
-from gitlight.errors import CheckpointError
+from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators import GENERATORS
 from gitlight.generators.base import Generator
 from gitlight.leaked.model import LeakedModel
 from gitlight.loggers import build_loggers
 from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
-from gitlight.runs import checkpoint_to_resume, load_checkpoint, prepare_run_folder, run_folder
+from gitlight.runs import checkpoint_to_resume, load_checkpoint, prepare_run_folder, run_folder, run_lock
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,9 @@ class GITModule(LightningModule):
         # Lightning's own epoch mean rounds the ranks' batch counts, which is wrong for shares of unequal size.
         self.val_loss = MeanMetric()
         self._optimizer = optimizer
+        # Closed-form coefficients are tens of megabytes of buffers, sent to all ranks once after the fits. Without this
+        # DistributedDataParallel would send them at every step (the name is the one that it looks for).
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def forward(self, gradients: Gradients) -> Tensor:
         """Gradients ``(B, …)`` to images ``(B, N, C, H, W)`` in [0, 1]."""
@@ -59,11 +62,16 @@ class GITModule(LightningModule):
             for number, fit in enumerate(fits, start=1):
                 log.info("closed-form fit %d of %d: one pass over the public pairs", number, len(fits))
                 for pair in datamodule.fit_pairs(self.device):
-                    fit.update(pair)
+                    # Neither labels nor anything else that the attacker does not have.
+                    fit.update(pair.gradients, pair.images, pair.indices[:, 0] // pair.images.shape[1])
                 for total in fit.sums():
                     total.copy_(self.trainer.strategy.reduce(total, reduce_op="sum"))
                 fit.finish()
             self.generator.fitted.fill_(True)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                # Equal sums need not give equal solutions on unequal devices.
+                for buffer in self.generator.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
 
     def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor | None:
         """Mean squared error over the batch; None for a generator with nothing to train."""
@@ -123,12 +131,17 @@ def train(config: Config) -> Path:
         datamodule = ImageDataModule(images, config.data, config.seed)
     else:
         datamodule = build_pairs(config)
-        module = GITModule(build_generator(config, datamodule.leaked_model.architecture), config.optimizer)
+        generator = build_generator(config, datamodule.leaked_model.architecture)
+        if description := generator.describe():
+            log.info("%s", description)
+        module = GITModule(generator, config.optimizer)
     resume_step = None if resume is None else _check_checkpoint(resume, module, datamodule)
+    settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
     folder = run_folder(config)
-    prepare_run_folder(config, resume)
-    trainer = build_trainer(config, folder, resume_step)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    with run_lock(folder):
+        prepare_run_folder(config, resume)
+        trainer = build_trainer(config, settings, folder, resume_step)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     return folder
 
 
@@ -142,16 +155,47 @@ def _check_checkpoint(path: Path, module: LightningModule, datamodule: ImageData
             f"{path} was made with other settings of the {'generator' if isinstance(module, GITModule) else 'model'} "
             f"than those given now; use the run's own config.yaml. {error}"
         ) from error
-    datamodule.load_state_dict(checkpoint.get(type(datamodule).__qualname__, {}))
+    state = checkpoint.get(type(datamodule).__qualname__)
+    if "global_step" not in checkpoint or (isinstance(datamodule, GradientPairDataModule) and state is None):
+        raise CheckpointError(f"{path} holds weights, but not a run that could be continued.")
+    if state is not None:
+        datamodule.load_state_dict(state)
     return int(checkpoint["global_step"])
 
 
-def build_trainer(config: Config, folder: Path, resume_step: int | None) -> Trainer:
-    """Lightning's trainer with the callbacks, loggers and checkpoint writer of a run."""
+def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
+    """The arguments that `Trainer` takes from ``trainer.*``, tried out before anything of a run is touched.
+
+    Args:
+        config: the run's settings.
+        nothing_to_train: whether the module is in closed form; it then needs, and can use, one device only.
+
+    Raises:
+        ConfigError: Lightning does not accept them on this machine.
+    """
     settings = dict(vars(config.trainer))
     settings.pop("resume")
     settings["accelerator"] = accelerator(config.trainer)
-    settings["strategy"] = _strategy(config.trainer)
+    if nothing_to_train:
+        settings["devices"] = 1
+    try:
+        trial = Trainer(**settings, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    except (MisconfigurationException, ValueError, TypeError, AttributeError) as error:
+        given = ", ".join(f"trainer.{key}={value}" for key, value in settings.items() if value != _default(key))
+        raise ConfigError(f"trainer: Lightning refuses these settings ({given or 'the defaults'}): {error}") from error
+    if nothing_to_train and trial.world_size > 1:
+        raise ConfigError(
+            "trainer.num_nodes: this generator inverts in closed form and has nothing to train; use one machine."
+        )
+    return settings
+
+
+def _default(key: str) -> Any:
+    return getattr(TrainerConfig(), key)
+
+
+def build_trainer(config: Config, settings: dict[str, Any], folder: Path, resume_step: int | None) -> Trainer:
+    """Lightning's trainer with the callbacks, loggers and checkpoint writer of a run."""
     callbacks = build_callbacks(config, folder)
     return Trainer(
         **settings,
@@ -168,29 +212,13 @@ def build_trainer(config: Config, folder: Path, resume_step: int | None) -> Trai
 
 
 def accelerator(settings: TrainerConfig) -> str:
-    """``trainer.accelerator``, where ``auto`` never means MPS: it has no float64, which closed forms need."""
+    """``trainer.accelerator``, where ``auto`` never means MPS: it has no float64, which closed forms need.
+
+    Raises:
+        ConfigError: MPS is asked for.
+    """
+    if settings.accelerator == "mps":
+        raise ConfigError("trainer.accelerator: 'mps' has no float64, which closed-form fits need; use cpu.")
     if settings.accelerator != "auto" or torch.cuda.is_available():
         return settings.accelerator
     return "cpu"
-
-
-def _strategy(settings: TrainerConfig) -> str | Strategy:
-    """Lightning's strategy, but ``ddp`` without sending buffers around at every step.
-
-    Generators keep closed-form coefficients in buffers: tens of megabytes, equal on all ranks since they come from
-    sums over all of them.
-    """
-    several = settings.num_nodes > 1 or _n_devices(settings) > 1
-    if settings.strategy == "ddp" or (settings.strategy == "auto" and several):
-        return DDPStrategy(broadcast_buffers=False)
-    return settings.strategy
-
-
-def _n_devices(settings: TrainerConfig) -> int:
-    """How many devices Lightning will use on this machine."""
-    devices = settings.devices
-    if isinstance(devices, list):
-        return len(devices)
-    if devices in ("auto", -1, "-1"):
-        return torch.cuda.device_count() if accelerator(settings) in ("auto", "gpu", "cuda") else 1
-    return int(devices) if str(devices).isdecimal() else 1

@@ -35,7 +35,20 @@ def test_help_lists_the_settings_of_every_generator():
 
 
 @pytest.mark.parametrize(
-    "override", ["data.imagesize=3", "data.name=fodler", "data.name=folder", "trainer.resume=last"]
+    "override",
+    [
+        "data.imagesize=3",
+        "data.name=fodler",
+        "data.name=folder",
+        "trainer.resume=last",
+        "trainer.devices=abc",
+        "trainer.strategy=dpp",
+        "trainer.accelerator=tpuu",
+        "trainer.accelerator=mps",
+        "trainer.max_time=abc",
+        "trainer.profiler=foo",
+        "trainer.limit_train_batches=abc",
+    ],
 )
 def test_mistakes_end_with_code_2_and_one_message(override, tmp_path, capsys):
     code = train_command([str(DEMO), override, f"output_dir={tmp_path / 'run'}"], DEMO)
@@ -50,3 +63,10 @@ def test_mistakes_end_with_code_2_and_one_message(override, tmp_path, capsys):
 def test_evaluate_without_a_run_shows_its_usage(capsys):
     assert evaluate_command([]) == 2
     assert "usage: python evaluate.py" in capsys.readouterr().err
+
+
+def test_a_config_may_have_an_equals_sign_in_its_name(tmp_path, capsys):
+    path = tmp_path / "lr=0.1.yaml"
+    path.write_text("datta: 1")
+    assert train_command([str(path)], DEMO) == 2
+    assert "datta: no such setting" in capsys.readouterr().err

@@ -61,7 +61,16 @@ def test_a_saved_config_loads_as_it_was(config_file, tmp_path):
     )
     (tmp_path / "run").mkdir()
     save_config(config, tmp_path / "run" / "config.yaml")
-    assert load_config(tmp_path / "run") == config
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+
+
+def test_a_run_folder_is_its_own_output_folder_wherever_it_was_moved(config_file, tmp_path):
+    config = load_config(config_file("output_dir: runs/x"))
+    (tmp_path / "x.1").mkdir()
+    save_config(config, tmp_path / "x.1" / "config.yaml")
+    assert load_config(tmp_path / "x.1").output_dir == str(tmp_path / "x.1")
+    assert load_config(tmp_path / "x.1", ["output_dir=y"]).output_dir == "y"
+    assert load_config(tmp_path / "x.1" / "config.yaml").output_dir == "runs/x"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +89,7 @@ def test_a_saved_config_loads_as_it_was(config_file, tmp_path):
         ("leaked.init_range=0", ["leaked.init_range", "more than 0"]),
         ("leaked.activation=sigmod", ["leaked.activation", "Did you mean sigmoid?", "tanh"]),
         ("generator.name=hybird", ["generator.name", "'hybird'", "Did you mean hybrid?", "mlp, coarse, hybrid"]),
+        ("generator.name=[hybrid]", ["generator.name", "['hybrid']", "mlp, coarse, hybrid"]),
         ("generator.hidden_size=3", ["generator.hidden_size", "hybrid", "channels"]),
         ("channel=3", ["channel", "expected a list", "gaussian_noise"]),
         ("channel=[{name: gauss}]", ["'gauss'", "gaussian_noise, pruning"]),

@@ -26,9 +26,6 @@ from gitlight.leaked.model import LeakedModel
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images ``(leaks · N, C, H, W)``, bytes from the loaders and [0, 1] after the transfer; labels; indices."""
 
-# Separates the random numbers of splits, so that no two leaks of a run share their noise.
-_STREAMS = {"train": 0, "validation": 1, "test": 2, "fit": 3}
-
 
 def load_images(settings: DataConfig) -> ImageSplits:
     """The image source that ``data.name`` names, loaded.
@@ -36,7 +33,11 @@ def load_images(settings: DataConfig) -> ImageSplits:
     Raises:
         DataError: the images are missing or unreadable.
     """
-    with FileLock(Path(settings.root) / ".gitlight.lock") if settings.download and settings.root else nullcontext():
+    with (
+        FileLock(Path(settings.root).expanduser() / ".gitlight.lock")
+        if settings.download and settings.root
+        else nullcontext()
+    ):
         # One rank downloads, the others wait and then find the files.
         splits = SOURCES[settings.name].load()(settings)
     assert isinstance(splits, ImageSplits)
@@ -136,7 +137,7 @@ class ImageDataModule(LightningDataModule):
         images, labels, indices = batch
         images = images.float() / 255
         if split == "train" and self.settings.horizontal_flip:
-            generator = torch.Generator().manual_seed(mixed_seed(self._seed, _STREAMS["train"], epoch))
+            generator = torch.Generator().manual_seed(mixed_seed("mirror", self._seed, epoch))
             coins = torch.rand(len(self.split("train")), generator=generator)[indices.cpu()] < 0.5
             images = torch.where(coins.to(images.device)[:, None, None, None], images.flip(3), images)
         return images, labels, indices
@@ -178,7 +179,8 @@ class ImageDataModule(LightningDataModule):
         if split.in_memory:
             return 0
         ranks_here = getattr(self.trainer, "num_devices", 1) if self.trainer is not None else 1
-        return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // ranks_here)
 
 
 class GradientPairDataModule(ImageDataModule):
@@ -220,7 +222,7 @@ class GradientPairDataModule(ImageDataModule):
         if self._channel:
             counter = epoch if split == "train" else 0
             seeds = torch.tensor(
-                [mixed_seed(self._seed, _STREAMS[split], counter, index) for index in indices[:, 0].tolist()]
+                [mixed_seed(f"{split} noise", self._seed, counter, index) for index in indices[:, 0].tolist()]
             )
             for stage in self._channel:
                 gradients = stage(gradients, seeds)

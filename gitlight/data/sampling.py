@@ -11,12 +11,17 @@ from gitlight.config import DataConfig
 from gitlight.errors import ConfigError
 
 
-def mixed_seed(*numbers: int) -> int:
-    """A well-spread 63-bit seed from small related numbers (NumPy's SeedSequence).
+def mixed_seed(purpose: str, *numbers: int) -> int:
+    """A well-spread 63-bit seed for one purpose, from small related numbers (NumPy's SeedSequence).
 
-    PyTorch's CPU generator keeps only the lower 32 bits of a seed, so related numbers must be mixed, not packed.
+    PyTorch's CPU generator keeps only the lower 32 bits of a seed, so related numbers must be mixed, not packed. The
+    count goes in as well, since SeedSequence does not tell trailing zeros from nothing.
+
+    >>> mixed_seed("noise", 0) != mixed_seed("noise", 0, 0) != mixed_seed("order", 0, 0)
+    True
     """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    entropy = (int.from_bytes(purpose.encode()), *numbers, 1 + len(numbers))
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class LeakSampler(Sampler[int]):
@@ -49,7 +54,7 @@ class LeakSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         if self._shuffle:
-            generator = torch.Generator().manual_seed(mixed_seed(self._seed, self._epoch))
+            generator = torch.Generator().manual_seed(mixed_seed("order", self._seed, self._epoch))
             order = torch.randperm(self._n_images, generator=generator)
         else:
             order = torch.arange(self._n_images)

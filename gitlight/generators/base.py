@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
-from gitlight.data.pair import GradientPair, Gradients
+from gitlight.data.pair import Gradients
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,14 @@ class PairFit(Protocol):
     Only sums cross between devices, so that a fit on any number of ranks equals the fit on one.
     """
 
-    def update(self, pair: GradientPair) -> None:
-        """Add one batch of pairs to the sums."""
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
+        """Add a batch of pairs to the sums.
+
+        Args:
+            gradients: ``(B, …)`` per parameter.
+            images: ``(B, N, C, H, W)``.
+            numbers: ``(B,)`` int64, each leak's position among the public ones.
+        """
         ...
 
     def sums(self) -> Sequence[Tensor]:
@@ -73,6 +79,10 @@ class Generator(nn.Module, ABC):
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
         """The leaked parameters that the generator has estimated, by name; empty if it estimates none."""
         return {}
+
+    def describe(self) -> str:
+        """What a user should know of this generator for this architecture, in a line; empty if nothing."""
+        return ""
 
     @property
     def image_shape(self) -> tuple[int, int, int, int]:

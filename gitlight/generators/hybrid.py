@@ -1,20 +1,22 @@
 """Hybrid-GIT: exact where the equations are exact, learned where they are not."""
 
 from collections.abc import Sequence
-from math import prod
+from math import isqrt, prod
 
 import torch
 from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
 from gitlight.config import HybridGeneratorConfig
-from gitlight.data.pair import GradientPair, Gradients
+from gitlight.data.pair import Gradients
+from gitlight.errors import ConfigError
 from gitlight.generators.base import Generator, PairFit, ParameterEstimate
 from gitlight.generators.exact.walk import ExactWalk
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
+from gitlight.gradients.precision import full_float32
 
 
 class HybridGenerator(Generator):
@@ -36,13 +38,16 @@ class HybridGenerator(Generator):
         self.walk = ExactWalk(architecture, settings.damping, settings.exact_depth, client_batch_size)
         n_image = prod(architecture.image_shape)
         shapes = [feature.shape for feature in self.walk.features]
-        self._in_start = _deepest_that_fit([prod(shape) for shape in shapes], settings.linear_start_features)
+        self._in_start = _deepest_that_fit(shapes, settings.linear_start_features)
         self._solved = self.walk.reaches_the_image
-        self.ridge = None if self._solved else RidgeRegression(sum(prod(shapes[i]) for i in self._in_start), n_image)
+        self.ridge = None if self._solved else RidgeRegression(sum(map(prod, self._in_start.values())), n_image)
+        # With one image per leak even a least-norm estimate holds all that its layer's equations say; with more, an
+        # average of the inputs holds a fraction of it.
+        explained = {feature.name for feature in self.walk.features if feature.exact or client_batch_size == 1}
         unexplained = [
             name
             for layer in architecture.chain()
-            if f"input of {layer.name}" not in {feature.name for feature in self.walk.features}
+            if f"input of {layer.name}" not in explained
             for name in layer.parameters
         ]
         self.scaling = GradientScaling(architecture, tuple(unexplained)) if unexplained else None
@@ -69,7 +74,9 @@ class HybridGenerator(Generator):
             return start.unsqueeze(1).clamp(0, 1)
         scaled = None if self.scaling is None else self.scaling(gradients)
         residual = self.refinement(start, self.standardisation(features), scaled)
-        return _clamp_passing_gradients(start.unsqueeze(1) + residual.float())
+        # In units of the start's own error: Adam's first steps would otherwise be many times what is to be learned, and
+        # the fastest way to undo them is to switch all units off.
+        return _clamp_passing_gradients(start.unsqueeze(1) + residual.float() * self._residual_scale)
 
     def start(self, gradients: Gradients) -> Tensor:
         """What stages 1 and 2 alone give: ``(B, N, C, H, W)`` in [0, 1], the same image ``N`` times."""
@@ -82,37 +89,64 @@ class HybridGenerator(Generator):
             return self.walk.fits()
         return (*self.walk.fits(), _FeatureFit(self, self.ridge))
 
+    def describe(self) -> str:
+        """What the closed form reaches, and what stops it."""
+        reached = ", ".join(f"{f.name} ({'exact' if f.exact else 'estimate'})" for f in self.walk.features)
+        return f"hybrid inverts in closed form: {reached}; it ends there because {self.walk.end}"
+
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
         """The leaked weights that the walk has fitted."""
         return self.walk.estimated_parameters()
 
+    @property
+    def _residual_scale(self) -> Tensor:
+        assert self.ridge is not None
+        return self.ridge.error.float()
+
     def _closed_form(self, gradients: Gradients) -> tuple[list[Tensor], Tensor]:
         """Features, and the start ``(B, C, H, W)``; in full precision whatever that of the trained layers."""
         first = next(iter(gradients.values()))
-        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False), full_float32():
             features = self.walk(gradients)
             flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features))
             return features, flat.reshape(-1, *self.architecture.image_shape).float()
 
     def start_features(self, features: list[Tensor]) -> Tensor:
         """The features that the linear start uses, flattened: ``(B, n)`` float64."""
-        return torch.cat([features[index].flatten(1) for index in self._in_start], dim=1)
+        chosen = []
+        for index, shape in self._in_start.items():
+            feature = features[index]
+            if feature.shape[1:] != shape:
+                feature = nn.functional.adaptive_avg_pool2d(feature, (shape[1], shape[2]))
+            chosen.append(feature.flatten(1))
+        return torch.cat(chosen, dim=1)
 
 
-def _deepest_that_fit(sizes: Sequence[int], limit: int) -> list[int]:
-    """Positions of the last features, the nearest to the image, whose sizes add up to at most ``limit``.
+def _deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int, tuple[int, ...]]:
+    """Positions and shapes of the last features, the nearest to the image, with at most ``limit`` entries in all.
 
-    >>> _deepest_that_fit([768, 768, 3072], 4000)
-    [1, 2]
+    If not even one fits, the deepest map is averaged down until it does.
+
+    >>> _deepest_that_fit([(12, 8, 8), (12, 8, 8), (12, 16, 16)], 4000)
+    {1: (12, 8, 8), 2: (12, 16, 16)}
+    >>> _deepest_that_fit([(12, 56, 56)], 4000)
+    {0: (12, 18, 18)}
     """
-    chosen: list[int] = []
+    chosen: dict[int, tuple[int, ...]] = {}
     total = 0
-    for position in reversed(range(len(sizes))):
-        if total + sizes[position] <= limit:
-            chosen.insert(0, position)
-            total += sizes[position]
-    # Never none: a start from the smallest feature is better than a start from nothing.
-    return chosen or [min(range(len(sizes)), key=lambda position: sizes[position])]
+    for position in reversed(range(len(shapes))):
+        if total + prod(shapes[position]) <= limit:
+            chosen = {position: shapes[position], **chosen}
+            total += prod(shapes[position])
+    if not chosen and len(shapes[-1]) == 3 and shapes[-1][0] <= limit:
+        side = isqrt(limit // shapes[-1][0])
+        chosen[len(shapes) - 1] = (shapes[-1][0], min(side, shapes[-1][1]), min(side, shapes[-1][2]))
+    if not chosen:
+        raise ConfigError(
+            f"generator.linear_start_features: {limit} is less than any feature of this leaked model has; the smallest "
+            f"has {min(map(prod, shapes))}."
+        )
+    return chosen
 
 
 class _FeatureStandardisation(nn.Module):
@@ -161,14 +195,14 @@ class _FeatureFit:
         self._generator = generator
         self._ridge = ridge
 
-    def update(self, pair: GradientPair) -> None:
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         generator = self._generator
-        features = generator.walk(pair.gradients)
-        mean_images = pair.images.mean(dim=1).flatten(1)
-        self._ridge.add(generator.start_features(features), mean_images, pair.indices[:, 0])
+        features = generator.walk(gradients)
+        mean_images = images.mean(dim=1).flatten(1)
+        self._ridge.add(generator.start_features(features), mean_images, numbers)
         generator.standardisation.add(features)
         if generator.scaling is not None:
-            generator.scaling.update(pair)
+            generator.scaling.update(gradients, images, numbers)
 
     def sums(self) -> Sequence[Tensor]:
         generator = self._generator

@@ -16,6 +16,8 @@ _OUTPUTS_TRIED = 64
 class RidgeRegression(nn.Module):
     """``outputs ≈ (features − mean) / deviation · coefficients + offset``.
 
+    After `solve`, ``strength`` is the one chosen and ``error`` the root mean square error on the held-out pairs.
+
     Works from the sums of products alone, for the kept and the held-out pairs, so one pass over the pairs fits it,
     whatever their number, and sums from several devices add up.
 
@@ -40,6 +42,8 @@ class RidgeRegression(nn.Module):
         self.register_buffer("coefficients", torch.zeros(n_features, n_outputs))
         self.register_buffer("offset", torch.zeros(n_outputs))
         self.register_buffer("strength", torch.zeros((), dtype=torch.float64))
+        self.error: Tensor
+        self.register_buffer("error", torch.ones((), dtype=torch.float64))
         self._sums: list[Tensor] = []
 
     def standardise(self, features: Tensor) -> Tensor:
@@ -92,13 +96,15 @@ class RidgeRegression(nn.Module):
         columns = torch.cat([torch.arange(n_left, device=kept.device), n_left + some])
         train = _Moments.of(kept[:, columns], mean, deviation)
         test = _Moments.of(held_out[:, columns], mean, deviation)
-        strength = min(STRENGTHS, key=lambda s: test.error(*train.fit(s), held_out_squares[some]))
+        errors = {s: test.error(*train.fit(s), held_out_squares[some]) for s in STRENGTHS}
+        strength = min(errors, key=errors.__getitem__)
         coefficients, offset = _Moments.of(everything, mean, deviation).fit(strength)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
         self.coefficients.copy_(coefficients)
         self.offset.copy_(offset)
         self.strength.fill_(strength)
+        self.error.copy_((errors[strength] / (held_out[0, 0].clamp_min(1) * len(some))).clamp_min(0).sqrt())
         self._sums = []
 
 
@@ -138,9 +144,9 @@ class _Moments(NamedTuple):
         coefficients = torch.cholesky_solve(right, factor)
         return coefficients, offset - first @ coefficients
 
-    def error(self, coefficients: Tensor, offset: Tensor, squares: Tensor) -> float:
+    def error(self, coefficients: Tensor, offset: Tensor, squares: Tensor) -> Tensor:
         """Summed squared error of a regression on these pairs; infinite if it is not finite."""
         explained = self.cross + torch.outer(self.features, -offset)
         total = squares.sum() - 2 * (offset * self.outputs).sum() + self.n * offset.square().sum()
         total = total - 2 * (coefficients * explained).sum() + (coefficients * (self.second @ coefficients)).sum()
-        return float(torch.nan_to_num(total, nan=float("inf")))
+        return torch.nan_to_num(total, nan=float("inf"))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
-from gitlight.data.pair import GradientPair, Gradients
+from gitlight.data.pair import Gradients
 
 _TINY = 1e-30
 
@@ -46,9 +46,9 @@ class GradientScaling(nn.Module):
         size = gradients[self._size_name].flatten(1).norm(dim=1, keepdim=True)
         return (flat / size.clamp_min(_TINY)).float()
 
-    def update(self, pair: GradientPair) -> None:
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch to the sums (a `PairFit`)."""
-        relative = self._relative(pair.gradients).double()
+        relative = self._relative(gradients).double()
         if not self._sums:
             zeros = torch.zeros(self.n_entries, dtype=torch.float64, device=relative.device)
             self._sums = [zeros, zeros.clone(), torch.zeros((), dtype=torch.float64, device=relative.device)]

@@ -67,6 +67,6 @@ def describe_channel(stages: Sequence[ChannelConfig]) -> str:
     """
     described = []
     for stage in stages:
-        values = ", ".join(f"{key}={value:g}" for key, value in vars(stage).items() if key != "name")
+        values = ", ".join(f"{key}={value}" for key, value in vars(stage).items() if key != "name")
         described.append(f"{stage.name}({values})")
     return " + ".join(described) or "none"

@@ -1,6 +1,7 @@
 """The gradient engine: exact gradients, one per leak, on the device where the images are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
+from gitlight.gradients.precision import full_float32
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -55,7 +57,7 @@ class GradientEngine:
         chunk = self._leaks_per_chunk(len(images), images.shape[1])
         method = _loop if self._settings.method == "loop" else _vmap
         # Lightning validates under inference mode by default; gradients need autograd, and ordinary tensors.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        with self._plain_autograd(images.device.type):
             images = images.clone() if images.is_inference() else images
             labels = labels.clone() if labels.is_inference() else labels
             tensors = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
@@ -80,6 +82,18 @@ class GradientEngine:
                 for name in self._names:
                     result[name][part] = made[name]
         return result
+
+    @staticmethod
+    @contextmanager
+    def _plain_autograd(device_type: str) -> Iterator[None]:
+        """Autograd on, mixed precision and TF32 off, wherever the engine is called from."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device_type, enabled=False),
+            full_float32(),
+        ):
+            yield
 
     def _leaks_per_chunk(self, n_leaks: int, client_batch_size: int) -> int:
         """How many leaks are differentiated at once, so that results and workspace stay within the limit."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from closed_form import run_fits
+from closed_form import add, run_fits
 from torch import nn
 
 from gitlight.architecture import Architecture
@@ -153,6 +153,15 @@ def test_hybrid_starts_from_its_closed_form(make_pairs):
     error = (generator(pair.gradients) - pair.images).square().mean()
     spread = (pair.images.mean(dim=0) - pair.images).square().mean()
     assert error < 0.01 * spread, "the closed form alone must be far better than the mean image"
+
+
+def test_hybrid_holds_the_same_share_of_pairs_out_for_any_client_batch(make_pairs):
+    for client_batch_size in (1, 5, 10):
+        leaked, pair = make_pairs(LeNetConfig(width=4), n=40, client_batch_size=client_batch_size)
+        (*_, fit) = build("hybrid", leaked.architecture, client_batch_size).fits()
+        add(fit, pair)
+        kept, held_out = fit.sums()[:2]
+        assert (kept[0, 0], held_out[0, 0]) == (36, 4), "the count is the product of ones"
 
 
 def test_hybrid_learns_from_pixels_that_overshoot(make_pairs):

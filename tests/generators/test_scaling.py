@@ -1,4 +1,5 @@
 import torch
+from closed_form import add
 
 from gitlight.architecture import Architecture
 from gitlight.config import LeNetConfig
@@ -8,7 +9,7 @@ from gitlight.generators.scaling import GradientScaling
 def test_the_scale_of_a_leak_does_not_matter(make_pairs):
     leaked, pair = make_pairs(LeNetConfig(width=4))
     scaling = GradientScaling(leaked.architecture)
-    scaling.update(pair)
+    add(scaling, pair)
     scaling.finish()
     factors = torch.logspace(-8, 8, len(pair), dtype=torch.float64)
     larger = {name: g * factors.view(-1, *[1] * (g.dim() - 1)) for name, g in pair.gradients.items()}
@@ -18,7 +19,7 @@ def test_the_scale_of_a_leak_does_not_matter(make_pairs):
 def test_entries_are_standardised_over_pairs(make_pairs):
     leaked, pair = make_pairs(LeNetConfig(width=4), n=50)
     scaling = GradientScaling(leaked.architecture)
-    scaling.update(pair)
+    add(scaling, pair)
     scaling.finish()
     size = pair.gradients["linear.bias"].norm(dim=1)
     relative = torch.cat([g.flatten(1) / size[:, None] for g in pair.gradients.values()], dim=1)
@@ -29,11 +30,11 @@ def test_entries_are_standardised_over_pairs(make_pairs):
 def test_sums_of_parts_give_the_statistics_of_the_whole(make_pairs):
     leaked, pair = make_pairs(LeNetConfig(width=4), n=10)
     whole, parts = GradientScaling(leaked.architecture), GradientScaling(leaked.architecture)
-    whole.update(pair)
+    add(whole, pair)
     other = GradientScaling(leaked.architecture)
     for scaling, rows in ((parts, slice(0, 3)), (other, slice(3, 10))):
         gradients = {name: g[rows] for name, g in pair.gradients.items()}
-        scaling.update(type(pair)(gradients, pair.images[rows], pair.labels[rows], pair.indices[rows]))
+        scaling.update(gradients, pair.images[rows], pair.indices[rows, 0])
     for total, more in zip(parts.sums(), other.sums(), strict=True):
         total += more
     whole.finish()
@@ -48,7 +49,7 @@ def test_zero_gradients_and_constant_entries_stay_finite(make_pairs):
         gradient[0] = 0
     pair.gradients["conv1.weight"][:, 0] = 0
     scaling = GradientScaling(leaked.architecture)
-    scaling.update(pair)
+    add(scaling, pair)
     scaling.finish()
     assert torch.isfinite(scaling(pair.gradients)).all()
 
@@ -56,7 +57,7 @@ def test_zero_gradients_and_constant_entries_stay_finite(make_pairs):
 def test_statistics_are_part_of_the_state(make_pairs):
     leaked, pair = make_pairs(LeNetConfig(width=4))
     scaling, copy = GradientScaling(leaked.architecture), GradientScaling(leaked.architecture)
-    scaling.update(pair)
+    add(scaling, pair)
     scaling.finish()
     copy.load_state_dict(scaling.state_dict())
     assert torch.equal(copy(pair.gradients), scaling(pair.gradients))

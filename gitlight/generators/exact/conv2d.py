@@ -42,7 +42,7 @@ class Conv2dRule:
         self._input_shape = layer.input_shape
         self._output_shape = layer.output_shape
         self._taps = _taps(conv, layer.input_shape, layer.output_shape)
-        unknowns = layer.input_shape[1] * layer.input_shape[2]
+        self.n_unknowns = unknowns = layer.input_shape[1] * layer.input_shape[2]
         self.rank = self._structural_rank(unknowns)
         self.exact = self.rank == unknowns
         self.fits_weight = conv.groups == 1

@@ -11,6 +11,7 @@ class LinearRule:
     def __init__(self) -> None:
         self.exact = True
         self.fits_weight = True
+        self.n_unknowns = 1  # per input, since the rank-one system decouples
         self.reason = "exact"
 
     def solve_input(self, delta: Tensor, weight_gradient: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gitlight.architecture import ELEMENTWISE, RESHAPES, Architecture, Layer
-from gitlight.data.pair import GradientPair, Gradients
+from gitlight.data.pair import Gradients
 from gitlight.errors import ArchitectureError
 from gitlight.generators.base import PairFit, ParameterEstimate
 from gitlight.generators.exact.activations import ActivationRule, activation_rule
@@ -16,6 +16,9 @@ from gitlight.generators.exact.linear import LinearRule
 from gitlight.generators.exact.weights import WeightFit, output_logits
 
 Rule = LinearRule | Conv2dRule
+
+LARGEST_SOLVE = 4096
+"""Unknowns per channel; a normal matrix of more than 134 MB an example is not made."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,7 @@ class _WalkFit:
         self._index = index
         self._fit = WeightFit()
 
-    def update(self, pair: GradientPair) -> None:
-        gradients = pair.gradients
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         descent = self._walk._descend(gradients, self._index + 1)
         step, _, inputs, delta = descent[-1]
         if self._index == 0:
@@ -235,6 +237,10 @@ def _plan(
         rule = _rule(layer, damping)
         if rule is None:
             return tuple(steps), f"there is no rule for {layer.kind}, module {layer.name!r}"
+        if rule.n_unknowns > LARGEST_SOLVE:
+            return tuple(
+                steps
+            ), f"{rule.n_unknowns} unknowns per channel at {layer.name!r} are too many for a dense solve"
         between = _between(chain[bounds[number - 1] + 1 : bounds[number]][::-1], layer)
         if number == 1:
             steps.append(_Step(layer, rule, between, carries=False))

@@ -59,7 +59,7 @@ def test_every_generator_is_trained_and_evaluated(train, evaluate, tmp_path, gen
     )
     assert train("small.yaml", *SMALL) == 0
     check_run(tmp_path / "runs" / "small", generator)
-    assert evaluate("runs/small", "evaluation.n_images=24") == 0
+    assert evaluate("small.yaml", *SMALL, "evaluation.n_images=24") == 0, "a config stands for its run"
     check_evaluation(tmp_path / "runs" / "small", generator)
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gitlight.errors import DataError
+
 STRENGTHS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidate strengths, over the mean diagonal of the standardised features' covariance (which is 1)."""
 
@@ -98,6 +100,12 @@ class RidgeRegression(nn.Module):
         test = _Moments.of(held_out[:, columns], mean, deviation)
         errors = {s: test.error(*train.fit(s), held_out_squares[some]) for s in STRENGTHS}
         strength = min(errors, key=errors.__getitem__)
+        if not torch.isfinite(errors[strength]):
+            raise DataError(
+                f"The linear start cannot be fitted: {int(kept[0, 0])} pairs to fit on and {int(held_out[0, 0])} held "
+                "out give no finite error. Give more public images (data.n_public_images), or look for gradients that are "
+                "not finite."
+            )
         coefficients, offset = _Moments.of(everything, mean, deviation).fit(strength)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)

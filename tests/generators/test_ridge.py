@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from gitlight.errors import DataError
 from gitlight.generators.ridge import STRENGTHS, RidgeRegression
 
 N, N_FEATURES, N_OUTPUTS = 200, 12, 5
@@ -62,6 +63,14 @@ def test_batches_and_their_order_do_not_matter(data):
     parts = fitted(features, outputs, batches=9)
     torch.testing.assert_close(parts.coefficients, whole.coefficients)
     assert parts.strength == whole.strength
+
+
+def test_pairs_that_cannot_be_fitted_are_an_error(data):
+    features, outputs = data
+    ridge = RidgeRegression(N_FEATURES, N_OUTPUTS)
+    ridge.add(features[:3], outputs[:3], torch.tensor([0, 10, 20]))
+    with pytest.raises(DataError, match=r"0 pairs to fit on and 3 held out.*data\.n_public_images"):
+        ridge.solve()
 
 
 def test_a_feature_that_never_varies_is_ignored(data):

@@ -103,8 +103,8 @@ class RidgeRegression(nn.Module):
         if not torch.isfinite(errors[strength]):
             raise DataError(
                 f"The linear start cannot be fitted: {int(kept[0, 0])} pairs to fit on and {int(held_out[0, 0])} held "
-                "out give no finite error. Give more public images (data.n_public_images), or look for gradients that are "
-                "not finite."
+                "out give no finite error. Give more public images (data.n_public_images), or look for gradients that "
+                "are not finite."
             )
         coefficients, offset = _Moments.of(everything, mean, deviation).fit(strength)
         self.mean.copy_(mean)

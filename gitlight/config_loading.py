@@ -71,6 +71,11 @@ def to_plain(config: Config) -> Values:
     return dataclasses.asdict(config)
 
 
+def dotted(config: Config) -> Values:
+    """A config as one level of keys such as ``data.name``; the channel is a list under ``channel``."""
+    return _dotted(to_plain(config))
+
+
 def _read_with_bases(path: Path, below: tuple[Path, ...]) -> list[tuple[str, Values]]:
     """The file's settings and, before them, its base's; each with where they come from."""
     named_by = f", the base of {below[-1]}" if below else ""

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture
 from gitlight.callbacks import build_callbacks
+from gitlight.callbacks.run_settings import check_resumable
 from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.config import Config, OptimizerConfig, TrainerConfig
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
@@ -135,7 +136,7 @@ def train(config: Config) -> Path:
         if description := generator.describe():
             log.info("%s", description)
         module = GITModule(generator, config.optimizer)
-    resume_step = None if resume is None else _check_checkpoint(resume, module, datamodule)
+    resume_step = None if resume is None else _check_checkpoint(resume, module, datamodule, config)
     settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
     folder = run_folder(config)
     with run_lock(folder):
@@ -145,9 +146,10 @@ def train(config: Config) -> Path:
     return folder
 
 
-def _check_checkpoint(path: Path, module: LightningModule, datamodule: ImageDataModule) -> int:
+def _check_checkpoint(path: Path, module: LightningModule, datamodule: ImageDataModule, config: Config) -> int:
     """The step that a checkpoint was made at, once it is sure to fit: before anything of the run is touched."""
     checkpoint = load_checkpoint(path)
+    check_resumable(path, checkpoint, config)
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

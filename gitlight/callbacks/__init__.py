@@ -10,6 +10,7 @@ from gitlight.callbacks.learning_rate import LearningRate
 from gitlight.callbacks.metrics import ReconstructionMetrics
 from gitlight.callbacks.progress import PairsProgressBar, QuietProgress
 from gitlight.callbacks.reconstructions import ReconstructionGrid, draw_grid
+from gitlight.callbacks.run_settings import RunSettings
 from gitlight.callbacks.throughput import Throughput
 from gitlight.callbacks.weight_distance import WeightDistance
 from gitlight.config import Config
@@ -20,6 +21,7 @@ __all__ = [
     "QuietProgress",
     "ReconstructionGrid",
     "ReconstructionMetrics",
+    "RunSettings",
     "Throughput",
     "WeightDistance",
     "build_callbacks",
@@ -33,9 +35,9 @@ MONITORS = {"generator": "val/psnr", "leaked": "val/accuracy"}
 def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
     """The callbacks of a training run.
 
-    Every task has a progress display, the learning rate and the two checkpoints; ``task=generator`` adds what
-    concerns reconstructions. The display is a progress bar, or one plain line an epoch where ``logging.quiet`` asks
-    for it or standard output is not a terminal.
+    Every task has a progress display, the learning rate and the two checkpoints with the run's settings in them;
+    ``task=generator`` adds what concerns reconstructions. The display is a progress bar, or one plain line an epoch
+    where ``logging.quiet`` asks for it or standard output is not a terminal.
 
     Args:
         config: the run's settings.
@@ -46,6 +48,7 @@ def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
     return [
         *(_reconstruction_callbacks(config, output_dir) if config.task == "generator" else ()),
         LearningRate(),
+        RunSettings(config),
         QuietProgress() if config.logging.quiet or not sys.stdout.isatty() else PairsProgressBar(),
         best_checkpoint(output_dir, MONITORS[config.task]),
         last_checkpoint(output_dir),

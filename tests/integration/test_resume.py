@@ -56,7 +56,17 @@ def test_resuming_can_prolong_a_finished_run(train, config, tmp_path):
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2 * STEPS_AN_EPOCH
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "generator.channels=16", "leaked.seed=5"])
+CHANGES = {
+    "generator.channels=16": "generator.channels: 8 there, 16 now",
+    "leaked.seed=5": "leaked.seed: 0 there, 5 now",
+    "optimizer.learning_rate=0.5": "optimizer.learning_rate: 0.001 there, 0.5 now",
+    "seed=7": "seed: 0 there, 7 now",
+    "data.batch_size=32": "data.batch_size: 16 there, 32 now",
+    "channel=[{name: pruning, fraction: 0.5}]": "channel: ",
+}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", *CHANGES])
 def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, config, tmp_path, capsys, damage):
     run = tmp_path / "run"
     assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
@@ -74,4 +84,5 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, config
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "checkpoint" in error
+    assert CHANGES.get(damage, "") in error
     assert (run / "metrics.csv").read_bytes() == before

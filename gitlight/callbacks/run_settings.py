@@ -1,0 +1,76 @@
+"""Keeps a run's settings in its checkpoints, so that nothing else is continued by mistake."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from gitlight.config import Config
+from gitlight.config_loading import dotted
+from gitlight.errors import CheckpointError
+
+STATE_KEY = "RunSettings"
+
+# How long, where and how fast a run computes may change when it goes on. The weights that `leaked.weights` names are
+# compared themselves.
+_FREE = (
+    "output_dir",
+    "trainer.",
+    "evaluation.",
+    "logging.",
+    "data.root",
+    "data.download",
+    "data.num_workers",
+    "data.memory_limit_gb",
+    "gradients.memory_limit_gb",
+    "gradients.method",
+    "leaked.weights",
+)
+
+
+class RunSettings(Callback):
+    """Writes into every checkpoint the settings that decide what a run trains, on which images and how.
+
+    Lightning restores optimiser, schedule and counters from a checkpoint, whatever the settings say by then: another
+    learning rate would be ignored without a word, another seed would train on images that chose the best checkpoint.
+    """
+
+    state_key = STATE_KEY
+
+    def __init__(self, config: Config) -> None:
+        self._settings = _deciding(config)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings, as dotted keys and plain values."""
+        return dict(self._settings)
+
+
+def check_resumable(path: Path, checkpoint: dict[str, Any], config: Config) -> None:
+    """Refuse to continue a checkpoint's run with settings that are not its own.
+
+    Args:
+        path: the checkpoint's file, for the message.
+        checkpoint: its contents.
+        config: the settings given now.
+
+    Raises:
+        CheckpointError: they differ in more than where, how long and how fast to compute; or it holds none.
+    """
+    saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
+    if saved is None:
+        raise CheckpointError(f"{path} holds weights, but not a run that could be continued.")
+    now = _deciding(config)
+    changed = [
+        f"{key}: {saved.get(key, 'none')} there, {now.get(key, 'none')} now"
+        for key in [*saved, *(key for key in now if key not in saved)]
+        if saved.get(key) != now.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path} is a checkpoint of a run with other settings ({'; '.join(changed)}). A run goes on with its own: "
+            "give its folder as the config and leave these out. For others start a new run, without trainer.resume."
+        )
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in dotted(config).items() if not key.startswith(_FREE)}

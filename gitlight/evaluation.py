@@ -174,16 +174,12 @@ def _timed_forward(generator: Generator, gradients: Gradients, device: torch.dev
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _device(settings: TrainerConfig) -> torch.device:
     """One device of the kind that training would use; the CPU where the machine has none."""
-    wanted = accelerator(settings)
-    if wanted != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if wanted == "mps" else "cpu")
+    on_gpu = accelerator(settings) != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _checkpoint(config: Config) -> dict[str, Any]:

@@ -154,14 +154,11 @@ def _check_checkpoint(path: Path, module: LightningModule, datamodule: ImageData
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} was made with other settings of the {'generator' if isinstance(module, GITModule) else 'model'} "
-            f"than those given now; use the run's own config.yaml. {error}"
+            f"{path} is a checkpoint of a model of another shape than these settings give now: the images at data.root "
+            f"have other classes, or gitlight another version. {error}"
         ) from error
-    state = checkpoint.get(type(datamodule).__qualname__)
-    if "global_step" not in checkpoint or (isinstance(datamodule, GradientPairDataModule) and state is None):
-        raise CheckpointError(f"{path} holds weights, but not a run that could be continued.")
-    if state is not None:
-        datamodule.load_state_dict(state)
+    if isinstance(datamodule, GradientPairDataModule):
+        datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     return int(checkpoint["global_step"])
 
 

@@ -36,5 +36,5 @@ def test_making_gradients_stays_within_the_limit(limit):
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, str(limit)], capture_output=True, text=True, check=True, timeout=120
     )
-    # The gradients themselves are 0.13 GB. Unlimited it is 0.3 GB; a quarter is left to the allocator and threads.
-    assert 0.12 < float(result.stdout) < 1.25 * limit
+    # The gradients themselves are 0.13 GB; the allocator's rounding gets a tenth. Unlimited the peak is 0.4 GB.
+    assert 0.12 < float(result.stdout) < 1.1 * limit

@@ -49,6 +49,13 @@ def test_a_killed_run_resumed_ends_like_one_never_interrupted(command, config, t
     assert same_weights(killed, whole)
 
 
+def test_images_may_have_moved_and_computing_may_differ(train, config, tmp_path):
+    run = tmp_path / "run"
+    assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
+    moved = ["data.root=elsewhere", "data.num_workers=1", "gradients.memory_limit_gb=1", "gradients.method=loop"]
+    assert train(str(run), "trainer.resume=last", "trainer.max_epochs=2", *moved) == 0
+
+
 def test_resuming_can_prolong_a_finished_run(train, config, tmp_path):
     run = tmp_path / "run"
     assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
@@ -66,7 +73,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", *CHANGES])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "weights alone", *CHANGES])
 def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, config, tmp_path, capsys, damage):
     run = tmp_path / "run"
     assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
@@ -77,6 +84,9 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, config
         checkpoint.unlink()
     elif damage == "truncated":
         checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    elif damage == "weights alone":
+        weights = torch.load(checkpoint, weights_only=True)["state_dict"]  # not mapped: the file is written over
+        torch.save({"state_dict": weights}, checkpoint)
     else:
         changed = [damage]
     capsys.readouterr()

@@ -1,6 +1,6 @@
 """gitlight: what do a model's gradients give away about the images it was trained on?
 
-`train` and `evaluate` run what the two commands run; the other names are the parts they are made of.
+`train`, `evaluate` and `identify` run what the commands run; the other names are the parts they are made of.
 Names are imported when first used, so that ``import gitlight`` stays fast.
 """
 
@@ -18,6 +18,7 @@ _EXPORTS = {
     "GradientPairDataModule": "gitlight.data.datamodule",
     "LeakedModel": "gitlight.leaked.model",
     "evaluate": "gitlight.evaluation",
+    "identify": "gitlight.identifiability.identification",
     "load_config": "gitlight.config_loading",
     "train": "gitlight.training",
 }

@@ -1,64 +1,102 @@
 """`Architecture`: the structure of a leaked model without its weights. All that a generator is ever built from."""
 
 import copy
-import itertools
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import Tensor, fx, nn
 
 from gitlight.errors import ArchitectureError
 
 ImageShape = tuple[int, int, int]
 
-ELEMENTWISE = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU)
-"""Activation functions that act on each entry alone."""
+IMAGE = "image"
+"""What stands for the model's input among the inputs of a `Layer`."""
 
-RESHAPES: tuple[Any, ...] = (nn.Flatten, nn.Identity, torch.flatten, "flatten", "view", "reshape")
-"""Modules, functions and tensor methods that move entries without changing them."""
+ELEMENTWISE = ("sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu")
+"""Kinds of activation functions: each entry of the output depends on the same entry of the input alone."""
+
+MOVES = (
+    *("flatten", "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "unflatten", "squeeze", "unsqueeze"),
+    *("contiguous", "clone", "expand", "select", "slice", "alias", "detach", "narrow", "dropout", "feature_dropout"),
+)
+"""Kinds that move entries without changing them (dropout does nothing in evaluation mode)."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One step of a model that is a chain: where it is, what it does, and its shapes without the batch dimension.
+    """One operation of a model: what it is, where it is, what it takes, and its shapes without the batch dimension.
 
     Attributes:
-        name: the module's name in the model, or the name of the function's node in the traced graph.
-        operation: the module (parameters on the ``meta`` device, so without values), the function, or the name of
-            the tensor method.
-        parameters: names of the step's own parameters in ``named_parameters()``; empty for activations and the like.
-        input_shape: shape of one example's input.
-        output_shape: shape of one example's output.
+        name: the path of the module that it is, or, where a module does several things, that path and the operation.
+        kind: the operation's ATen name, such as ``conv2d``, ``linear``, ``relu``, ``add``.
+        operation: the ATen operation itself.
+        arguments: the operation's other arguments by name, such as ``stride``; defaults included.
+        inputs: names of the layers (or `IMAGE`) whose results it takes, in order.
+        roles: how each tensor among the arguments is called there, in order of ``inputs``; a list's entries share one.
+        parameters: argument name → name of the parameter, for parameters whose gradient leaks.
+        constants: argument name → name, for buffers and parameters whose gradient does not leak; values unknown.
+        weight_shape: shape of the argument ``weight``; empty where there is none.
+        input_shapes: one example's shape of each input.
+        output_shape: one example's shape of the result; empty for operations with several results.
     """
 
     name: str
+    kind: str
     operation: Any
-    parameters: tuple[str, ...]
-    input_shape: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    inputs: tuple[str, ...]
+    roles: tuple[str, ...]
+    parameters: Mapping[str, str]
+    constants: Mapping[str, str]
+    weight_shape: tuple[int, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
     output_shape: tuple[int, ...]
 
     @property
-    def kind(self) -> str:
-        """The operation's name, for messages."""
-        operation = self.operation
-        if isinstance(operation, nn.Module):
-            return type(operation).__name__
-        return operation if isinstance(operation, str) else f"{operation.__module__}.{operation.__name__}"
+    def input_shape(self) -> tuple[int, ...]:
+        """The first input's shape."""
+        return self.input_shapes[0]
 
-    def is_one_of(self, kinds: tuple[Any, ...]) -> bool:
-        """Whether the operation is among ``kinds``: module classes, functions, names of tensor methods."""
-        if isinstance(self.operation, nn.Module):
-            return isinstance(self.operation, tuple(kind for kind in kinds if isinstance(kind, type)))
-        return any(self.operation is kind or self.operation == kind for kind in kinds)
+    @property
+    def place(self) -> str:
+        """The layer in words, for messages.
+
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        >>> Architecture.of(model, (3, 2, 2), 2).layers[1].place
+        "linear '1'"
+        """
+        return f"{self.kind} {self.name!r}"
+
+    def apply(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+        """The operation's result.
+
+        Args:
+            inputs: ``(1, *input_shape)`` each, or ``(B, …)`` for an operation whose arguments name no batch size.
+            weights: parameter or buffer name → value, for all of ``parameters`` and ``constants``.
+        """
+        given: dict[str, Any] = dict(self.arguments)
+        given |= {role: weights[name] for role, name in (*self.parameters.items(), *self.constants.items())}
+        for role, value in zip(self.roles, inputs, strict=True):
+            if isinstance(self.arguments.get(role), list):
+                given[role] = [*(v for v in given[role] if v is not None), value]
+            else:
+                given[role] = value
+        positional = [a for a in self.operation._schema.arguments if not a.kwarg_only]
+        keywords = {a.name: given[a.name] for a in self.operation._schema.arguments if a.kwarg_only}
+        result: Tensor = self.operation(*(given[a.name] for a in positional), **keywords)
+        return result
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A leaked model's structure: its traced graph on the ``meta`` device, names, shapes. No weight is in it.
+    """A leaked model's structure: its operations, names, shapes. No weight is in it.
 
     The attacker of the threat model knows the architecture and not the parameters; generators are handed this object
     and nothing else, so that they cannot use what the attacker does not have.
@@ -68,24 +106,25 @@ class Architecture:
     >>> dict(architecture.parameter_shapes)["1.weight"]
     torch.Size([5, 12])
     >>> [layer.kind for layer in architecture.chain()]
-    ['Flatten', 'Linear', 'Sigmoid', 'Linear']
+    ['flatten', 'linear', 'sigmoid', 'linear']
 
     Attributes:
-        graph: the model traced by ``torch.fx``, parameters and buffers on the ``meta`` device; every node carries its
-            shape for a batch of one in ``node.meta["tensor_meta"]``.
+        layers: every operation, each after those whose results it takes.
+        output: name of the layer that puts out the logits.
         parameter_shapes: name → shape of each parameter that has a gradient, in the model's order.
         image_shape: ``(C, H, W)`` of the model's input.
         n_classes: number of labels.
     """
 
-    graph: fx.GraphModule
+    layers: tuple[Layer, ...]
+    output: str
     parameter_shapes: Mapping[str, torch.Size]
     image_shape: ImageShape
     n_classes: int
 
     @classmethod
     def of(cls, model: nn.Module, image_shape: ImageShape, n_classes: int) -> "Architecture":
-        """Strip a model of its weights and trace it.
+        """Strip a model of its weights and trace it, in evaluation mode.
 
         Args:
             model: the leaked network; it is copied, not changed.
@@ -93,26 +132,38 @@ class Architecture:
             n_classes: number of labels.
 
         Raises:
-            ArchitectureError: ``torch.fx`` cannot trace the model, or an image of this shape does not fit it.
+            ArchitectureError: ``torch.export`` cannot trace the model, or an image of this shape does not fit it.
         """
-        bare = copy.deepcopy(model).to("meta", torch.float32).eval()
+        bare = _without_hooks(copy.deepcopy(model)).to("meta", torch.float32).eval()
+        image = torch.empty(1, *image_shape, device="meta")
         name = type(model).__name__
         try:
-            graph = fx.symbolic_trace(bare)
-        except Exception as error:  # torch.fx raises whatever the traced code raises on a proxy
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = bare(image)
+                if not isinstance(result, Tensor):
+                    raise ArchitectureError(f"{name} returns {type(result).__name__}, not one tensor of logits.")
+                exported = torch.export.export(bare, (image,), strict=False)
+        except (NotImplementedError, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode) as error:
+            raise ArchitectureError(_untraceable(name, error)) from error
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            # What the model itself raises on a batch of one image: nearly always a shape that does not fit.
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            if "meta" in first_line or "data-dependent" in first_line or "data dependent" in first_line:
+                raise ArchitectureError(_untraceable(name, error)) from error
             raise ArchitectureError(
-                f"{name} cannot be traced by torch.fx: {error} "
-                "Models with control flow that depends on values cannot be inverted layer by layer."
-            ) from error
-        try:
-            ShapeProp(graph).propagate(torch.empty(1, *image_shape, device="meta"))
-        except RuntimeError as error:
-            raise ArchitectureError(
-                f"{name} does not accept an image of shape {image_shape} (channels, height, width): "
-                f"{str(error.__cause__ or error).splitlines()[0]}"
+                f"{name} does not accept an image of shape {image_shape} (channels, height, width): {first_line}"
             ) from error
         shapes = {key: p.shape for key, p in model.named_parameters() if p.requires_grad or not _any_trainable(model)}
-        return cls(graph, MappingProxyType(shapes), image_shape, n_classes)
+        layers, output = _layers(exported, frozenset(shapes))
+        return cls(layers, output, MappingProxyType(shapes), image_shape, n_classes)
+
+    def __getitem__(self, name: str) -> Layer:
+        """The layer of that name; KeyError where there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
 
     @property
     def n_parameters(self) -> int:
@@ -121,40 +172,54 @@ class Architecture:
 
     @property
     def n_activations(self) -> int:
-        """Number of entries of all intermediate results for one image."""
-        return sum(_shape(node).numel() for node in self.graph.graph.nodes if "tensor_meta" in node.meta)
+        """Number of entries of the image and of all intermediate results that are not views of others."""
+        computed = (prod(layer.output_shape) for layer in self.layers if layer.kind not in MOVES)
+        return prod(self.image_shape) + sum(computed)
+
+    @property
+    def chain_break(self) -> Layer | None:
+        """The first layer that does not take the one before as its only input; None for a chain."""
+        before = IMAGE
+        for layer in self.layers:
+            if layer.inputs != (before,):
+                return layer
+            before = layer.name
+        return None
 
     def chain(self) -> tuple[Layer, ...]:
-        """The model's steps from input to output, if it is a chain: each step has one input, the step before.
+        """The model's layers from input to output, if it is a chain: each takes the one before as its only input.
 
         Raises:
-            ArchitectureError: a step joins or splits branches (a residual sum, attention, a concatenation); the
+            ArchitectureError: a layer joins or splits branches (a residual sum, attention, a concatenation); the
                 message names it and its place.
         """
-        layers: list[Layer] = []
-        modules = dict(self.graph.named_modules())
-        nodes = [node for node in self.graph.graph.nodes if node.op != "output"]
-        for before, node in itertools.pairwise(nodes):
-            if node.all_input_nodes != [before]:
-                raise ArchitectureError(
-                    f"{node.name} ({node.op} {node.target}), step {len(layers) + 1} of the leaked model, does not take "
-                    f"the step before it as its only input: inputs {[n.name for n in node.all_input_nodes]}. "
-                    "This generator handles models whose layers follow one another; "
-                    "mlp handles every leaked model: generator.name=mlp."
-                )
-            module = node.op == "call_module"
-            operation = modules[node.target] if module else node.target
-            owned = [f"{node.target}.{key}" for key, _ in operation.named_parameters()] if module else []
-            layers.append(
-                Layer(
-                    name=node.target if module else node.name,
-                    operation=operation,
-                    parameters=tuple(key for key in owned if key in self.parameter_shapes),
-                    input_shape=tuple(_shape(before)[1:]),
-                    output_shape=tuple(_shape(node)[1:]),
-                )
+        layer = self.chain_break
+        if layer is not None:
+            raise ArchitectureError(
+                f"{layer.place}, step {self.layers.index(layer) + 1} of the leaked model, does not take the step "
+                f"before it as its only input: inputs {list(layer.inputs)}. "
+                "This generator handles models whose layers follow one another; "
+                "mlp handles every leaked model: generator.name=mlp."
             )
-        return tuple(layers)
+        return self.layers
+
+
+def _without_hooks(model: nn.Module) -> nn.Module:
+    """The model itself; what its user registered to watch it run is not to see the tracing."""
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return model
+
+
+def _untraceable(name: str, error: Exception) -> str:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"{name} cannot be traced by torch.export: {first_line} "
+        "Models with control flow that depends on values cannot be inverted layer by layer."
+    )
 
 
 def _any_trainable(model: nn.Module) -> bool:
@@ -162,7 +227,92 @@ def _any_trainable(model: nn.Module) -> bool:
     return any(p.requires_grad for p in model.parameters())
 
 
-def _shape(node: fx.Node) -> torch.Size:
-    shape = node.meta["tensor_meta"].shape
-    assert isinstance(shape, torch.Size)
-    return shape
+def _layers(exported: Any, leaked: frozenset[str]) -> tuple[tuple[Layer, ...], str]:
+    """The exported graph's tensor operations as layers, and the name of the one that is put out."""
+    signature = exported.graph_signature
+    held = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
+    held |= dict(getattr(signature, "inputs_to_lifted_tensor_constants", {}))
+    nodes = [node for node in exported.graph.nodes if node.op == "call_function" and _makes_tensors(node)]
+    owners = Counter(_module_path(node) for node in nodes)
+    names = {node: node.name for node in exported.graph.nodes if node.name in signature.user_inputs}
+    names = dict.fromkeys(names, IMAGE)
+    layers = []
+    for node in nodes:
+        path = _module_path(node)
+        alone = path and owners[path] == 1
+        names[node] = path if alone else ".".join(part for part in (path, node.name) if part)
+        layers.append(_layer(node, names, held, leaked))
+    (result,) = (node for node in exported.graph.nodes if node.op == "output")
+    output = names[result.args[0][0]]
+    return tuple(layers), output
+
+
+def _layer(node: fx.Node, names: Mapping[fx.Node, str], held: Mapping[str, str], leaked: frozenset[str]) -> Layer:
+    operation: Any = node.target
+    inputs: list[fx.Node] = []
+    roles: list[str] = []
+    parameters: dict[str, str] = {}
+    constants: dict[str, str] = {}
+    arguments: dict[str, Any] = {}
+    weight_shape: tuple[int, ...] = ()
+    for role, value in _arguments(node).items():
+        values = value if isinstance(value, list | tuple) else [value]
+        for one in values:
+            if not isinstance(one, fx.Node):
+                continue
+            if one in names:
+                inputs.append(one)
+                roles.append(role)
+            else:
+                own = held.get(one.name, one.name)
+                (parameters if own in leaked else constants)[role] = own
+                if role == "weight":
+                    weight_shape = tuple(one.meta["val"].shape)
+        cleaned = [None if isinstance(one, fx.Node) else one for one in values]
+        arguments[role] = cleaned if isinstance(value, list | tuple) else cleaned[0]
+    kind = operation._schema.name.split("::")[-1].removesuffix("_") if hasattr(operation, "_schema") else "getitem"
+    return Layer(
+        name=names[node],
+        kind=kind,
+        operation=operation,
+        arguments=MappingProxyType(arguments),
+        inputs=tuple(names[one] for one in inputs),
+        roles=tuple(roles),
+        parameters=MappingProxyType(parameters),
+        constants=MappingProxyType(constants),
+        weight_shape=weight_shape,
+        input_shapes=tuple(_shape(one) for one in inputs),
+        output_shape=_shape(node),
+    )
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by name, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # operator.getitem, which picks one of several results
+        return {str(position): value for position, value in enumerate(node.args)}
+    found: dict[str, Any] = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            found[argument.name] = node.args[position]
+        else:
+            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return found
+
+
+def _makes_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value))
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return ()
+    # Traced with a batch of one image. Attention moves the batch dimension to the second place; all is shape then.
+    return tuple(int(size) for size in (value.shape[1:] if value.shape[:1] == (1,) else value.shape))

@@ -1,4 +1,4 @@
-"""The two command lines, ``train.py`` and ``evaluate.py``. Imports torch only once there is something to do."""
+"""The command lines ``train.py``, ``evaluate.py``, ``python -m gitlight.identify``. Imports torch only when needed."""
 
 import dataclasses
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 
 from gitlight.config import ChannelConfig, Config
 from gitlight.config_loading import COMPONENTS, load_config
-from gitlight.errors import GitlightError
+from gitlight.errors import ConfigError, GitlightError
 from gitlight.gradients import CHANNELS
 from gitlight.registry import Registry
 
@@ -39,6 +39,17 @@ reconstructions.png and report.html to RUN_DIR/evaluation/.
   python evaluate.py runs/demo evaluation.n_images=100   one setting changed
 """
 
+_IDENTIFY_USAGE = """\
+usage: python -m gitlight.identify CONFIG.yaml [key.path=value ...] [--json PATH]
+
+Say what the architecture of a config's leaked model leaks, layer by layer, before any
+attack is run. No image is read, and no leaked weight. --json PATH writes the report as
+JSON, too; with --json - it is printed instead of the table.
+
+  python -m gitlight.identify configs/lenet_exact.yaml                          LeNet
+  python -m gitlight.identify configs/lenet_exact.yaml leaked.activation=relu   with ReLU
+"""
+
 
 def train_command(arguments: Sequence[str], default_config: Path) -> int:
     """``train.py``; returns the exit code."""
@@ -48,6 +59,20 @@ def train_command(arguments: Sequence[str], default_config: Path) -> int:
 def evaluate_command(arguments: Sequence[str]) -> int:
     """``evaluate.py``; returns the exit code."""
     return _run(arguments, _EVALUATE_USAGE, _evaluate, default_config=None)
+
+
+def identify_command(arguments: Sequence[str]) -> int:
+    """``python -m gitlight.identify``; returns the exit code."""
+    rest = list(arguments)
+    path = None
+    if "--json" in rest:
+        at = rest.index("--json")
+        if at + 1 == len(rest):
+            print("error: --json: expected a file to write to, or - for the terminal, after it.", file=sys.stderr)
+            return USER_ERROR
+        path = rest[at + 1]
+        del rest[at : at + 2]
+    return _run(rest, _IDENTIFY_USAGE, lambda config: _identify(config, path), default_config=None)
 
 
 def _train(config: Config) -> None:
@@ -61,6 +86,24 @@ def _evaluate(config: Config) -> None:
     from gitlight.evaluation import evaluate
 
     print(evaluate(config).summary())
+
+
+def _identify(config: Config, json_path: str | None) -> None:
+    from gitlight.identifiability.identification import identify
+    from gitlight.report.results import write_text
+
+    if json_path == "-":
+        print(identify(config).to_json(), end="")
+        return
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise ConfigError(f"--json: {json_path}: the folder {Path(json_path).parent} does not exist. Make it first.")
+    report = identify(config)
+    print(report.to_text())
+    if json_path is not None:
+        try:
+            write_text(report.to_json(), Path(json_path))
+        except OSError as error:
+            raise ConfigError(f"--json: {json_path} cannot be written: {error}.") from error
 
 
 def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None], default_config: Path | None) -> int:

@@ -46,19 +46,24 @@ class DataConfig:
     horizontal_flip: bool = setting(False, "mirror each public image at random, afresh in every epoch")
 
 
+# Leaked models differ in the defaults of these two settings, not in what is allowed.
+_ACTIVATION: dict[str, Any] = {
+    "help": "activation function",
+    "choices": ["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"],
+}
+_INIT: dict[str, Any] = {
+    "help": "initial weights: all uniform in ±leaked.init_range, or the model's own (PyTorch's where it has none)",
+    "choices": ["uniform", "default"],
+}
+
+
 @dataclass
 class LeakedConfig:
     """Settings of every leaked model."""
 
     name: str = setting("lenet", "leaked model")
-    activation: str = setting(
-        "sigmoid", "activation function", choices=["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"]
-    )
-    init: str = setting(
-        "uniform",
-        "initial weights: uniform in ±leaked.init_range, or PyTorch's default",
-        choices=["uniform", "default"],
-    )
+    activation: str = setting("sigmoid", **_ACTIVATION)
+    init: str = setting("uniform", **_INIT)
     init_range: float = setting(0.5, "half the width of the uniform initialisation", above=0)
     seed: int = setting(
         0, "seed of the initial weights; apart from `seed`, so that runs can attack one model", minimum=0
@@ -79,6 +84,39 @@ class FullyConnectedConfig(LeakedConfig):
 
     name: str = setting("mlp", "leaked model")
     hidden_sizes: list[int] = setting([512, 256], "units of each hidden layer", minimum=1)
+
+
+@dataclass
+class ResNetConfig(LeakedConfig):
+    """ResNet-20, for small images."""
+
+    name: str = setting("resnet20", "leaked model")
+    activation: str = setting("relu", **_ACTIVATION)
+    init: str = setting("default", **_INIT)
+    width: int = setting(16, "channels of the first of three stages; each of the others doubles them", minimum=1)
+
+
+@dataclass
+class ViTConfig(LeakedConfig):
+    """A vision transformer for small images."""
+
+    name: str = setting("vit", "leaked model")
+    activation: str = setting("gelu", **_ACTIVATION)
+    init: str = setting("default", **_INIT)
+    patch_size: int = setting(4, "height and width of a patch, in pixels; divides data.image_size", minimum=1)
+    hidden_size: int = setting(192, "numbers that describe a patch", minimum=1)
+    depth: int = setting(6, "transformer blocks", minimum=1)
+    heads: int = setting(3, "attention heads of a block; divides leaked.hidden_size", minimum=1)
+    mlp_size: int = setting(768, "hidden units of a block's multilayer perceptron", minimum=1)
+
+
+@dataclass
+class ViTB16Config(LeakedConfig):
+    """ViT-B/16."""
+
+    name: str = setting("vit_b_16", "leaked model")
+    activation: str = setting("gelu", **_ACTIVATION)
+    init: str = setting("default", **_INIT)
 
 
 @dataclass
@@ -151,14 +189,45 @@ class HybridGeneratorConfig(GeneratorConfig):
     exact_depth: int | None = setting(
         None, "layers to invert in closed form, from the output down; null: as many as have a rule", minimum=1
     )
-    damping: float = setting(
-        1e-8, "Tikhonov damping of each layer's solve, over the mean diagonal of its normal matrix", minimum=0
+    noise: float | None = setting(
+        None,
+        "standard deviation of gradient errors over the root mean square of a leak's entries; null: estimated per leak",
+        minimum=0,
     )
     channels: int = setting(64, "channels of the convolutional refinement", minimum=1)
     blocks: int = setting(3, "residual blocks of the refinement", minimum=0)
     gradient_channels: int = setting(8, "feature maps learned from each gradient that no rule explains", minimum=0)
     linear_start_features: int = setting(
         6144, "most features that the closed-form linear start uses (its cost grows with the cube)", minimum=1
+    )
+
+
+@dataclass
+class ExactGeneratorConfig(GeneratorConfig):
+    """Exact-GIT: the equations of back-propagation, with estimated weights."""
+
+    name: str = setting("exact", "generator")
+    fit: str = setting(
+        "layerwise",
+        "the leaked weights: layerwise: closed form from pairs; descent: trained on the reconstruction loss",
+        choices=["layerwise", "descent"],
+    )
+    start: str | None = setting(
+        None, "weights to start from: layerwise (fit them first), or a run's folder or checkpoint; null: none"
+    )
+    noise: float | None = setting(
+        None,
+        "standard deviation of gradient errors over the root mean square of a leak's entries; null: estimated per leak",
+        minimum=0,
+    )
+    damping: float = setting(
+        1e-3, "descent: Tikhonov damping of each solve, over the mean diagonal of its normal matrix", above=0
+    )
+    matching_epochs: int = setting(
+        20, "layerwise: passes of gradient matching for weights that no closed form reaches", minimum=1
+    )
+    ridge_features: int = setting(
+        6144, "most activations that a regression stands on where the equations do not reach the image", minimum=1
     )
 
 

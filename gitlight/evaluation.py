@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections import Counter
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gitlight.config_loading import load_config
 from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import Gradients
 from gitlight.errors import CheckpointError, ConfigError
-from gitlight.generators.base import Generator
+from gitlight.generators.base import Generator, Reconstruction
 from gitlight.generators.exact.labels import labels_from_bias_gradient, output_bias
 from gitlight.gradients.channel import describe_channel
 from gitlight.lpips import load_lpips
@@ -62,8 +63,9 @@ class Evaluation:
         if result.label_accuracy is not None:
             lines.append(f"{'labels right':<16}{result.label_accuracy:>10.1%}")
         lines.append(f"{'time per image':<16}{result.seconds_per_image * 1000:>10.3g}    ms")
+        lines += [f"{count:<16}{verdict}" for verdict, count in result.verdicts.items()]
         if result.n_failed:
-            lines.append(f"{'failed':<16}{result.n_failed:>10}    not finite; each counts as 0 dB")
+            lines.append(f"{'failed':<16}{result.n_failed:>10}    no image; each counts as 0 dB")
         lines += ["", f"picture  {self.folder / 'reconstructions.png'}", f"report   {self.folder / 'report.html'}"]
         return "\n".join(lines)
 
@@ -140,9 +142,9 @@ def attack(
     for pair in datamodule.private_pairs(device, n_images):
         if not parts:
             _timed_forward(generator, pair.gradients, device)
-        raw, elapsed = _timed_forward(generator, pair.gradients, device)
+        found, elapsed = _timed_forward(generator, pair.gradients, device)
         seconds += elapsed
-        reconstructions = match(raw, pair.images)
+        reconstructions = match(found.images, pair.images)
         metrics, failed = measure(reconstructions, pair.images, lpips)
         positions = torch.arange(pair.images.shape[1]).expand(len(pair), -1)
         parts.append(
@@ -155,6 +157,7 @@ def attack(
                 recovered_labels=labels_from_bias_gradient(pair.gradients[bias]).cpu() if bias is not None else None,
                 metrics={name: values.flatten() for name, values in metrics.items()},
                 failed=failed.flatten(),
+                verdicts=tuple(verdict for verdict in found.verdicts for _ in range(pair.images.shape[1])),
                 truth=to_bytes(pair.images.flatten(0, 1)),
                 reconstructions=to_bytes(reconstructions.flatten(0, 1)),
             )
@@ -162,13 +165,13 @@ def attack(
     return AttackedImages.joined(parts), seconds
 
 
-def _timed_forward(generator: Generator, gradients: Gradients, device: torch.device) -> tuple[Tensor, float]:
+def _timed_forward(generator: Generator, gradients: Gradients, device: torch.device) -> tuple[Reconstruction, float]:
     _synchronize(device)
     start = time.perf_counter()
     with torch.no_grad():
-        images: Tensor = generator(gradients)
+        found = generator.reconstruct(gradients)
     _synchronize(device)
-    return images, time.perf_counter() - start
+    return found, time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:
@@ -277,6 +280,7 @@ def _result(config: Config, trained: Config, images: AttackedImages, seconds: fl
         seconds_per_image=seconds / len(images),
         knowledge=KNOWLEDGE,
         n_failed=int(images.failed.sum()),
+        verdicts=dict(Counter(verdict for verdict in images.verdicts if verdict).most_common()),
     )
 
 

@@ -59,9 +59,8 @@ class GITModule(LightningModule):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, GradientPairDataModule)
         with torch.no_grad():
-            fits = self.generator.fits()
-            for number, fit in enumerate(fits, start=1):
-                log.info("closed-form fit %d of %d: one pass over the public pairs", number, len(fits))
+            for number, fit in enumerate(self.generator.fits(), start=1):
+                log.info("fit %d (%s): one pass over the public pairs", number, type(fit).__name__.removeprefix("_"))
                 for pair in datamodule.fit_pairs(self.device):
                     # Neither labels nor anything else that the attacker does not have.
                     fit.update(pair.gradients, pair.images, pair.indices[:, 0] // pair.images.shape[1])
@@ -76,9 +75,11 @@ class GITModule(LightningModule):
 
     def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor | None:
         """Mean squared error over the batch; None for a generator with nothing to train."""
+        if not any(parameter.requires_grad for parameter in self.generator.parameters()):
+            return None
         loss = self._loss(self(pair.gradients), pair)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, sync_dist=True, batch_size=len(pair))
-        return loss if loss.requires_grad else None
+        return loss
 
     def validation_step(self, pair: GradientPair, batch_idx: int) -> dict[str, Tensor]:
         """Log the loss on held-out public pairs and hand the reconstructions to the callbacks."""
@@ -88,7 +89,14 @@ class GITModule(LightningModule):
         return {"reconstructions": reconstructions}
 
     def _loss(self, reconstructions: Tensor, pair: GradientPair) -> Tensor:
-        return nn.functional.mse_loss(match(reconstructions, pair.images), pair.images)
+        matched = match(reconstructions, pair.images)
+        if self.generator.refuses:
+            answered = torch.isfinite(matched).flatten(1).all(dim=1)
+            if not bool(answered.any()):
+                # Connected to the parameters all the same: other ranks wait for this one's gradients.
+                return sum((p.sum() * 0.0 for p in self.generator.parameters()), matched.new_zeros(()))
+            return nn.functional.mse_loss(matched[answered], pair.images[answered])
+        return nn.functional.mse_loss(matched, pair.images)
 
     def configure_optimizers(self) -> Any:
         """The optimiser and schedule of the config."""

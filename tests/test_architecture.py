@@ -1,19 +1,68 @@
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+
 import pytest
 import torch
-from torch import nn
+import torchvision
+from torch import fx, nn
 
-from gitlight.architecture import ELEMENTWISE, RESHAPES, Architecture
+from gitlight.architecture import ELEMENTWISE, IMAGE, MOVES, Architecture
 from gitlight.config import LeNetConfig
 from gitlight.errors import ArchitectureError
 from gitlight.leaked.lenet import lenet
 
 
-def test_no_weight_survives():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 10))
-    graph = Architecture.of(model, (3, 8, 8), 10).graph
-    tensors = [*graph.parameters(), *graph.buffers()]
-    assert tensors
-    assert all(tensor.is_meta for tensor in tensors)
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(48, 2)
+
+    def forward(self, x):
+        return self.head((x + self.conv(x)).flatten(1))
+
+
+class Shared(nn.Module):
+    """Two layers with one weight, each with a bias of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.sigmoid(self.first(x.flatten(1))))
+
+
+def vision_transformer():
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 12, "num_classes": 2}
+    return torchvision.models.VisionTransformer(image_size=8, patch_size=4, **sizes)
+
+
+def small_resnet():
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=2)
+
+
+def everything_in(value):
+    """The value and, through dataclasses, mappings and sequences, all that it holds."""
+    yield value
+    if is_dataclass(value):
+        held = [getattr(value, field.name) for field in fields(value)]
+    elif isinstance(value, Mapping):
+        held = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple):
+        held = value
+    else:
+        held = []
+    for one in held:
+        yield from everything_in(one)
+
+
+@pytest.mark.parametrize(("make", "size"), [(vision_transformer, 8), (small_resnet, 32), (Residual, 4), (Shared, 2)])
+def test_no_weight_survives(make, size):
+    held = list(everything_in(Architecture.of(make(), (3, size, size), 2)))
+    assert len(held) > 50
+    assert not any(isinstance(one, torch.Tensor | nn.Module | fx.Node | fx.Graph) for one in held)
 
 
 def test_the_model_itself_is_left_alone():
@@ -24,6 +73,17 @@ def test_the_model_itself_is_left_alone():
     assert model.training
 
 
+def test_hooks_on_the_model_do_not_fire_and_stay():
+    model, fired = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), []
+    model.register_forward_hook(lambda *_: fired.append("forward"))
+    model[1].register_forward_pre_hook(lambda *_: fired.append("before"))
+    model[1].register_full_backward_hook(lambda *_: fired.append("backward"))
+    Architecture.of(model, (3, 2, 2), 2)
+    assert not fired
+    model(torch.rand(1, 3, 2, 2, requires_grad=True)).sum().backward()
+    assert fired == ["before", "forward", "backward"]
+
+
 def test_names_shapes_and_order_are_those_of_the_parameters():
     model = lenet(LeNetConfig(), (3, 32, 32), 10)
     architecture = Architecture.of(model, (3, 32, 32), 10)
@@ -32,22 +92,32 @@ def test_names_shapes_and_order_are_those_of_the_parameters():
 
 
 def test_parameters_that_are_not_trained_leak_no_gradient():
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    model[0].requires_grad_(False)
-    assert list(Architecture.of(nn.Sequential(nn.Flatten(), *model), (1, 2, 2), 2).parameter_shapes) == [
-        "2.weight",
-        "2.bias",
-    ]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2))
+    model[1].requires_grad_(False)
+    architecture = Architecture.of(model, (1, 2, 2), 2)
+    assert list(architecture.parameter_shapes) == ["2.weight", "2.bias"]
+    assert dict(architecture["1"].parameters) == {}
+    assert dict(architecture["1"].constants) == {"weight": "1.weight", "bias": "1.bias"}
+
+
+def test_buffers_are_constants():
+    layer = Architecture.of(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), (3, 2, 2), 2)["0"]
+    assert dict(layer.parameters) == {"weight": "0.weight", "bias": "0.bias"}
+    assert dict(layer.constants) == {"running_mean": "0.running_mean", "running_var": "0.running_var"}
+    assert layer.arguments["training"] is False, "traced as it is attacked, in evaluation mode"
 
 
 def test_the_chain_of_lenet_has_the_shapes_of_a_forward_pass():
     model = lenet(LeNetConfig(), (3, 32, 32), 10)
+    kinds = {nn.Conv2d: "conv2d", nn.Sigmoid: "sigmoid", nn.Flatten: "flatten", nn.Linear: "linear"}
     value = torch.rand(1, 3, 32, 32)
-    for layer, module in zip(Architecture.of(model, (3, 32, 32), 10).chain(), model, strict=True):
+    chain = Architecture.of(model, (3, 32, 32), 10).chain()
+    for layer, (name, module) in zip(chain, model.named_children(), strict=True):
+        assert layer.name == name
         assert layer.input_shape == value.shape[1:]
         value = module(value)
         assert layer.output_shape == value.shape[1:]
-        assert layer.kind == type(module).__name__
+        assert layer.kind == kinds[type(module)]
 
 
 def test_functions_and_methods_are_part_of_the_chain():
@@ -60,28 +130,119 @@ def test_functions_and_methods_are_part_of_the_chain():
             return self.layer(torch.flatten(x, 1).view(-1, 12))
 
     flatten, view, linear = Architecture.of(Model(), (3, 2, 2), 2).chain()
-    assert flatten.is_one_of(RESHAPES)
-    assert view.is_one_of(RESHAPES)
-    assert not linear.is_one_of((*RESHAPES, *ELEMENTWISE))
+    assert flatten.kind in MOVES
+    assert view.kind in MOVES
+    assert linear.kind not in (*MOVES, *ELEMENTWISE)
+
+
+def test_arguments_have_names_and_defaults():
+    layer = Architecture.of(nn.Conv2d(4, 6, 3, stride=2, groups=2), (4, 8, 8), 2).layers[0]
+    wanted = {"stride": [2, 2], "padding": [0, 0], "dilation": [1, 1], "groups": 2}
+    assert {name: layer.arguments[name] for name in wanted} == wanted
+    assert layer.weight_shape == (6, 2, 3, 3)
+    assert (layer.inputs, layer.roles) == ((IMAGE,), ("input",))
 
 
 def test_a_residual_sum_is_named_with_its_place():
-    class Residual(nn.Module):
+    architecture = Architecture.of(Residual(), (3, 4, 4), 2)
+    assert architecture["add"].inputs == (IMAGE, "conv")
+    assert architecture.chain_break is architecture["add"]
+    with pytest.raises(ArchitectureError, match=r"add 'add', step 2.*generator.name=mlp"):
+        architecture.chain()
+
+
+def test_operations_in_place_are_what_they_are_elsewhere():
+    architecture = Architecture.of(small_resnet(), (3, 32, 32), 2)
+    kinds = [layer.kind for layer in architecture.layers]
+    assert (kinds.count("relu"), kinds.count("add")) == (9, 4)
+    joined = next(layer for layer in architecture.layers if layer.kind == "add")
+    assert [architecture[name].kind for name in joined.inputs] == ["batch_norm", "max_pool2d"]
+
+
+def test_a_vision_transformer_is_traced_with_its_embeddings():
+    architecture = Architecture.of(vision_transformer(), (3, 8, 8), 2)
+    embedded = next(layer for layer in architecture.layers if layer.parameters.get("other"))
+    assert (embedded.kind, embedded.output_shape) == ("add", (5, 8))
+    assert dict(embedded.parameters) == {"other": "encoder.pos_embedding"}
+    (attention,) = (layer for layer in architecture.layers if layer.kind == "scaled_dot_product_attention")
+    assert attention.roles == ("query", "key", "value")
+    assert attention.input_shapes == ((2, 5, 4),) * 3
+    assert architecture.chain_break is not None
+    used = {name for layer in architecture.layers for name in layer.parameters.values()}
+    assert used == set(architecture.parameter_shapes)
+
+
+def test_a_module_that_is_called_twice_is_two_layers_with_one_weight():
+    class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv2d(3, 3, 3, padding=1)
-            self.head = nn.Linear(48, 2)
+            self.layer = nn.Linear(12, 12)
 
         def forward(self, x):
-            return self.head((x + self.conv(x)).flatten(1))
+            return self.layer(self.layer(x.flatten(1)))
 
-    with pytest.raises(ArchitectureError, match=r"add.*step 2.*generator.name=mlp"):
-        Architecture.of(Residual(), (3, 4, 4), 2).chain()
+    _, first, second = Architecture.of(Twice(), (3, 2, 2), 12).layers
+    assert first.name != second.name
+    assert first.name.startswith("layer.")
+    assert second.name.startswith("layer.")
+    assert second.inputs == (first.name,)
+    assert dict(first.parameters) == dict(second.parameters) == {"weight": "layer.weight", "bias": "layer.bias"}
+
+
+def test_a_weight_of_two_layers_leaks_one_gradient():
+    architecture = Architecture.of(Shared(), (3, 2, 2), 12)
+    assert list(architecture.parameter_shapes) == ["first.weight", "first.bias", "second.bias"]
+    assert architecture["first"].parameters["weight"] == "first.weight"
+
+
+@pytest.mark.xfail(reason="the second layer's weight is taken for a constant of another name")
+def test_a_weight_of_two_layers_has_one_name():
+    assert Architecture.of(Shared(), (3, 2, 2), 12)["second"].parameters["weight"] == "first.weight"
+
+
+def test_activations_are_counted_where_they_are_computed():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(8, 5))
+    assert Architecture.of(model, (3, 2, 2), 5).n_activations == 12 + 8 + 8 + 5
+
+
+def test_a_layer_gives_the_result_of_its_module_for_any_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, groups=2), nn.BatchNorm2d(6), nn.LeakyReLU(0.3)).eval()
+    value = torch.rand(5, 4, 8, 8)
+    for layer, module in zip(Architecture.of(model, (4, 8, 8), 2).layers, model, strict=True):
+        before = value.clone()
+        value = layer.apply([value], model.state_dict())
+        torch.testing.assert_close(value, module(before))
+
+
+def test_a_layer_of_many_inputs_takes_them_in_order():
+    class Joined(nn.Module):
+        def forward(self, x):
+            return torch.cat([torch.sigmoid(x), x, torch.tanh(x)], dim=1)
+
+    layer = Architecture.of(Joined(), (1, 2, 2), 2).layers[-1]
+    inputs = [torch.rand(1, 1, 2, 2) for _ in range(3)]
+    assert layer.inputs == ("sigmoid", IMAGE, "tanh")
+    assert torch.equal(layer.apply(inputs, {}), torch.cat(inputs, dim=1))
+
+
+def test_a_name_that_no_layer_has_is_an_error():
+    with pytest.raises(KeyError, match="nothing"):
+        Architecture.of(Residual(), (3, 4, 4), 2)["nothing"]
 
 
 def test_an_image_that_does_not_fit_is_named():
-    with pytest.raises(ArchitectureError, match=r"Linear.*\(3, 2, 2\)|Sequential.*\(3, 2, 2\)"):
+    with pytest.raises(ArchitectureError, match=r"Sequential .*\(3, 2, 2\)"):
         Architecture.of(nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), (3, 2, 2), 2)
+
+
+def test_a_model_that_returns_several_tensors_is_named():
+    class Several(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(ArchitectureError, match="Several returns tuple, not one tensor of logits"):
+        Architecture.of(Several(), (3, 2, 2), 2)
 
 
 def test_control_flow_on_values_is_named():

@@ -13,6 +13,7 @@ from gitlight.callbacks.reconstructions import ReconstructionGrid, draw_grid
 from gitlight.callbacks.run_settings import RunSettings
 from gitlight.callbacks.throughput import Throughput
 from gitlight.callbacks.weight_distance import WeightDistance
+from gitlight.callbacks.weight_distance_curves import WeightDistancePoint, draw_weight_distances
 from gitlight.config import Config
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "RunSettings",
     "Throughput",
     "WeightDistance",
+    "WeightDistancePoint",
     "build_callbacks",
     "draw_grid",
+    "draw_weight_distances",
 ]
 
 MONITORS = {"generator": "val/psnr", "leaked": "val/accuracy"}
@@ -59,6 +62,6 @@ def _reconstruction_callbacks(config: Config, output_dir: Path) -> list[Callback
     return [
         ReconstructionMetrics(),
         ReconstructionGrid(output_dir, config.evaluation.n_pictures),
-        WeightDistance(),
+        WeightDistance(output_dir),
         Throughput(),
     ]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gitlight.data.pair import GradientPair
 from gitlight.lpips import load_lpips
-from gitlight.metrics import PerceptualDistance, image_metrics, match
+from gitlight.metrics import PerceptualDistance, match
+from gitlight.report.attacked import measure
 
 METRICS = ("mse", "psnr", "ssim", "lpips")
 
@@ -45,7 +46,8 @@ class ReconstructionMetrics(Callback):
     ) -> None:
         """Add one batch; no communication, as ranks may have different numbers of batches."""
         reconstructions: Tensor = outputs["reconstructions"].detach()
-        values = image_metrics(match(reconstructions, batch.images), batch.images, self._lpips)
+        # As in an evaluation: what is not finite counts as a complete failure.
+        values, _ = measure(match(reconstructions, batch.images), batch.images, self._lpips)
         for i, name in enumerate(METRICS):
             if name in values:
                 self._sums[i] += values[name].cpu().double().sum()

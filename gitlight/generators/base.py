@@ -1,9 +1,9 @@
 """`Generator`: a module from gradients to images; and `PairFit`: what it estimates from pairs in closed form."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,18 @@ class ParameterEstimate:
 
     value: Tensor
     up_to_common_row: bool = False
+
+
+class Reconstruction(NamedTuple):
+    """What a generator makes of ``B`` leaks.
+
+    Attributes:
+        images: ``(B, N, C, H, W)`` in [0, 1]; NaN where there is none.
+        verdicts: in words, what became of each leak; empty where a generator has nothing to say.
+    """
+
+    images: Tensor
+    verdicts: tuple[str, ...]
 
 
 class PairFit(Protocol):
@@ -57,10 +69,12 @@ class Generator(nn.Module, ABC):
     Attributes:
         architecture: structure of the leaked model.
         client_batch_size: ``N``, the number of images to reconstruct from one leak.
+        refuses: whether it answers leaks that it cannot invert with NaN, on purpose; they are left out of the loss.
         fitted: whether the closed-form parts have been estimated from pairs (kept in checkpoints).
     """
 
     fitted: Tensor
+    refuses: ClassVar[bool] = False
 
     def __init__(self, architecture: Architecture, client_batch_size: int) -> None:
         super().__init__()
@@ -72,8 +86,16 @@ class Generator(nn.Module, ABC):
     def forward(self, gradients: Gradients) -> Tensor:
         """Reconstruct: parameter name → ``(B, *shape)`` to images ``(B, N, C, H, W)`` in [0, 1]."""
 
-    def fits(self) -> Sequence[PairFit]:
-        """Closed-form estimates to make before training, one pass over the pairs each, in this order."""
+    def reconstruct(self, gradients: Gradients) -> Reconstruction:
+        """`forward`, with what the generator can say of each leak."""
+        images: Tensor = self(gradients)
+        return Reconstruction(images, ("",) * len(images))
+
+    def fits(self) -> Iterable[PairFit]:
+        """Closed-form estimates to make before training, one pass over the pairs each, in this order.
+
+        Each is finished before the next is asked for, so that a fit may depend on those before.
+        """
         return ()
 
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:

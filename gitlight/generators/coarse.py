@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from gitlight.architecture import ELEMENTWISE, RESHAPES, Architecture, Layer
+from gitlight.architecture import ELEMENTWISE, MOVES, Architecture, Layer
 from gitlight.config import CoarseGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ArchitectureError
@@ -14,8 +14,8 @@ from gitlight.generators.base import Generator, PairFit
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 
-WITH_PARAMETERS = (nn.Linear, nn.Conv2d)
-WITHOUT_PARAMETERS = (*ELEMENTWISE, *RESHAPES, nn.Dropout, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+WITH_PARAMETERS = ("linear", "conv2d")
+WITHOUT_PARAMETERS = (*ELEMENTWISE, *MOVES, "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d")
 
 
 class CoarseGenerator(Generator):
@@ -37,7 +37,7 @@ class CoarseGenerator(Generator):
             steps = nn.ModuleList()
             known = 0
             for layer in self._modules_down:
-                n_gradient = sum(architecture.parameter_shapes[name].numel() for name in layer.parameters)
+                n_gradient = sum(architecture.parameter_shapes[name].numel() for name in layer.parameters.values())
                 n_outputs = client_batch_size * prod(layer.input_shape)
                 steps.append(_Step(known + n_gradient, width, n_outputs))
                 known = n_outputs
@@ -53,7 +53,7 @@ class CoarseGenerator(Generator):
         own = self.scaling.split(self.scaling(gradients))
         estimate: list[Tensor] = []
         for layer, step in zip(self._modules_down, self.steps, strict=True):
-            estimate = [step(torch.cat([*estimate, *(own[name] for name in layer.parameters)], dim=1))]
+            estimate = [step(torch.cat([*estimate, *(own[name] for name in layer.parameters.values())], dim=1))]
         return torch.sigmoid(estimate[0].float()).view(-1, *self.image_shape)
 
     def fits(self) -> Sequence[PairFit]:
@@ -82,13 +82,13 @@ def modules_with_parameters(architecture: Architecture) -> list[Layer]:
     """
     found = []
     for layer in architecture.chain():
-        if layer.is_one_of(WITH_PARAMETERS):
+        if layer.kind in WITH_PARAMETERS:
             found.append(layer)
-        elif not layer.is_one_of(WITHOUT_PARAMETERS):
-            known = [getattr(kind, "__name__", kind) for kind in (*WITH_PARAMETERS, *WITHOUT_PARAMETERS)]
+        elif layer.kind not in WITHOUT_PARAMETERS:
             raise ArchitectureError(
-                f"coarse has no step for {layer.kind}, module {layer.name!r} of the leaked model. "
-                f"It knows: {', '.join(known)}. mlp handles every leaked model: generator.name=mlp."
+                f"coarse has no step for {layer.place} of the leaked model. "
+                f"It knows: {', '.join((*WITH_PARAMETERS, *WITHOUT_PARAMETERS))}. "
+                "mlp handles every leaked model: generator.name=mlp."
             )
     if not found:
         raise ArchitectureError("The leaked model has no layer with parameters, so there is no gradient to invert.")

@@ -1,6 +1,6 @@
 """Hybrid-GIT: exact where the equations are exact, learned where they are not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isqrt, prod
 
 import torch
@@ -11,7 +11,7 @@ from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
 from gitlight.generators.base import Generator, PairFit, ParameterEstimate
-from gitlight.generators.exact.walk import ExactWalk
+from gitlight.generators.exact.features import ClosedFormFeatures
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
@@ -22,7 +22,7 @@ from gitlight.gradients.precision import full_float32
 class HybridGenerator(Generator):
     """Three stages, each built on what the one before leaves open.
 
-    1. The `ExactWalk`: inputs of the leaked layers in closed form, as far down as the equations determine them.
+    1. `ClosedFormFeatures`: inputs of the leaked layers, by their gradient equations, as far down as these carry.
     2. A linear start: ridge regression from those features to the image, fitted on the pairs in closed form; or the
        image itself, where the walk reaches it. Neither is changed by training.
     3. A convolutional `Refinement`, trained: it sees the start, the features as maps, and maps made from the gradients
@@ -33,9 +33,9 @@ class HybridGenerator(Generator):
     """
 
     def __init__(self, architecture: Architecture, settings: HybridGeneratorConfig, client_batch_size: int = 1) -> None:
-        """Raises: ArchitectureError, where the leaked model has no last layer to start from or is not a chain."""
+        """Raises: ArchitectureError, where nothing of the leaked model's activations follows from its gradients."""
         super().__init__(architecture, client_batch_size)
-        self.walk = ExactWalk(architecture, settings.damping, settings.exact_depth, client_batch_size)
+        self.walk = ClosedFormFeatures(architecture, settings.noise, settings.exact_depth, client_batch_size)
         n_image = prod(architecture.image_shape)
         shapes = [feature.shape for feature in self.walk.features]
         self._in_start = _deepest_that_fit(shapes, settings.linear_start_features)
@@ -43,12 +43,9 @@ class HybridGenerator(Generator):
         self.ridge = None if self._solved else RidgeRegression(sum(map(prod, self._in_start.values())), n_image)
         # With one image per leak even a least-norm estimate holds all that its layer's equations say; with more, an
         # average of the inputs holds a fraction of it.
-        explained = {feature.name for feature in self.walk.features if feature.exact or client_batch_size == 1}
+        explained = {feature.layer for feature in self.walk.features if feature.exact or client_batch_size == 1}
         unexplained = [
-            name
-            for layer in architecture.chain()
-            if f"input of {layer.name}" not in explained
-            for name in layer.parameters
+            name for layer in architecture.layers if layer.name not in explained for name in layer.parameters.values()
         ]
         self.scaling = GradientScaling(architecture, tuple(unexplained)) if unexplained else None
         self.standardisation = _FeatureStandardisation(shapes)
@@ -83,11 +80,11 @@ class HybridGenerator(Generator):
         _, start = self._closed_form(gradients)
         return start.unsqueeze(1).clamp(0, 1).expand(-1, *self.image_shape)
 
-    def fits(self) -> Sequence[PairFit]:
+    def fits(self) -> Iterator[PairFit]:
         """The leaked weights that the walk needs, then everything that stands on its features."""
-        if self.ridge is None:
-            return self.walk.fits()
-        return (*self.walk.fits(), _FeatureFit(self, self.ridge))
+        yield from self.walk.fits()
+        if self.ridge is not None:
+            yield _FeatureFit(self, self.ridge)
 
     def describe(self) -> str:
         """What the closed form reaches, and what stops it."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig
@@ -86,12 +87,17 @@ class GradientEngine:
     @staticmethod
     @contextmanager
     def _plain_autograd(device_type: str) -> Iterator[None]:
-        """Autograd on, mixed precision and TF32 off, wherever the engine is called from."""
+        """Autograd on, mixed precision and TF32 off, wherever the engine is called from.
+
+        Attention is made of plain matrix products, which `full_float32` governs and vmap has rules for. For the fused
+        kernel of CPUs vmap has none: it would warn, and compute one leak at a time.
+        """
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device_type, enabled=False),
             full_float32(),
+            sdpa_kernel(SDPBackend.MATH),
         ):
             yield
 

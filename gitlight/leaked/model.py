@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning import LightningModule
@@ -63,6 +63,14 @@ class LeakedModel(LightningModule):
         """Images ``(B, C, H, W)`` to logits ``(B, n_classes)``."""
         logits: Tensor = self.network(images)
         return logits
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training mode, unless the model is frozen: that one stays in evaluation mode.
+
+        In training mode batch norm would average over the images of a leak, and change its running statistics: the
+        leaked model would be another one after each leak.
+        """
+        return super().train(mode and self._optimizer is not None)
 
     def fingerprint(self) -> str:
         """A hash of all weights: two leaked models with equal fingerprints are the same model."""

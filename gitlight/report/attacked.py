@@ -29,6 +29,7 @@ class AttackedImages:
         recovered_labels: ``(n,)`` int64 as read off the leaks, -1 where unreadable; None where none are read.
         metrics: metric → ``(n,)`` float64; a failed image has the values of `FAILURE`.
         failed: ``(n,)`` bool, whether the reconstruction held NaN or infinity.
+        verdicts: in words, what the attack says became of each image's leak; empty where it says nothing.
         truth: ``(n, C, H, W)`` uint8.
         reconstructions: ``(n, C, H, W)`` uint8, clamped and rounded, for pictures; black where not finite.
     """
@@ -41,6 +42,7 @@ class AttackedImages:
     recovered_labels: Tensor | None
     metrics: dict[str, Tensor]
     failed: Tensor
+    verdicts: tuple[str, ...]
     truth: Tensor
     reconstructions: Tensor
 
@@ -60,6 +62,7 @@ class AttackedImages:
             recovered_labels=torch.cat(recovered) if recovered else None,
             metrics={name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics},
             failed=torch.cat([part.failed for part in parts]),
+            verdicts=tuple(verdict for part in parts for verdict in part.verdicts),
             truth=torch.cat([part.truth for part in parts]),
             reconstructions=torch.cat([part.reconstructions for part in parts]),
         )
@@ -101,7 +104,7 @@ def write_per_image(images: AttackedImages, path: Path) -> None:
     names = [name for name in METRICS if name in images.metrics]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "identifier", "label", "class", "position_in_leak", *names, "failed"])
+    writer.writerow(["index", "identifier", "label", "class", "position_in_leak", *names, "failed", "verdict"])
     labels = images.labels.tolist()
     columns = [
         images.indices.tolist(),
@@ -111,6 +114,7 @@ def write_per_image(images: AttackedImages, path: Path) -> None:
         images.positions.tolist(),
         *(images.metrics[name].tolist() for name in names),
         [str(failed).lower() for failed in images.failed.tolist()],
+        images.verdicts,
     ]
     writer.writerows(zip(*columns, strict=True))
     write_text(text.getvalue(), path)

@@ -67,6 +67,7 @@ class Result:
         seconds_per_image: time of the attack alone, without making the gradients.
         knowledge: what the attack was given: ``architecture``, ``pairs``, ``parameters``, ``labels``, ``prior``.
         n_failed: images whose reconstruction was not finite; counted in the metrics as a complete failure.
+        verdicts: what the attack itself says of its reconstructions → number of images; empty where it says nothing.
     """
 
     attack: str
@@ -81,16 +82,18 @@ class Result:
     seconds_per_image: float
     knowledge: tuple[str, ...]
     n_failed: int = field(default=0)
+    verdicts: dict[str, int] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
-        """The entry as ``metrics.json`` holds it; ``n_failed`` is in it only where images failed."""
-        entry = {key: value for key, value in vars(self).items() if key != "n_failed"}
+        """The entry as ``metrics.json`` holds it; ``n_failed`` and ``verdicts`` are in it only where there are any."""
+        entry = {key: value for key, value in vars(self).items() if key not in ("n_failed", "verdicts")}
         entry["metrics"] = {
             name: {"mean": estimate.mean, "ci95": [estimate.low, estimate.high]}
             for name, estimate in self.metrics.items()
         }
         entry["knowledge"] = list(self.knowledge)
-        return entry | ({"n_failed": self.n_failed} if self.n_failed else {})
+        failed = {"n_failed": self.n_failed} if self.n_failed else {}
+        return entry | failed | ({"verdicts": self.verdicts} if self.verdicts else {})
 
     @classmethod
     def from_plain(cls, entry: dict[str, Any]) -> "Result":

@@ -135,7 +135,7 @@ def test_coarse_has_one_step_per_module_with_the_shapes_of_the_trace(lenet_archi
 def test_coarse_names_a_module_that_it_has_no_step_for():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
     architecture = Architecture.of(model, (3, 8, 8), 2)
-    with pytest.raises(ArchitectureError, match=r"no step for BatchNorm2d, module '1'.*Linear, Conv2d.*mlp"):
+    with pytest.raises(ArchitectureError, match=r"no step for batch_norm '1'.*linear, conv2d.*mlp"):
         GENERATORS["coarse"].load()(architecture, CoarseGeneratorConfig())
 
 

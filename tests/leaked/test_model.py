@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gitlight.config import FullyConnectedConfig, LeakedConfig, LeNetConfig
+from gitlight.config import FullyConnectedConfig, LeakedConfig, LeNetConfig, OptimizerConfig, ResNetConfig
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.leaked.model import LeakedModel
 
@@ -32,6 +32,15 @@ def test_it_is_frozen():
     model = LeakedModel(LeNetConfig(), SHAPE, 10)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def test_a_frozen_model_stays_in_evaluation_mode_and_a_trained_one_does_not():
+    frozen = LeakedModel(ResNetConfig(width=2), SHAPE, 10)
+    assert not any(module.training for module in frozen.train().modules())
+    frozen.unfreeze()
+    assert not any(module.training for module in frozen.modules())
+    trained = LeakedModel(ResNetConfig(width=2), SHAPE, 10, optimizer=OptimizerConfig())
+    assert all(module.training for module in trained.eval().train().modules())
 
 
 def test_its_seed_alone_fixes_its_weights():
@@ -77,5 +86,7 @@ def test_weights_that_do_not_load_are_named(tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"leaked.name: 'lent'.*Did you mean lenet\?.*lenet, mlp"):
+    with pytest.raises(
+        ConfigError, match=r"leaked.name: 'lent'.*Did you mean lenet\?.*lenet, mlp, resnet20, vit, vit_b_16"
+    ):
         LeakedModel(LeakedConfig(name="lent"), SHAPE, 10)

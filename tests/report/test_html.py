@@ -59,6 +59,7 @@ def attacked(n: int = 20, size: int = 32, class_name: str = "cat") -> AttackedIm
         recovered_labels=torch.zeros(n, dtype=torch.int64),
         metrics={"psnr": torch.linspace(12, 42, n, dtype=torch.float64)},
         failed=torch.zeros(n, dtype=torch.bool),
+        verdicts=("",) * n,
         truth=truth,
         reconstructions=truth.flip(3),
     )

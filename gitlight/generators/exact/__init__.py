@@ -1,1 +1,20 @@
-"""Closed-form inversion, layer by layer: one rule per kind of layer, and the walk that applies them."""
+"""Closed-form inversion: one inverse rule per kind of operation, and the walk that applies them.
+
+Importing this package registers the rules that come with gitlight; `register_rule` adds one.
+"""
+
+from gitlight.generators.exact import (  # noqa: F401  (each registers its rule)
+    activations,
+    addition,
+    attention,
+    batch_norm,
+    concatenation,
+    convolution,
+    layer_norm,
+    linear,
+    moves,
+    pooling,
+)
+from gitlight.generators.exact.rule import Estimate, InverseRule, known_kinds, register_rule, rule_for
+
+__all__ = ["Estimate", "InverseRule", "known_kinds", "register_rule", "rule_for"]

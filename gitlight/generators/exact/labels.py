@@ -1,7 +1,7 @@
 """Labels from the last layer's bias gradient (Zhao et al. 2020, iDLG, §3)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gitlight.architecture import Architecture
 
@@ -15,18 +15,13 @@ def output_bias(architecture: Architecture) -> str | None:
     Returns:
         The parameter's name, or None where the model does not end in a linear layer with a bias.
 
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     >>> output_bias(Architecture.of(model, image_shape=(3, 2, 2), n_classes=2))
     '1.bias'
     """
-    graph = architecture.graph
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    if len(output.all_input_nodes) != 1 or output.all_input_nodes[0].op != "call_module":
-        return None
-    last = output.all_input_nodes[0].target
-    name = f"{last}.bias"
-    is_linear = isinstance(graph.get_submodule(str(last)), nn.Linear)
-    return name if is_linear and name in architecture.parameter_shapes else None
+    last = architecture[architecture.output]
+    return last.parameters.get("bias") if last.kind == "linear" and len(last.input_shape) == 1 else None
 
 
 def labels_from_bias_gradient(delta: Tensor) -> Tensor:

@@ -1,43 +1,81 @@
-"""The inverse rule of a fully connected layer applied to one vector per example."""
+"""The inverse rule of a fully connected layer, applied to one vector per example or to each of its tokens."""
 
+import torch
 from torch import Tensor
+from typing_extensions import override
 
-_TINY = 1e-30
+from gitlight.architecture import Layer
+from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.rule import register_rule
 
 
-class LinearRule:
-    """``∂L/∂W = δ ⊗ a`` has rank one: the input is exact whatever the layer's width."""
+@register_rule("linear")
+class LinearRule(AffineRule):
+    """``∂L/∂W = Σ_t δ_t ⊗ a_t`` over tokens ``t``: exact for as many tokens as the layer has outputs.
 
-    def __init__(self) -> None:
-        self.exact = True
-        self.fits_weight = True
-        self.n_unknowns = 1  # per input, since the rank-one system decouples
-        self.reason = "exact"
+    For one token it has rank one, the input is exact whatever the layer's width, and the bias gradient is ``δ``.
+    """
 
-    def solve_input(self, delta: Tensor, weight_gradient: Tensor) -> Tensor:
-        """``a = δᵀ (∂L/∂W) / ‖δ‖²``, the least-squares solution of Eq. (1); zero where ``δ`` is zero.
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._n_outputs, self._n_features = layer.output_shape[-1], layer.input_shape[-1]
+        self.n_unknowns = self.n_inputs // self._n_features
+        self.n_equations = self._n_outputs
+        self._find_rank()
 
-        Args:
-            delta: ``(B, outputs)``.
-            weight_gradient: ``(B, outputs, inputs)``.
+    def _structure(self) -> tuple[int, Tensor]:
+        rank = min(self.n_unknowns, self._n_outputs)  # that of δ itself, a matrix in general position
+        return rank, torch.full((self.n_unknowns,), rank == self.n_unknowns)
 
-        Returns:
-            ``(B, inputs)``.
-        """
-        # Scaled first: the square of a float32 δ near 1e-25 would underflow the guard, not the solve.
-        size = delta.abs().amax(dim=1, keepdim=True).clamp_min(_TINY)
-        unit = delta / size
-        projected = (unit.unsqueeze(1) @ (weight_gradient / size.unsqueeze(2))).squeeze(1)
-        return projected / unit.square().sum(dim=1, keepdim=True).clamp_min(_TINY)
+    def reveals_delta(self) -> str | None:
+        """The bias, where it is added to one vector only."""
+        return self.bias if self.n_unknowns == 1 else None
 
-    def carry(self, delta: Tensor, weight: Tensor) -> Tensor:
-        """``Wᵀδ``: ``(B, outputs)`` to ``(B, inputs)``."""
-        return delta @ weight
+    @override
+    def normal(self, delta: Tensor) -> Tensor:
+        tokens = self._tokens(delta)
+        return (tokens @ tokens.transpose(1, 2)).unsqueeze(1)
 
+    @override
+    def columns(self, inputs: Tensor) -> Tensor:
+        return self._tokens(inputs).transpose(1, 2).unsqueeze(1)
+
+    @override
+    def from_columns(self, columns: Tensor) -> Tensor:
+        return columns.squeeze(1).transpose(1, 2).reshape(-1, *self.layer.input_shape)
+
+    @override
+    def right(self, delta: Tensor, weight_gradient: Tensor) -> Tensor:
+        return (self._tokens(delta) @ weight_gradient).view(-1, *self.layer.input_shape)
+
+    @override
+    def weight_gradient(self, inputs: Tensor, delta: Tensor) -> Tensor:
+        return self._tokens(delta).transpose(1, 2) @ self._tokens(inputs)
+
+    @override
+    def adjoint(self, outputs: Tensor, weight: Tensor) -> Tensor:
+        return outputs @ weight
+
+    @override
+    def forward_normal(self, weight: Tensor, precision: Tensor) -> Tensor:
+        blocks = torch.einsum("oi,bto,oj->btij", weight, self._tokens(precision), weight)
+        size = self.n_inputs
+        result = blocks.new_zeros(len(blocks), self.n_unknowns, self._n_features, self.n_unknowns, self._n_features)
+        for token in range(self.n_unknowns):
+            result[:, token, :, token] = blocks[:, token]
+        return result.view(-1, size, size)
+
+    @override
+    def forward_matrix(self, weight: Tensor) -> Tensor:
+        return torch.kron(torch.eye(self.n_unknowns, dtype=weight.dtype, device=weight.device), weight)
+
+    @override
     def patches(self, inputs: Tensor) -> Tensor:
-        """What each output sees: ``(B, inputs)`` to ``(B, 1, inputs)``."""
-        return inputs.unsqueeze(1)
+        return self._tokens(inputs)
 
+    @override
     def outputs(self, outputs: Tensor) -> Tensor:
-        """Outputs in the order of `patches`: ``(B, outputs)`` to ``(B, 1, outputs)``."""
-        return outputs.unsqueeze(1)
+        return self._tokens(outputs)
+
+    def _tokens(self, values: Tensor) -> Tensor:
+        return values.reshape(len(values), self.n_unknowns, values.shape[-1])

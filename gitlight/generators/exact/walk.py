@@ -1,267 +1,158 @@
-"""`ExactWalk`: from the output down, every layer's input that the equations give, and the weights that carry δ on."""
+"""`walk`: from the output down, every result of the leaked model that the equations give, for given weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gitlight.architecture import ELEMENTWISE, RESHAPES, Architecture, Layer
+from gitlight.architecture import IMAGE, Architecture
 from gitlight.data.pair import Gradients
-from gitlight.errors import ArchitectureError
-from gitlight.generators.base import PairFit, ParameterEstimate
-from gitlight.generators.exact.activations import ActivationRule, activation_rule
-from gitlight.generators.exact.conv2d import Conv2dRule
-from gitlight.generators.exact.linear import LinearRule
-from gitlight.generators.exact.weights import WeightFit, output_logits
+from gitlight.generators.exact.activations import SigmoidRule, TanhRule
+from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.bounded import solve_bounded
+from gitlight.generators.exact.plan import Action, Do, Plan
+from gitlight.generators.exact.posterior import Prior, solve_stacked
+from gitlight.generators.exact.rule import Estimate, InverseRule, Weights
+from gitlight.generators.exact.status import Status, worsen
 
-Rule = LinearRule | Conv2dRule
+_OPEN = 1e-10
+"""Damping where equations leave directions open, over the mean diagonal: it keeps rounding out of these, and refinement
+takes it out of all others."""
 
-LARGEST_SOLVE = 4096
-"""Unknowns per channel; a normal matrix of more than 134 MB an example is not made."""
+_MOST_SATURATED = 0.01
+"""Share of a layer's units at their bounds from which a leak is reported as saturated."""
 
 
-@dataclass(frozen=True)
-class Feature:
-    """An estimate that the walk gives for every leak.
+@dataclass
+class Found:
+    """What a walk found.
 
     Attributes:
-        name: which tensor of the leaked model it estimates, such as ``input of conv3``.
-        shape: ``(C, H, W)``, or ``(units,)``.
-        exact: whether the equations determine it.
+        values: name of a layer, or `IMAGE` → estimate of its result.
+        deltas: name of a layer → ``δ`` of its result.
+        status: ``(B,)`` int64, one of `Status` each.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    exact: bool
+    values: dict[str, Estimate]
+    deltas: dict[str, Tensor]
+    status: Tensor
 
 
-@dataclass(frozen=True)
-class _Between:
-    """What lies between a layer's input and the layer with parameters below it: reshapes and at most one activation.
+def walk(
+    architecture: Architecture,
+    rules: Mapping[str, InverseRule],
+    plan: Plan,
+    gradients: Gradients,
+    noise: Tensor,
+    weights: Weights,
+    priors: Mapping[str, Prior],
+    until: Callable[[Action], bool] | None = None,
+) -> Found:
+    """Carry out a plan.
 
-    ``shape`` is that of the output below; ``passable`` whether there is nothing else and ``δ`` can be carried through.
+    Args:
+        architecture: the leaked model's.
+        rules: of all its layers.
+        plan: made for these weights.
+        gradients: of ``B`` leaks, finite and not zero, in float64.
+        noise: ``(B,)``, standard deviation of the error of a gradient's entries, above zero.
+        weights: estimates of the leaked parameters, float64.
+        priors: name of a layer, or `IMAGE` → what is known beforehand of its result.
+        until: stop before the first action for which this holds.
     """
-
-    activation: ActivationRule | None
-    shape: tuple[int, ...]
-    passable: bool
-
-    def invert(self, inputs: Tensor) -> Tensor | None:
-        """The output below, if it follows from the layer's input."""
-        if not self.passable:
-            return None
-        if self.activation is None:
-            return inputs
-        return None if self.activation.inverse is None else self.activation.inverse(inputs)
-
-    @property
-    def invertible(self) -> bool:
-        return self.passable and (self.activation is None or self.activation.inverse is not None)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One layer with parameters that the walk inverts.
-
-    ``carries``: whether ``δ`` is carried from it to the layer below, for which its weight is fitted from pairs.
-    """
-
-    layer: Layer
-    rule: Rule
-    between: _Between
-    carries: bool
-
-
-class ExactWalk(nn.Module):
-    """Inverts back-propagation in closed form, as far down as it is exact, without any leaked weight.
-
-    At the last layer the bias gradient is ``δ``, so its input is exact. The weights that carry ``δ`` to the layer below
-    are found from pairs by linear least squares (`WeightFit`): outputs follow from the layers above, inputs from the
-    solve. The walk ends with the first layer whose input is not determined (its least-norm estimate is still a
-    feature), whose weight cannot be fitted, or for which there is no rule.
-
-    With more than one image per leak none of this is exact; the walk then ends with the last layer, whose solve gives
-    a ``δ``-weighted average of the inputs.
-    """
-
-    def __init__(self, architecture: Architecture, damping: float, depth: int | None, client_batch_size: int) -> None:
-        """Args: damping of each solve, the most layers to invert (None: all), and images per leak.
-
-        Raises:
-            ArchitectureError: the model does not end in a linear layer with a bias, so there is no ``δ`` to start from.
-        """
-        super().__init__()
-        self._first = next(layer.name for layer in architecture.chain() if layer.parameters)
-        self._steps, self.end = _plan(architecture, damping, depth, client_batch_size)
-        for index, step in enumerate(self._steps):
-            shape = architecture.parameter_shapes[step.layer.parameters[0]]
-            if step.carries:
-                self.register_buffer(f"weight{index}", torch.zeros(shape, dtype=torch.float64))
-        self.features = tuple(
-            Feature(f"input of {step.layer.name}", step.between.shape, client_batch_size == 1 and step.rule.exact)
-            for step in self._steps
-        )
-
-    @property
-    def reaches_the_image(self) -> bool:
-        """Whether the walk gives the model's input itself, exactly."""
-        return self.features[-1].exact and self._steps[-1].layer.name == self._first
-
-    def forward(self, gradients: Gradients) -> list[Tensor]:
-        """One tensor ``(B, *feature.shape)`` per feature, float64: what the layer below put out, before its activation.
-
-        Where the activation cannot be inverted, or the estimate is not exact, it is the layer's input itself.
-        Entries that are not finite become zero.
-        """
-        found = []
-        for step, feature, inputs, _ in self._descend(gradients, len(self._steps)):
-            below = step.between.invert(inputs) if feature.exact else None
-            value = inputs if below is None else below
-            found.append(torch.nan_to_num(value.reshape(-1, *feature.shape), posinf=0.0, neginf=0.0))
-        return found
-
-    def fits(self) -> Sequence[PairFit]:
-        """One pass over the pairs per weight that carries ``δ``, from the last layer down."""
-        return [_WalkFit(self, index) for index, step in enumerate(self._steps) if step.carries]
-
-    def estimated_parameters(self) -> dict[str, ParameterEstimate]:
-        """The fitted weights; the last layer's up to a row common to all classes."""
-        return {
-            step.layer.parameters[0]: ParameterEstimate(self.weight(index), up_to_common_row=index == 0)
-            for index, step in enumerate(self._steps)
-            if step.carries
-        }
-
-    def weight(self, index: int) -> Tensor:
-        """The fitted weight of step ``index``."""
-        weight = getattr(self, f"weight{index}")
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def _descend(self, gradients: Gradients, n_steps: int) -> list[tuple[_Step, Feature, Tensor, Tensor]]:
-        """Step, feature, the layer's input and its ``δ``, for the first ``n_steps`` layers."""
-        found: list[tuple[_Step, Feature, Tensor, Tensor]] = []
-        for index, step in enumerate(self._steps[:n_steps]):
-            if _has_own_delta(step.layer):
-                delta = gradients[step.layer.parameters[1]].double()
-            else:
-                above, _, inputs, delta_above = found[-1]
-                delta = above.rule.carry(delta_above, self.weight(index - 1))
-                if above.between.activation is not None:
-                    delta = delta * above.between.activation.derivative(inputs)
-                delta = delta.reshape(-1, *above.between.shape)
-            inputs = step.rule.solve_input(delta, gradients[step.layer.parameters[0]].double())
-            found.append((step, self.features[index], inputs.reshape(-1, *step.layer.input_shape), delta))
-        return found
-
-
-class _WalkFit:
-    """The `PairFit` of one layer's weight, the layers above being known."""
-
-    def __init__(self, walk: ExactWalk, index: int) -> None:
-        self._walk = walk
-        self._index = index
-        self._fit = WeightFit()
-
-    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
-        descent = self._walk._descend(gradients, self._index + 1)
-        step, _, inputs, delta = descent[-1]
-        if self._index == 0:
-            dtype = gradients[step.layer.parameters[1]].dtype
-            outputs, weights = output_logits(delta, dtype)
+    values: dict[str, Estimate] = {}
+    deltas: dict[str, Tensor] = {}
+    status = torch.full((len(noise),), int(Status.EXACT), dtype=torch.int64, device=noise.device)
+    for action in plan.actions:
+        if until is not None and until(action):
+            break
+        layer, rule = action.layer, rules[action.layer.name]
+        below = layer.inputs[action.position] if layer.inputs else ""
+        if action.do is Do.REVEAL:
+            name = rule.reveals_delta()
+            assert name is not None
+            deltas[layer.name] = gradients[name].reshape(len(noise), *layer.output_shape)
+        elif action.do is Do.INVERT:
+            others = [values.get(name) for name in layer.inputs]
+            values[below] = rule.invert(values[layer.name], action.position, others, weights)
+        elif action.do is Do.CARRY:
+            inputs = [values.get(name) for name in layer.inputs]
+            output = values.get(layer.name)
+            passed = rule.carry(deltas[layer.name], action.position, inputs, output, weights)
+            deltas[below] = deltas[below] + passed if below in deltas else passed
+            if isinstance(rule, SigmoidRule | TanhRule) and output is not None:
+                status = worsen(status, rule.saturated(output) > _MOST_SATURATED, Status.SATURATED)
         else:
-            above, _, above_inputs, _ = descent[-2]
-            below = above.between.invert(above_inputs)
-            assert below is not None, "the plan carries δ only through what it can invert"
-            outputs = below.reshape(-1, *step.layer.output_shape)
-            weights = torch.ones(len(outputs), dtype=outputs.dtype, device=outputs.device)
-        usable = torch.isfinite(inputs.flatten(1)).all(dim=1) & torch.isfinite(outputs.flatten(1)).all(dim=1)
-        self._fit.add(step.rule.patches(inputs[usable]), step.rule.outputs(outputs[usable]), weights[usable])
-
-    def sums(self) -> Sequence[Tensor]:
-        return self._fit.sums()
-
-    def finish(self) -> None:
-        weight, _ = self._fit.solve()
-        buffer = self._walk.weight(self._index)
-        buffer.copy_(weight.view_as(buffer))
+            assert isinstance(rule, AffineRule)
+            values[below], status = _solve(
+                action, rule, gradients, noise, weights, priors.get(below), values.get(layer.name),
+                deltas[layer.name], status, bounds_of(architecture, below),
+            )  # fmt: skip
+    return Found(values, deltas, status)
 
 
-def _has_own_delta(layer: Layer) -> bool:
-    """Whether a layer's bias gradient is its ``δ``: a bias that is added once is not summed away."""
-    return layer.is_one_of((nn.Linear,)) and len(layer.parameters) == 2 and len(layer.input_shape) == 1
+def bounds_of(architecture: Architecture, name: str) -> tuple[float | None, float | None]:
+    """Between what bounds the result of a layer lies."""
+    if name == IMAGE:
+        return (0.0, 1.0)
+    kinds = {"relu": (0.0, None), "sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0)}
+    layer = architecture[name]
+    while layer.kind in ("dropout", "flatten", "max_pool2d", "reshape", "view") and layer.inputs[0] != IMAGE:
+        layer = architecture[layer.inputs[0]]
+    return kinds.get(layer.kind, (None, None))
 
 
-def _rule(layer: Layer, damping: float) -> Rule | None:
-    if layer.is_one_of((nn.Linear,)) and len(layer.input_shape) == 1:
-        return LinearRule()
-    if layer.is_one_of((nn.Conv2d,)) and Conv2dRule.applies_to(layer):
-        return Conv2dRule(layer, damping)
-    return None
-
-
-def _between(steps: Sequence[Layer], layer: Layer) -> _Between:
-    """``steps``: what lies below ``layer``, nearest first, down to the next layer with parameters."""
-    shape = layer.input_shape
-    rule: ActivationRule | None = None
-    for position, step in enumerate(steps):
-        if step.is_one_of(RESHAPES) or isinstance(step.operation, nn.Dropout):
-            shape = step.input_shape
-        elif step.is_one_of(ELEMENTWISE) and rule is None and (rule := activation_rule(step)) is not None:
-            continue
-        else:
-            # What comes below (pooling, GELU, a second activation) has no rule: only the layer's own input is known.
-            return _Between(None, shape if position else layer.input_shape, passable=False)
-    return _Between(rule, shape, passable=True)
-
-
-def _plan(
-    architecture: Architecture, damping: float, depth: int | None, client_batch_size: int
-) -> tuple[tuple[_Step, ...], str]:
-    """The steps of the walk, and in words why it ends."""
-    chain = architecture.chain()
-    positions = [position for position, layer in enumerate(chain) if layer.parameters]
-    if not positions or not _has_own_delta(chain[positions[-1]]) or len(chain) - 1 != positions[-1]:
-        last = chain[-1]
-        raise ArchitectureError(
-            f"hybrid starts from the bias gradient of a last linear layer, but the leaked model ends in {last.kind} "
-            f"({last.name!r}, parameters: {', '.join(last.parameters) or 'none'}). "
-            "coarse and mlp need no such layer: generator.name=coarse."
-        )
-    steps: list[_Step] = []
-    outputs_known = True  # of the layer at hand: the logits are
-    bounds = [-1, *positions]
-    for number in range(len(positions), 0, -1):
-        layer = chain[bounds[number]]
-        rule = _rule(layer, damping)
-        if rule is None:
-            return tuple(steps), f"there is no rule for {layer.kind}, module {layer.name!r}"
-        if rule.n_unknowns > LARGEST_SOLVE:
-            return tuple(
-                steps
-            ), f"{rule.n_unknowns} unknowns per channel at {layer.name!r} are too many for a dense solve"
-        between = _between(chain[bounds[number - 1] + 1 : bounds[number]][::-1], layer)
-        if number == 1:
-            steps.append(_Step(layer, rule, between, carries=False))
-            return tuple(steps), "the image is reached"
-        below = chain[bounds[number - 1]]
-        if depth is not None and len(steps) + 1 >= depth:
-            obstacle = f"generator.exact_depth is {depth}"
-        elif _has_own_delta(below):
-            obstacle = ""
-        elif client_batch_size > 1:
-            obstacle = f"with {client_batch_size} images per leak, δ is not known below the last layer"
-        elif not rule.exact:
-            obstacle = f"the input of {layer.name!r} is not determined: {rule.reason}"
-        elif not between.passable:
-            obstacle = f"nothing carries δ from {layer.name!r} to {below.name!r}"
-        elif not outputs_known or not rule.fits_weight:
-            obstacle = f"the weight of {layer.name!r} cannot be fitted in closed form"
-        else:
-            obstacle = ""
-        steps.append(_Step(layer, rule, between, carries=not obstacle and not _has_own_delta(below)))
-        if obstacle:
-            return tuple(steps), obstacle
-        outputs_known = client_batch_size == 1 and rule.exact and between.invertible
-    raise AssertionError("the loop returns at the first layer")
+def _solve(
+    action: Action,
+    rule: AffineRule,
+    gradients: Gradients,
+    noise: Tensor,
+    weights: Weights,
+    prior: Prior | None,
+    output: Estimate | None,
+    delta: Tensor,
+    status: Tensor,
+    bounds: tuple[float | None, float | None],
+) -> tuple[Estimate, Tensor]:
+    """An affine layer's input, and the statuses after it."""
+    assert rule.weight is not None
+    gradient = gradients[rule.weight]
+    size = delta.flatten(1).norm(dim=1)
+    usable = (size > 0) & torch.isfinite(size)
+    status = worsen(status, ~usable, Status.SINGULAR)
+    if action.do is Do.SOLVE:
+        # Damped by what noise there is against a spread of about one, the prior of those who know nothing else.
+        damping = (noise / size.clamp_min(1e-300)).square() / 0.1 + (0.0 if rule.exact else _OPEN)
+        level = rule.normal(delta[:1] / size[:1].clamp_min(1e-300).view(-1, *[1] * (delta.dim() - 1)))
+        mean_diagonal = level.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-300)
+        value, variance, solved = rule.solve(delta, gradient, damping / mean_diagonal)
+        variance = variance * noise.square().view(-1, *[1] * (value.dim() - 1))
+        if rule.determined is not None and not rule.exact:
+            # Of what no equation meets, the solution of least norm says nothing.
+            open_entries = ~rule.determined.to(value.device).expand_as(rule.columns(value))
+            variance = torch.where(rule.from_columns(open_entries.double()) > 0, torch.inf, variance)
+        return Estimate(value, variance), worsen(status, ~solved, Status.SINGULAR)
+    assert output is not None
+    weight, bias = weights[rule.weight], rule.bias_of(weights)
+    shape = rule.layer.input_shape
+    value = delta.new_zeros(len(delta), *shape)
+    variance = torch.full_like(value, torch.inf)
+    picked = usable.nonzero().squeeze(1)
+    if len(picked) == 0:
+        return Estimate(value, variance), status
+    its_output = Estimate(
+        output.value[picked],
+        output.variance.expand_as(output.value)[picked],
+        None if output.at_most is None else output.at_most[picked],
+    )
+    its = (rule, delta[picked], gradient[picked], noise[picked], its_output, weight, bias, prior)
+    if action.do is Do.BOUND:
+        estimate, determined = solve_bounded(*its, bounds)
+        status[picked] = worsen(status[picked], ~determined, Status.ESTIMATE)
+    else:
+        estimate, solved = solve_stacked(*its)
+        status[picked] = worsen(status[picked], ~solved, Status.SINGULAR)
+    value[picked] = estimate.value
+    variance[picked] = estimate.variance
+    return Estimate(value, variance), status

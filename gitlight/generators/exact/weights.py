@@ -1,24 +1,110 @@
 """Leaked weights from pairs, in closed form: linear least squares on what the layers above give away."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
+import torch.distributed
 from torch import Tensor
+
+_SMALLEST = 1e-13
+"""Singular values, over the largest, that are taken for rounding of a zero; columns are scaled to one length first."""
 
 log = logging.getLogger(__name__)
 
-# Ridge on the scaled normal matrix, whose diagonal is 1: only against exact singularity.
-_REGULARISATION = 1e-14
 
+class LeastSquares:
+    """Least squares ``targets ≈ rows · x`` over any number of equations, in float64, by QR factorisation.
 
-class WeightFit:
-    """Least squares for ``outputs ≈ patches · Wᵀ + b`` from sums over examples, in float64.
-
-    Sums of patches' products are all that it keeps, so it is one pass over any number of pairs.
+    Only the triangular factor of the equations so far is kept, so memory does not grow. Unlike normal equations this
+    does not square the condition number: a problem of condition 1e7 is solved to nine digits instead of two.
     """
 
     def __init__(self) -> None:
+        self._factor: Tensor | None = None
+        self._pending: list[Tensor] = []
+        self._n_unknowns = 0
+        self._n_equations = 0
         self._sums: list[Tensor] = []
+
+    def add(self, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Add equations.
+
+        Args:
+            rows: ``(equations, unknowns)``.
+            targets: ``(equations, right-hand sides)``.
+            weights: ``(equations,)``, the inverse variance of each equation's error; None: all equal.
+        """
+        block = torch.cat([rows, targets], dim=1).double()
+        if weights is not None:
+            block = block * weights.sqrt().unsqueeze(1)
+        self._n_unknowns = rows.shape[1]
+        self._n_equations += len(rows) if weights is None else int((weights > 0).sum())
+        self._pending.append(block)
+        # A factorisation costs as much for a few equations as for several times the unknowns.
+        if sum(map(len, self._pending)) > 4 * block.shape[1]:
+            self._factorise()
+
+    def _factorise(self) -> None:
+        known = [] if self._factor is None else [self._factor]
+        block = torch.cat([*known, *self._pending])
+        factor = torch.linalg.qr(block, mode="r")[1]
+        # Fewer equations than columns give a flat factor; square ones can be put side by side.
+        self._factor = torch.nn.functional.pad(factor, (0, 0, 0, block.shape[1] - len(factor)))
+        self._pending = []
+
+    def sums(self) -> list[Tensor]:
+        """Each device's factor in a place of its own, so that their sum holds them all; and the equations' number."""
+        if self._pending:
+            self._factorise()
+        assert self._factor is not None, "no equation was added"
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        n_devices = torch.distributed.get_world_size() if distributed else 1
+        rank = torch.distributed.get_rank() if distributed else 0
+        stacked = self._factor.new_zeros(n_devices, *self._factor.shape)
+        stacked[rank] = self._factor
+        count = self._factor.new_tensor(float(self._n_equations))
+        self._sums = [stacked, count]
+        return self._sums
+
+    def solve(self, what: str) -> tuple[Tensor, Tensor]:
+        """``x`` ``(unknowns, right-hand sides)``, and which unknowns are determined, ``(unknowns,)`` bool.
+
+        What the equations leave open is of least norm: a unit that acted in no pair has a weight of zero. With fewer
+        equations than unknowns that occur there is a warning that names ``what`` was to be found. The equations are
+        forgotten.
+        """
+        stacked, count = self._sums or self.sums()
+        triangle = torch.linalg.qr(stacked.flatten(0, 1), mode="r")[1] if len(stacked) > 1 else stacked[0]
+        size = self._n_unknowns
+        left, right = triangle[:size, :size], triangle[:size, size:]
+        scale = left.norm(dim=0)
+        occurs = scale > 1e-14 * scale.max().clamp_min(1e-300)
+        if int(count) < int(occurs.sum()):
+            log.warning(
+                "closed-form fit of %s: %d equations for %d unknowns; the reconstruction will suffer. More pairs help: "
+                "data.n_public_images.",
+                what,
+                int(count),
+                int(occurs.sum()),
+            )
+        self._factor, self._sums, self._n_equations = None, [], 0
+        found, determined = left.new_zeros(size, right.shape[1]), torch.zeros_like(occurs)
+        if not bool(occurs.any()):
+            return found, determined
+        outer, values, inner = torch.linalg.svd(left[:, occurs] / scale[occurs])
+        kept = values > _SMALLEST * values[0]
+        inverse = torch.where(kept, 1 / values.clamp_min(1e-300), 0.0)
+        found[occurs] = inner.T @ (inverse.unsqueeze(1) * (outer[:, : len(values)].T @ right)) / scale[occurs, None]
+        determined[occurs] = inner[~kept].square().sum(dim=0) < 1e-9
+        return found, determined
+
+
+class AffineFit:
+    """Least squares for ``outputs ≈ patches · Wᵀ + b``."""
+
+    def __init__(self) -> None:
+        self._squares = LeastSquares()
 
     def add(self, patches: Tensor, outputs: Tensor, weights: Tensor) -> None:
         """Add equations.
@@ -26,70 +112,96 @@ class WeightFit:
         Args:
             patches: ``(B, positions, inputs)``.
             outputs: ``(B, positions, outputs)``.
-            weights: ``(B,)``, how much each example counts: the inverse of its error's variance.
+            weights: ``(B, positions)``, how much each equation counts: the inverse of its error's variance.
         """
         ones = patches.new_ones(*patches.shape[:2], 1)
         design = torch.cat([patches, ones], dim=2).flatten(0, 1)
-        weighted = design * weights.repeat_interleave(patches.shape[1])[:, None]
-        targets = outputs.flatten(0, 1)
-        if not self._sums:
-            size = design.shape[1]
-            self._sums = [design.new_zeros(size, size), design.new_zeros(size, targets.shape[1]), design.new_zeros(())]
-        self._sums[0] += weighted.T @ design
-        self._sums[1] += weighted.T @ targets
-        self._sums[2] += (weights > 0).sum() * patches.shape[1]
+        self._squares.add(design, outputs.flatten(0, 1), weights.flatten())
 
-    def sums(self) -> list[Tensor]:
-        """Normal matrix, right-hand side, number of equations per output."""
-        return self._sums
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        return self._squares.sums()
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """``W`` ``(outputs, inputs)`` and ``b`` ``(outputs,)``; forgets the sums.
+    def solve(self, what: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``weight`` ``(outputs, inputs)`` and ``bias`` ``(outputs,)``, and for both which entries are determined."""
+        solution, determined = self._squares.solve(what)
+        seen = determined.unsqueeze(1).expand_as(solution)
+        return tuple(  # type: ignore[return-value]
+            {"weight": both[:-1].T.contiguous(), "bias": both[-1]} for both in (solution, seen)
+        )
 
-        With fewer equations than unknowns it warns: the result is then one of many, and rounding decides which.
+
+class LogitFit:
+    """The last layer's weight, from its input and ``δ = softmax(z) − y``, for one image per leak.
+
+    ``log(δ_k + y_k) − log(δ_r + y_r) = (W_k − W_r) a + b_k − b_r`` for every class ``k`` against one reference ``r``:
+    a linear least-squares problem for each difference of rows. A row common to all classes cannot be seen; the rows
+    are given relative to their mean.
+
+    The label's probability is ``1 + δ_y``: where ``δ_y`` is near −1 its digits are lost to rounding, and where noise
+    is larger than a probability, so is that one. Equations are weighed by the inverse variance of both.
+    """
+
+    def __init__(self, n_classes: int) -> None:
+        self._squares = [LeastSquares() for _ in range(n_classes - 1)]
+
+    def add(self, inputs: Tensor, delta: Tensor, noise: Tensor, rounding: float) -> None:
+        """Add leaks.
+
+        Args:
+            inputs: ``(B, features)`` of the last layer.
+            delta: ``(B, classes)``.
+            noise: ``(B,)``, standard deviation of the error of ``delta``.
+            rounding: the unit roundoff of the precision that gradients were made in.
         """
-        normal, right, n_equations = self._sums
-        if n_equations < len(normal):
-            log.warning(
-                "closed-form fit of a leaked weight: %d equations for %d unknowns per output; the reconstruction will "
-                "suffer. More pairs help: data.n_public_images.",
-                int(n_equations),
-                len(normal),
-            )
-        count, mean, offset = normal[-1, -1], normal[-1, :-1] / normal[-1, -1], right[-1] / normal[-1, -1]
-        # Centred, then scaled to a unit diagonal: activations may vary a thousand times less than their mean, and the
-        # constant would then hide their differences.
-        covariance = normal[:-1, :-1] - count * torch.outer(mean, mean)
-        cross = right[:-1] - count * torch.outer(mean, offset)
-        scale = covariance.diagonal().clamp_min(1e-300).sqrt()
-        scaled = covariance / scale[:, None] / scale
-        scaled.diagonal().add_(_REGULARISATION)
-        weight = (torch.linalg.solve(scaled, cross / scale[:, None]) / scale[:, None]).T.contiguous()
-        self._sums = []
-        return weight, offset - weight @ mean
+        log_probabilities, variance = log_probabilities_of(delta, noise, rounding)
+        design = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+        for number, squares in enumerate(self._squares):
+            total = variance[:, 0] + variance[:, number + 1]
+            # Beyond an error of one the logarithm of a noisy probability says nothing, and is biased.
+            usable = (total < 1) & torch.isfinite(design).all(dim=1)
+            target = log_probabilities[:, number + 1] - log_probabilities[:, 0]
+            weights = torch.where(usable, 1 / total, 0.0)
+            squares.add(design.nan_to_num() * usable.unsqueeze(1), (target * usable).unsqueeze(1), weights)
+
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        return [total for squares in self._squares for total in squares.sums()]
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``W`` ``(classes, features)`` and ``b`` ``(classes,)``, both of mean zero over the classes.
+
+        And which features' weights are determined, ``(features,)`` bool.
+        """
+        solutions = [squares.solve("the last layer's weight") for squares in self._squares]
+        differences = torch.cat([solution for solution, _ in solutions], dim=1).T
+        determined = torch.stack([its for _, its in solutions]).all(dim=0)[:-1]
+        rows = torch.cat([torch.zeros_like(differences[:1]), differences])
+        rows = rows - rows.mean(dim=0)
+        return rows[:, :-1].contiguous(), rows[:, -1].contiguous(), determined
 
 
-def output_logits(delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The logits behind ``δ = softmax(z) − y``, up to a constant per example, for one image per leak.
+def log_probabilities_of(delta: Tensor, noise: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """``log softmax(z)`` from ``δ = softmax(z) − y`` and the variance of its error.
 
-    Since ``log(δ + y) = z − logsumexp(z)``, and the label ``y`` is where ``δ`` is negative.
+    The label ``y`` is where ``δ`` is negative (Zhao et al. 2020).
 
     Args:
-        delta: ``(B, classes)`` in float64.
-        dtype: precision that the gradients came in, which bounds what a subtraction left of the label's probability.
+        delta: ``(B, classes)`` float64.
+        noise: ``(B,)``, standard deviation of the error of ``delta``.
+        rounding: unit roundoff of the gradients' precision.
 
     Returns:
-        Centred logits ``(B, classes)``; and weights ``(B,)``: large where all probabilities are known well, zero where
-        the leak is not of this form.
+        ``(B, classes)`` each; an infinite variance where nothing is known.
     """
     label = torch.zeros_like(delta).scatter_(1, delta.argmin(dim=1, keepdim=True), 1.0)
     probabilities = delta + label
-    smallest = torch.finfo(torch.float32).tiny
-    usable = (probabilities > smallest).all(dim=1) & torch.isfinite(delta).all(dim=1)
-    probabilities = torch.where(usable[:, None], probabilities, 1.0)
-    logits = probabilities.log()
-    # The label's probability is 1 + δ_y: a rounding error of δ_y near −1 is relative to 1, not to the probability.
-    rounding = torch.finfo(dtype).eps
-    error = rounding / (probabilities * label).sum(dim=1) + 10 * rounding
-    weights = torch.where(usable, (10 * rounding / error).square(), 0.0)
-    return logits - logits.mean(dim=1, keepdim=True), weights
+    known = (probabilities > torch.finfo(torch.float64).tiny) & torch.isfinite(delta)
+    # A whole leak is broken where δ does not add up to zero: the label's entry was rounded to a bound.
+    total = delta.sum(dim=1).abs() / delta.abs().sum(dim=1).clamp_min(1e-300)
+    known = known & (total < 1e-3).unsqueeze(1)
+    safe = torch.where(known, probabilities, 1.0)
+    relative = noise.unsqueeze(1) / safe
+    rounded = rounding * torch.where(label > 0, 1 / safe, 1.0)
+    variance = torch.where(known, relative.square() + rounded.square(), torch.inf)
+    return safe.log(), variance

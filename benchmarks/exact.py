@@ -1,0 +1,111 @@
+"""Fits and evaluates the exact configs and prints a table: ``python benchmarks/exact.py [NAME ...]``.
+
+Needs the CIFAR-10 sample at ``data/cifar10_subset`` and, for ``vit_b16``, the ImageNet sample at
+``data/imagenet_sample`` (image folders). Seconds of a fit are those of ``train.py`` as a user waits for it, start of
+Python included.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from first_light import DATA, ROOT, machine
+
+IMAGENET = ["data.name=folder", "data.root=data/imagenet_sample"]
+
+
+def noise(level: float) -> str:
+    """The setting of a channel with white noise."""
+    return f"channel=[{{name: gaussian_noise, relative_std: {level}}}]"
+
+
+class Case(NamedTuple):
+    """A fit, and the conditions that private images are attacked under with it.
+
+    ``settings`` are the fit's, ``conditions`` those of each evaluation.
+    """
+
+    config: str
+    settings: tuple[str, ...]
+    n_images: int
+    conditions: tuple[tuple[str, ...], ...] = ((),)
+
+
+CASES = {
+    "sigmoid": Case(
+        "lenet_exact",
+        (),
+        100,
+        ((), ("gradients.dtype=float32",), (noise(1e-6),), (noise(1e-4),), (noise(1e-2),)),
+    ),
+    "leaky_relu": Case("lenet_exact", ("leaked.activation=leaky_relu",), 100),
+    "tanh": Case("lenet_exact", ("leaked.activation=tanh", "leaked.init=default"), 100),
+    "tanh_saturated": Case("lenet_exact", ("leaked.activation=tanh",), 20),
+    "relu": Case("lenet_exact", ("leaked.activation=relu",), 50),
+    "relu_default": Case("lenet_exact", ("leaked.activation=relu", "leaked.init=default"), 50),
+    "mlp": Case("mlp_exact", (), 100),
+    "resnet20": Case("resnet20_exact", (), 1000),
+    "vit_b16": Case("vit_b16_exact", (), 20),
+}
+
+
+def measure(name: str) -> list[str]:
+    """The rows of one case."""
+    case = CASES[name]
+    run = ROOT / "runs" / "benchmarks" / f"exact_{name}"
+    data = IMAGENET if name == "vit_b16" else DATA
+    settings = [*data, *case.settings, f"output_dir={run}", "logging.quiet=true", "logging.wandb=off"]
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "train.py", f"configs/{case.config}.yaml", *settings], cwd=ROOT, check=True)
+    seconds = time.perf_counter() - started
+    rows = []
+    for condition in case.conditions:
+        shown = [f"evaluation.n_images={case.n_images}", *condition]
+        subprocess.run([sys.executable, "evaluate.py", str(run), *shown], cwd=ROOT, check=True)
+        results = json.loads((run / "evaluation" / "metrics.json").read_text())["results"]
+        found = results[-1]
+        psnr = found["metrics"]["psnr"]
+        verdicts = "; ".join(f"{count} {words.split(':')[0]}" for words, count in found.get("verdicts", {}).items())
+        cells = [
+            name,
+            " ".join(condition) or "none",
+            f"{seconds:.0f}",
+            _largest_distance(run),
+            f"{psnr['mean']:.2f} [{psnr['ci95'][0]:.2f}, {psnr['ci95'][1]:.2f}]",
+            f"{found['seconds_per_image']:.2f}",
+            str(found["n_images"]),
+            verdicts or "–",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _largest_distance(run: Path) -> str:
+    """The largest relative distance of a fitted weight to the leaked one."""
+    with (run / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    latest: dict[str, float] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith("weight_distance/") and key.endswith("_relative") and "total" not in key and value:
+                latest[key] = float(value)
+    return f"{max(latest.values()):.1e}" if latest else "none fitted"
+
+
+def main() -> None:
+    """Measure the cases named on the command line, or all."""
+    rows = [row for name in sys.argv[1:] or CASES for row in measure(name)]
+    print(f"\n{machine()}\n")
+    columns = ["case", "changed for the attack", "fit, s", "largest weight distance", "PSNR, dB", "s per image"]
+    columns += ["images", "verdicts"]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

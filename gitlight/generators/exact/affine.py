@@ -1,0 +1,217 @@
+"""What linear layers and convolutions share: Eq. (1) of docs/inversion.md, linear in the input once ``δ`` is known."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gitlight.architecture import Layer
+from gitlight.generators.exact.rule import Estimate, InverseRule, Weights
+
+LARGEST_STACKED = 4096
+"""Unknowns of a stacked system: its normal matrix takes up to 134 MB an example."""
+
+LARGEST_RANK = 1600
+"""Unknowns up to which a rank is computed, by a dense eigendecomposition; beyond, it is only bounded by counting."""
+
+
+class AffineRule(InverseRule, ABC):
+    """``z = W * a + b`` with a weight whose gradient leaks: ``K(δ) a = ∂L/∂W``.
+
+    The unknowns fall into *columns* (input channels, or features) that all meet one and the same matrix ``K(δ)``, one
+    per group of a convolution. ``K`` is never formed: its normal matrix ``KᵀK`` has ``(n_unknowns)²`` entries.
+
+    Attributes:
+        weight: name of the weight.
+        bias: name of the bias, if there is one.
+        n_unknowns: unknowns per column.
+        n_equations: equations per column.
+        determined: which unknowns of a column have one value only, though others of that column may not, as the stride
+            of a convolution leaves them; None where the rank was not computed.
+        rank: rank of ``K(δ)`` for a ``δ`` in general position, which is all that an architecture can tell; None where
+            it was not computed and counting does not settle it.
+    """
+
+    carry_needs = "nothing"
+    n_unknowns: int
+    n_equations: int
+    groups: int = 1
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.weight = layer.parameters.get("weight")
+        self.bias = layer.parameters.get("bias")
+
+    def _find_rank(self) -> None:
+        self.rank, self.determined = self._structure()
+        if self.exact:
+            return
+        if self.rank is None:
+            self.loses = f"{self.n_unknowns} unknowns per column, {self.n_equations} equations: rank not computed"
+        else:
+            self.loses = f"rank {self.rank} of {self.n_unknowns} unknowns per column"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradient equations alone determine the input, for a ``δ`` in general position."""
+        return self.rank == self.n_unknowns
+
+    @cached_property
+    def exact_with_outputs(self) -> bool:
+        """Whether gradient equations and all outputs determine the input, for ``δ`` and ``W`` in general position.
+
+        Counting is not enough: a stride larger than the kernel leaves inputs that nothing meets.
+        """
+        if self.exact:
+            return True
+        if self.rank is None or self.n_inputs > LARGEST_STACKED:
+            return False
+        generator = torch.Generator().manual_seed(1)
+        delta = torch.randn((1, *self.layer.output_shape), generator=generator, dtype=torch.float64, device="cpu")
+        weight = torch.randn(self.layer.weight_shape, generator=generator, dtype=torch.float64, device="cpu")
+        probe = torch.zeros(1, *self.layer.input_shape, dtype=torch.float64)
+        n_columns = self.columns(probe).shape[2]
+        images = []
+        for group, block in enumerate(self.normal(delta)[0]):
+            eigenvalues, vectors = torch.linalg.eigh(block)
+            free = vectors[:, eigenvalues <= len(block) * torch.finfo(torch.float64).eps * eigenvalues[-1]].T
+            for column in range(n_columns):
+                placed = free.new_zeros(len(free), self.groups, n_columns, self.n_unknowns)
+                placed[:, group, column] = free
+                images.append(self.from_columns(placed))
+        seen = self.forward(torch.cat(images), weight).flatten(1)
+        gram = seen @ seen.T
+        gram.diagonal().sub_(1e-12 * gram.diagonal().max())
+        _, failed = torch.linalg.cholesky_ex(gram)
+        return not bool(failed)
+
+    @property
+    def n_inputs(self) -> int:
+        """Entries of one example's input."""
+        return int(torch.Size(self.layer.input_shape).numel())
+
+    @abstractmethod
+    def normal(self, delta: Tensor) -> Tensor:
+        """``KᵀK``: ``(B, *output_shape)`` to ``(B, groups, n_unknowns, n_unknowns)``."""
+
+    @abstractmethod
+    def columns(self, inputs: Tensor) -> Tensor:
+        """``(B, *input_shape)`` to ``(B, groups, columns, n_unknowns)``."""
+
+    @abstractmethod
+    def from_columns(self, columns: Tensor) -> Tensor:
+        """The inverse of `columns`."""
+
+    @abstractmethod
+    def right(self, delta: Tensor, weight_gradient: Tensor) -> Tensor:
+        """``Kᵀ g``: ``(B, *output_shape)`` and ``(B, *weight.shape)`` to ``(B, *input_shape)``."""
+
+    @abstractmethod
+    def weight_gradient(self, inputs: Tensor, delta: Tensor) -> Tensor:
+        """``K(δ) a``: the gradient that this input would have given, ``(B, *weight.shape)``."""
+
+    @abstractmethod
+    def adjoint(self, outputs: Tensor, weight: Tensor) -> Tensor:
+        """``Wᵀ * v``: ``(B, *output_shape)`` to ``(B, *input_shape)``."""
+
+    def forward(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """``W * a``, without the bias: ``(B, *input_shape)`` to ``(B, *output_shape)``."""
+        values: dict[str, Tensor | None] = dict.fromkeys(self.layer.parameters.values())
+        values |= dict.fromkeys(self.layer.constants.values())
+        names = {**self.layer.parameters, **self.layer.constants}
+        values[names["weight"]] = weight
+        return self.layer.apply([inputs], values)  # type: ignore[arg-type]  # None: no bias
+
+    @abstractmethod
+    def forward_normal(self, weight: Tensor, precision: Tensor) -> Tensor:
+        """``Wᵀ D W`` with the diagonal ``D`` given as ``(B, *output_shape)``: ``(B, n_inputs, n_inputs)``."""
+
+    @abstractmethod
+    def forward_matrix(self, weight: Tensor) -> Tensor:
+        """``W`` as a matrix: ``(outputs, n_inputs)``."""
+
+    @abstractmethod
+    def patches(self, inputs: Tensor) -> Tensor:
+        """What each output position sees: ``(B, *input_shape)`` to ``(B, positions, entries)``; for one group."""
+
+    @abstractmethod
+    def outputs(self, outputs: Tensor) -> Tensor:
+        """Outputs in the order of `patches`: ``(B, *output_shape)`` to ``(B, positions, outputs)``."""
+
+    def bias_of(self, weights: Weights) -> Tensor | float:
+        """The bias, in a shape that adds to outputs; 0 where there is none."""
+        if self.bias is None:
+            return 0.0
+        bias = weights[self.bias]
+        return bias.view(-1, *[1] * (len(self.layer.output_shape) - 1)) if self.channels_first else bias
+
+    channels_first: bool = False
+
+    def carry(
+        self,
+        delta: Tensor,
+        position: int,
+        inputs: Sequence[Estimate | None],
+        output: Estimate | None,
+        weights: Weights,
+    ) -> Tensor:
+        """``Wᵀ * δ``."""
+        assert self.weight is not None, "a weight that does not leak is not estimated, and δ not carried"
+        return self.adjoint(delta, weights[self.weight])
+
+    def solve(self, delta: Tensor, weight_gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The damped least-squares solution of the gradient equations, refined until damping no longer shows.
+
+        Where the equations do not determine the input, it is nearly that of least norm.
+
+        Args:
+            delta: ``(B, *output_shape)``.
+            weight_gradient: ``(B, *weight.shape)``.
+            damping: ``(B,)``, what is added to the diagonal, over its mean.
+
+        Returns:
+            the input ``(B, *input_shape)``; for each entry, the variance of its error for errors of variance 1 in the
+            gradient, ``(B, *input_shape)``; and ``(B,)`` bool, which examples could be solved. Others are zero.
+        """
+        scale = delta.flatten(1).norm(dim=1)
+        solvable = (scale > 0) & torch.isfinite(scale) & torch.isfinite(weight_gradient.flatten(1)).all(dim=1)
+        safe = torch.where(solvable, scale, 1.0)
+        unit = torch.where(_like(solvable, delta), delta / _like(safe, delta), 0.0)
+        gradient = torch.where(_like(solvable, weight_gradient), weight_gradient / _like(safe, weight_gradient), 0.0)
+        normal = self.normal(unit)
+        diagonal = normal.diagonal(dim1=-2, dim2=-1)
+        level = diagonal.mean(dim=(1, 2)).clamp_min(1e-300)
+        diagonal += (damping * level)[:, None, None] + 1e-300
+        factor, failed = torch.linalg.cholesky_ex(normal)
+        solvable = solvable & (failed == 0).all(dim=1)
+        factor = torch.where(_like(solvable, factor), factor, torch.eye(self.n_unknowns).to(factor))
+        found = torch.zeros(len(delta), *self.layer.input_shape, dtype=delta.dtype, device=delta.device)
+        for _ in range(3):
+            # The residual of the equations themselves, not of the normal equations, whose condition number is squared.
+            missing = self.columns(self.right(unit, gradient - self.weight_gradient(found, unit)))
+            found = found + self.from_columns(torch.cholesky_solve(missing.transpose(-1, -2), factor).transpose(-1, -2))
+        spread = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).unsqueeze(2)
+        columns = self.columns(found)
+        variance = self.from_columns(spread.expand_as(columns)) / _like(safe, found).square()
+        # Entries in no column, such as pixels beyond the last whole patch, meet no equation at all.
+        variance = torch.where(self.from_columns(torch.ones_like(columns)) > 0, variance, torch.inf)
+        found = torch.where(_like(solvable, found), found, 0.0)
+        return found, variance, solvable
+
+    def _structure(self) -> tuple[int | None, Tensor | None]:
+        """Rank, and which entries of a column are determined, ``(n_unknowns,)`` bool."""
+        if self.n_unknowns > LARGEST_RANK:
+            return None, None
+        delta = torch.randn(
+            (1, *self.layer.output_shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+        )
+        eigenvalues, vectors = torch.linalg.eigh(self.normal(delta)[0, 0])
+        free = eigenvalues <= len(vectors) * torch.finfo(vectors.dtype).eps * eigenvalues[-1]
+        return int((~free).sum()), vectors[:, free].square().sum(dim=1) < 1e-9
+
+
+def _like(per_example: Tensor, tensor: Tensor) -> Tensor:
+    """``(B,)`` in a shape that broadcasts with ``(B, …)``."""
+    return per_example.view(-1, *[1] * (tensor.dim() - 1))

@@ -1,0 +1,128 @@
+"""What a learned generator gets of the closed form: activations, by gradient equations alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gitlight.architecture import IMAGE, Architecture
+from gitlight.data.pair import Gradients
+from gitlight.errors import ArchitectureError
+from gitlight.generators.base import PairFit, ParameterEstimate
+from gitlight.generators.exact.inversion import Inversion
+from gitlight.generators.exact.moves import MoveRule
+from gitlight.generators.exact.plan import Do, Known
+
+
+@dataclass(frozen=True)
+class Feature:
+    """An estimate for every leak.
+
+    Attributes:
+        layer: the layer whose input it is.
+        result: name of the layer whose result is given: that input itself, or what it is made of by operations that can
+            be undone, such as the activation's own input.
+        shape: ``(C, H, W)``, or ``(units,)``.
+        exact: whether the equations determine it.
+    """
+
+    layer: str
+    result: str
+    shape: tuple[int, ...]
+    exact: bool
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"input of {self.layer}"
+
+
+class ClosedFormFeatures(nn.Module):
+    """Layer inputs from the output down, in thousands of leaks a second: no forward equations, no priors.
+
+    Ends with the first layer whose input is not determined (its least-norm estimate is still a feature), or below which
+    ``δ`` cannot be carried. With more than one image per leak it ends with the last layer, whose solve gives a
+    ``δ``-weighted average of the inputs.
+    """
+
+    def __init__(
+        self, architecture: Architecture, noise: float | None, depth: int | None, client_batch_size: int
+    ) -> None:
+        """Args: the architecture, relative noise (None: estimated), the most features (None: all), images per leak.
+
+        Raises:
+            ArchitectureError: nothing is found, for want of a ``δ`` to start from.
+        """
+        super().__init__()
+        self.inversion = Inversion(architecture, noise, client_batch_size, strict=False, stacked=False)
+        features = _features(self.inversion, architecture)
+        if not features:
+            last = architecture[architecture.output]
+            raise ArchitectureError(
+                f"hybrid starts from the bias gradient of a last linear layer, but the leaked model ends in "
+                f"{last.place} (parameters: {', '.join(last.parameters.values()) or 'none'}). "
+                "mlp needs no such layer: generator.name=mlp."
+            )
+        self.features = features[:depth]
+        self.end = _end(self.inversion, architecture, depth, len(features))
+
+    @property
+    def reaches_the_image(self) -> bool:
+        """Whether the walk gives the model's input itself, exactly."""
+        return self.features[-1].result == IMAGE and self.features[-1].exact
+
+    def forward(self, gradients: Gradients) -> list[Tensor]:
+        """One tensor ``(B, *feature.shape)`` per feature, float64; zero for leaks that are zero or not finite."""
+        n_leaks = len(next(iter(gradients.values())))
+        leaks = self.inversion.usable(gradients)
+        found = self.inversion.find(leaks)
+        features = []
+        for feature in self.features:
+            whole = leaks.noise.new_zeros(n_leaks, *feature.shape)
+            if feature.result in found.values:  # not before the weights above it are fitted
+                value = torch.nan_to_num(found.values[feature.result].value, posinf=0.0, neginf=0.0)
+                whole = whole.index_copy(0, leaks.which, value.reshape(-1, *feature.shape))
+            features.append(whole)
+        return features
+
+    def fits(self) -> Iterable[PairFit]:
+        """One pass over the pairs per weight that carries ``δ``, from the last layer down."""
+        return self.inversion.fits()
+
+    def estimated_parameters(self) -> dict[str, ParameterEstimate]:
+        """The fitted weights; the last layer's up to a row common to all classes."""
+        return self.inversion.estimated_parameters()
+
+
+def _features(inversion: Inversion, architecture: Architecture) -> tuple[Feature, ...]:
+    plan = inversion.plan
+    undone = {action.layer.name: action.layer.inputs[0] for action in plan.actions if action.do is Do.INVERT}
+    found = []
+    for action in plan.actions:
+        if action.do not in (Do.SOLVE, Do.STACK, Do.BOUND):
+            continue
+        name = action.layer.inputs[0]
+        how_well = plan.known[name]
+        # An estimate that leaves the range of an activation cannot be sent back through it; it can be reshaped.
+        while name in undone and (how_well is not Known.ESTIMATE or isinstance(inversion.rules[name], MoveRule)):
+            name = undone[name]
+        shape = architecture.image_shape if name == IMAGE else architecture[name].output_shape
+        found.append(Feature(action.layer.name, name, tuple(shape), how_well is Known.EXACT))
+    return tuple(found)
+
+
+def _end(inversion: Inversion, architecture: Architecture, depth: int | None, n_found: int) -> str:
+    """In words, why there are no more features."""
+    if depth is not None and depth < n_found:
+        return f"generator.exact_depth is {depth}"
+    plan = inversion.plan
+    if plan.known.get(IMAGE) is Known.EXACT:
+        return "the image is reached"
+    for layer in reversed(architecture.layers):
+        if layer.name in plan.obstacles:
+            return plan.obstacles[layer.name]
+        rule = inversion.rules[layer.name]
+        if layer.inputs and plan.known.get(layer.inputs[0]) is Known.ESTIMATE and rule.loses and layer.parameters:
+            return f"the input of {layer.name!r} is not determined: {rule.loses}"
+    return "the first layer is reached"

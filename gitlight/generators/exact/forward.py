@@ -1,0 +1,89 @@
+"""The leaked model's own forward and backward pass, with estimated weights."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gitlight.architecture import IMAGE, Architecture
+from gitlight.data.pair import Gradients
+from gitlight.generators.exact.rule import Weights
+
+
+def forward_values(architecture: Architecture, images: Tensor, weights: Weights) -> dict[str, Tensor]:
+    """The results of all layers for which the weights are known, from the image up.
+
+    Args:
+        architecture: the leaked model's.
+        images: ``(B, C, H, W)``.
+        weights: estimates of leaked parameters; layers that need others, and what follows from them, are left out.
+
+    Returns:
+        name of the layer, or `IMAGE` → ``(B, *output_shape)`` float64.
+    """
+
+    def of_one(image: Tensor) -> dict[str, Tensor]:
+        # As traced: a batch of one in front, or wherever the model moves it. Copies are kept of what is found, since
+        # an operation in place overwrites what it takes.
+        made = {IMAGE: image.unsqueeze(0).clone()}
+        found = {IMAGE: image}
+        for layer in architecture.layers:
+            needed = (*layer.parameters.values(), *layer.constants.values())
+            if not all(name in weights for name in needed) or not all(name in made for name in layer.inputs):
+                continue
+            result = layer.apply([made[name] for name in layer.inputs], weights)
+            if isinstance(result, Tensor):
+                made[layer.name] = result
+                found[layer.name] = result.reshape(layer.output_shape).clone()
+        return found
+
+    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernel of CPUs
+        values: dict[str, Tensor] = torch.func.vmap(of_one)(images.double())
+    return values
+
+
+def gradient_mismatch(
+    architecture: Architecture, images: Tensor, labels: Tensor, gradients: Gradients, weights: Weights
+) -> Tensor:
+    """How far the gradients that images would give, with estimated weights, are from those that leaked.
+
+    Args:
+        architecture: the leaked model's.
+        images: ``(B, C, H, W)``.
+        labels: ``(B,)`` int64.
+        gradients: of ``B`` leaks, in float64.
+        weights: estimates of all leaked parameters.
+
+    Returns:
+        ``(B,)``: the distance over the norm of the leak, all parameters together.
+    """
+    made = model_gradients(architecture, images, labels, weights)
+    names = list(architecture.parameter_shapes)
+    distance = sum((made[name] - gradients[name]).flatten(1).square().sum(dim=1) for name in names)
+    size = sum(gradients[name].flatten(1).square().sum(dim=1) for name in names)
+    assert isinstance(distance, Tensor)
+    assert isinstance(size, Tensor)
+    return (distance / size.clamp_min(1e-300)).sqrt()
+
+
+def model_gradients(architecture: Architecture, images: Tensor, labels: Tensor, weights: Weights) -> Gradients:
+    """The gradients of the cross-entropy at images, with estimated weights; differentiable in the weights.
+
+    Args:
+        architecture: the leaked model's.
+        images: ``(B, C, H, W)`` float64.
+        labels: ``(B,)`` int64.
+        weights: estimates of all leaked parameters.
+
+    Returns:
+        name → ``(B, *shape)``.
+    """
+
+    def loss(parameters: Weights, image: Tensor, label: Tensor) -> Tensor:
+        values = {IMAGE: image.unsqueeze(0).clone()}  # an operation in place may overwrite it
+        for layer in architecture.layers:
+            values[layer.name] = layer.apply([values[name] for name in layer.inputs], parameters)
+        return torch.nn.functional.cross_entropy(values[architecture.output], label.unsqueeze(0))
+
+    parameters = {name: weights[name] for name in architecture.parameter_shapes}
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, images.double(), labels)

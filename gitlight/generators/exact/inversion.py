@@ -1,0 +1,272 @@
+"""`Inversion`: closed-form inversion of one architecture: its weights' estimates, priors, and the walk."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gitlight.architecture import IMAGE, Architecture, Layer
+from gitlight.data.pair import Gradients
+from gitlight.generators.base import PairFit, ParameterEstimate
+from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.fits import (
+    ConservationFit,
+    FitStep,
+    HeadFit,
+    OutputFit,
+    PriorFit,
+    Way,
+    plan_fits,
+)
+from gitlight.generators.exact.forward import gradient_mismatch
+from gitlight.generators.exact.labels import labels_from_bias_gradient
+from gitlight.generators.exact.matching import matching_fits
+from gitlight.generators.exact.noise import rank_one, rounding_level
+from gitlight.generators.exact.plan import Do, Plan, plan_walk, rules_of
+from gitlight.generators.exact.posterior import Prior
+from gitlight.generators.exact.rule import InverseRule
+from gitlight.generators.exact.status import Status, screen, worsen
+from gitlight.generators.exact.walk import Found, walk
+
+_MOST_IMBALANCED = 0.1
+"""Share of ``δ`` that may fail to add up to zero: what rounding of a probability near one, or strong noise, leaves."""
+
+
+class Leaks(NamedTuple):
+    """Leaks that can be inverted.
+
+    Attributes:
+        gradients: in float64, finite, not zero.
+        noise: ``(B,)``, standard deviation of the error of an entry.
+        which: ``(B,)``, their positions in the batch that they came from.
+        dtype: precision that they came in.
+    """
+
+    gradients: Gradients
+    noise: Tensor
+    which: Tensor
+    dtype: torch.dtype
+
+
+def _seen(key: str) -> str:
+    return key.replace("weight", "seen")
+
+
+def _carrying(
+    architecture: Architecture, rules: Mapping[str, InverseRule], steps: tuple[FitStep, ...], n_images: int
+) -> tuple[FitStep, ...]:
+    """Of the fits to make, those of weights that carry ``δ`` in a walk by gradient equations alone."""
+    fitted = {name for step in steps for name in step.layer.parameters.values()}
+    plan = plan_walk(architecture, rules, fitted, n_images, stacked=False)
+    carrying = {action.layer.name for action in plan.actions if action.do is Do.CARRY}
+    reveal = {action.layer.name for action in plan.actions if action.do is Do.REVEAL}
+    last = 0
+    for number, step in enumerate(steps, start=1):
+        below = step.layer.inputs[0]
+        if step.layer.name in carrying and below != IMAGE and below in plan.deltas and below not in reveal:
+            last = number
+    return steps[:last]  # each may depend on those before it
+
+
+class Inversion(nn.Module):
+    """Inverts back-propagation in closed form, without any leaked weight: those that it needs it fits from pairs.
+
+    Attributes:
+        rules: the inverse rule of each layer.
+        steps: the fits to make, in order.
+        unreachable: names of layers whose weights no fit reaches.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        noise: float | None,
+        client_batch_size: int,
+        strict: bool = True,
+        stacked: bool = True,
+    ) -> None:
+        """Plan the fits and the walk.
+
+        Args:
+            architecture: the leaked model's.
+            noise: relative noise of the gradients; None: estimated leak by leak.
+            client_batch_size: images per leak.
+            strict: whether an operation without a rule is an error; else the walk ends above it.
+            stacked: whether to use forward equations and priors, too: exact where gradient equations alone are not, at
+                up to a second an image on a laptop.
+
+        Raises:
+            ArchitectureError: an operation has no inverse rule, and ``strict``.
+        """
+        super().__init__()
+        self.architecture = architecture
+        self.rules = rules_of(architecture, strict)
+        self.n_images = client_batch_size
+        self._noise = noise
+        self.steps, self.unreachable = plan_fits(architecture, self.rules, client_batch_size)
+        if not stacked:
+            self.steps, self.unreachable = _carrying(architecture, self.rules, self.steps, client_batch_size), ()
+        self._stacked = stacked
+        self._estimated: dict[str, str] = {}
+        layers = [*(step.layer for step in self.steps), *(architecture[name] for name in self.unreachable)]
+        for number, name in enumerate(n for layer in layers for n in layer.parameters.values()):
+            self._estimated[name] = f"weight{number}"
+            shape = architecture.parameter_shapes[name]
+            self.register_buffer(f"weight{number}", torch.zeros(shape, dtype=torch.float64))
+            self.register_buffer(f"seen{number}", torch.ones(shape, dtype=torch.bool))
+        self._found: set[str] = set()
+        self._plan = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked)
+        self._priors: dict[str, str] = {}
+        for action in self._plan.actions:
+            if action.do in (Do.STACK, Do.BOUND):
+                size = torch.Size(action.layer.input_shape).numel()
+                name = action.layer.inputs[0]
+                self._priors[name] = f"prior{len(self._priors)}"
+                self.register_buffer(f"{self._priors[name]}_mean", torch.zeros(size, dtype=torch.float64))
+                # In single precision: a prior need not be exact, and there are size² entries.
+                self.register_buffer(f"{self._priors[name]}_precision", torch.zeros(size, size))
+        self.noise_factor: Tensor
+        self.register_buffer("noise_factor", torch.ones((), dtype=torch.float64))
+
+    @property
+    def plan(self) -> Plan:
+        """What is found once all fits are made."""
+        return self._plan
+
+    def weights(self) -> dict[str, Tensor]:
+        """The estimates that have been made so far."""
+        return {name: self._buffer(key) for name, key in self._estimated.items() if name in self._found}
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._found = set(self._estimated)
+
+    def keep(self, layer: Layer, values: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        """Store a layer's estimates.
+
+        Args:
+            layer: whose they are.
+            values: ``weight`` and ``bias`` → value.
+            seen: the same → bool, which entries the public images determined; a unit that is off in all of them leaves
+                its weights open.
+        """
+        for role, name in layer.parameters.items():
+            key = self._estimated[name]
+            for buffer, given in ((self._buffer(key), values[role]), (self._buffer(_seen(key)), seen[role])):
+                buffer.copy_(given.reshape(buffer.shape))
+            self._found.add(name)
+
+    def weights_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The estimates in another inversion's state, by parameter name."""
+        return {name: state[key] for name, key in self._estimated.items() if key in state}
+
+    def keep_matched(self, values: Mapping[str, Tensor]) -> None:
+        """Store estimates by parameter name, of weights that no closed form gave."""
+        for name, value in values.items():
+            self._buffer(self._estimated[name]).copy_(value)
+            self._found.add(name)
+
+    def keep_prior(self, name: str, mean: Tensor, precision: Tensor) -> None:
+        """Store what is known beforehand of a layer's result."""
+        self._buffer(f"{self._priors[name]}_mean").copy_(mean)
+        self._buffer(f"{self._priors[name]}_precision").copy_(precision)
+
+    def fits(self, matching_epochs: int = 20) -> Iterator[PairFit]:
+        """One pass over the pairs each; to be finished before the next is asked for."""
+        for step in self.steps:
+            if step.way is Way.LOGITS:
+                yield HeadFit(self, step.layer)
+            elif step.way is Way.CONSERVED:
+                yield ConservationFit(self, step.layer)
+            else:
+                yield OutputFit(self, step)
+        if self.unreachable:
+            yield from matching_fits(self, self.unreachable, matching_epochs, seed=0)
+        if self._priors:
+            yield PriorFit(self, list(self._priors))
+
+    def estimated_parameters(self) -> dict[str, ParameterEstimate]:
+        """The fitted weights; the last layer's up to a row common to all classes."""
+        head = set(self.architecture[self.architecture.output].parameters.values())
+        return {name: ParameterEstimate(value, name in head) for name, value in self.weights().items()}
+
+    def usable(self, gradients: Gradients) -> Leaks:
+        """The leaks that are finite and not zero, in float64, with their noise."""
+        status = screen(gradients)
+        which = (status == Status.EXACT).nonzero().squeeze(1)
+        dtype = next(iter(gradients.values())).dtype
+        kept = {name: gradient[which].double() for name, gradient in gradients.items()}
+        return Leaks(kept, self.noise_of(kept, dtype), which, dtype)
+
+    def noise_of(self, gradients: Gradients, dtype: torch.dtype) -> Tensor:
+        """``(B,)``: the given relative noise, or what the last layer's gradient shows; rounding at least."""
+        rounding = rounding_level(gradients, dtype)
+        if self._noise is not None:
+            return torch.maximum(rounding, self._noise / torch.finfo(dtype).eps * rounding)
+        head = self.architecture[self.architecture.output]
+        rule = self.rules[head.name]
+        if not isinstance(rule, AffineRule) or rule.reveals_delta() is None or rule.weight is None:
+            return rounding
+        return torch.maximum(rounding, rank_one(gradients[rule.weight]).noise) * self.noise_factor
+
+    def imbalance(self, gradients: Gradients) -> Tensor:
+        """``(B,)``: ``|Σ δ| / Σ |δ|`` of the last layer, zero but for rounding and noise.
+
+        Where the label's probability is rounded to one, its ``δ`` is zero and the sum is not: the leaked model itself
+        went on with a ``δ`` that depends on a row common to all classes, which no fit of differences can see.
+        """
+        head = self.architecture[self.architecture.output]
+        name = self.rules[head.name].reveals_delta()
+        if name is None:
+            return next(iter(gradients.values())).new_zeros(len(next(iter(gradients.values()))))
+        delta = gradients[name]
+        return delta.sum(dim=1).abs() / delta.abs().sum(dim=1).clamp_min(1e-300)
+
+    def unseen_acts(self, layer: Layer, gradients: Gradients) -> Tensor:
+        """``(B, inputs)`` bool: at which inputs of a layer weights have a gradient that no public image determined.
+
+        Units that ReLU keeps off in nearly all images are of that kind.
+        """
+        name = layer.parameters["weight"]
+        acts = (gradients[name] != 0) & ~self._buffer(_seen(self._estimated[name]))
+        return acts.flatten(3).any(dim=3).any(dim=1) if acts.dim() > 3 else acts.any(dim=1)
+
+    def find(self, leaks: Leaks) -> Found:
+        """Everything that the equations give, with the weights that have been found so far."""
+        weights = self.weights()
+        plan = self._plan
+        if len(weights) < len(self._estimated):
+            plan = plan_walk(self.architecture, self.rules, set(weights), self.n_images, stacked=False)
+        found = walk(
+            self.architecture, self.rules, plan, leaks.gradients, leaks.noise, weights, self._current_priors(plan)
+        )
+        for step in self.steps if len(weights) == len(self._estimated) else ():
+            unseen = self.unseen_acts(step.layer, leaks.gradients).any(dim=1)
+            found.status = worsen(found.status, unseen, Status.UNSEEN)
+        if self.steps:
+            found.status = worsen(found.status, self.imbalance(leaks.gradients) > _MOST_IMBALANCED, Status.ROUNDED)
+        if IMAGE in found.values and set(weights) == set(self.architecture.parameter_shapes):
+            # The one check that no assumption enters: does the image give the leaked gradient?
+            images = found.values[IMAGE].value.clamp(0, 1)
+            label = labels_from_bias_gradient(found.deltas[self.architecture.output])
+            mismatch = gradient_mismatch(self.architecture, images, label, leaks.gradients, weights)
+            size = sum(g.flatten(1).square().sum(dim=1) for g in leaks.gradients.values()) ** 0.5
+            expected = leaks.noise * self.architecture.n_parameters**0.5 / size
+            found.status = worsen(found.status, ~(mismatch < 1e-3 + 10 * expected), Status.ESTIMATE)
+        return found
+
+    def _current_priors(self, plan: Plan) -> Mapping[str, Prior]:
+        if plan is not self._plan:
+            return {}
+        priors = {}
+        for name, key in self._priors.items():
+            precision = self._buffer(f"{key}_precision")
+            if bool(precision[0, 0] > 0):
+                priors[name] = Prior(self._buffer(f"{key}_mean"), precision.double())
+        return priors
+
+    def _buffer(self, name: str) -> Tensor:
+        buffer = getattr(self, name)
+        assert isinstance(buffer, Tensor)
+        return buffer

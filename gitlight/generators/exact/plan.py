@@ -1,0 +1,228 @@
+"""What can be found, in which order, given which weights are known: the same for the attack and for the report."""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gitlight.architecture import IMAGE, Architecture, Layer
+from gitlight.errors import ArchitectureError
+from gitlight.generators.exact.affine import LARGEST_STACKED, AffineRule
+from gitlight.generators.exact.rule import NOTHING, OUTPUT, InverseRule, rule_for
+
+
+class Known(StrEnum):
+    """How well the equations tell a result of the leaked model."""
+
+    EXACT = "exact"
+    PARTLY = "partly"
+    ESTIMATE = "estimate"
+
+
+class Do(StrEnum):
+    """One step of the walk."""
+
+    REVEAL = "reveal"
+    SOLVE = "solve"
+    STACK = "stack"
+    BOUND = "bound"
+    INVERT = "invert"
+    CARRY = "carry"
+
+
+@dataclass(frozen=True)
+class Action:
+    """``do`` at ``layer``, for its input number ``position``."""
+
+    do: Do
+    layer: Layer
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a walk from the output down does, and what it finds.
+
+    Attributes:
+        actions: in order.
+        known: name of a layer, or `IMAGE` → how well its result is known.
+        deltas: names of layers whose ``δ`` is known.
+        obstacles: name of a layer with a weight whose input is not found → why, in words.
+    """
+
+    actions: tuple[Action, ...]
+    known: Mapping[str, Known]
+    deltas: frozenset[str]
+    obstacles: Mapping[str, str]
+
+
+class NoRule(InverseRule):
+    """Stands for an operation that has no rule, where the walk may end above it."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.loses = "everything: there is no inverse rule for it"
+
+
+def rules_of(architecture: Architecture, strict: bool) -> dict[str, InverseRule]:
+    """Name of each layer → its rule.
+
+    Raises:
+        ArchitectureError: a layer has none, and ``strict``.
+    """
+    rules: dict[str, InverseRule] = {}
+    for layer in architecture.layers:
+        try:
+            rules[layer.name] = rule_for(layer)
+        except ArchitectureError:
+            if strict:
+                raise
+            rules[layer.name] = NoRule(layer)
+    return rules
+
+
+def plan_walk(
+    architecture: Architecture,
+    rules: Mapping[str, InverseRule],
+    weights: Collection[str],
+    n_images: int,
+    stacked: bool = True,
+) -> Plan:
+    """Plan the walk.
+
+    Args:
+        architecture: the leaked model's.
+        rules: of all its layers.
+        weights: names of the parameters that are known, or will be.
+        n_images: images per leak. With more than one nothing is carried down: an average of ``δ ⊗ a`` is not
+            ``δ ⊗ a`` of averages.
+        stacked: whether forward equations are used where weights are known. Fits do without: gradient equations alone
+            are a hundred times cheaper, and exact where anything is fitted.
+    """
+    consumers: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for layer in architecture.layers:
+        for position, name in enumerate(layer.inputs):
+            consumers[name].append((layer.name, position))
+    known: dict[str, Known] = {}
+    deltas: set[str] = set()
+    carried: dict[str, int] = defaultdict(int)
+    guessed: set[str] = set()  # whose δ rests on an estimate of which units were on
+    obstacles: dict[str, str] = {}
+    actions: list[Action] = []
+    blame: dict[str, str] = {}  # layer whose δ is not known → why
+    for layer in reversed(architecture.layers):
+        rule = rules[layer.name]
+        revealed = rule.reveals_delta()
+        if revealed in architecture.parameter_shapes:
+            deltas.add(layer.name)
+            actions.append(Action(Do.REVEAL, layer))
+        elif carried[layer.name] and carried[layer.name] == len(consumers[layer.name]):
+            deltas.add(layer.name)
+        has_delta = layer.name in deltas
+        if isinstance(rule, AffineRule) and rule.weight is not None:
+            if has_delta:
+                if stacked and n_images == 1:
+                    after_relu = _produced_by_relu(layer, architecture)
+                    do, how_well = _solve(rule, known.get(layer.name), after_relu, weights)
+                else:
+                    do, how_well = Do.SOLVE, Known.EXACT if rule.exact and n_images == 1 else Known.ESTIMATE
+                actions.append(Action(do, layer))
+                known[layer.inputs[0]] = Known.ESTIMATE if layer.name in guessed else how_well
+            else:
+                obstacles[layer.name] = blame.get(layer.name, "δ of its output is not known")
+        elif rule.inverts != "no" and layer.name in known:
+            for position, name in enumerate(layer.inputs):
+                others = [known.get(other) for other in layer.inputs]
+                if name not in known and _invertible(rule, layer, position, others, weights):
+                    actions.append(Action(Do.INVERT, layer, position))
+                    known[name] = (
+                        Known.PARTLY if rule.inverts == "partly" and layer.kind != "add" else known[layer.name]
+                    )
+        for position, name in enumerate(layer.inputs):
+            reason = _not_carried(rule, layer, position, has_delta, known, weights, n_images, stacked)
+            if reason is None:
+                actions.append(Action(Do.CARRY, layer, position))
+                carried[name] += 1
+                on_estimate = rule.carry_needs == OUTPUT and known[layer.name] is Known.ESTIMATE
+                if on_estimate or (layer.name in guessed and rule.reveals_delta() is None):
+                    guessed.add(name)
+            elif name not in blame:
+                blame[name] = blame.get(layer.name, reason) if not has_delta else reason
+    return Plan(tuple(actions), known, frozenset(deltas), obstacles)
+
+
+def _solve(rule: AffineRule, output: Known | None, after_relu: bool, weights: Collection[str]) -> tuple[Do, Known]:
+    """How an affine layer's input is found, ``δ`` being known, and how well."""
+    with_forward = (
+        rule.weight in weights
+        and (rule.bias is None or rule.bias in weights)
+        and output is not None
+        and rule.n_inputs <= LARGEST_STACKED
+    )
+    if not with_forward:
+        return Do.SOLVE, Known.EXACT if rule.exact else Known.ESTIMATE
+    if not rule.exact and (after_relu or output is not Known.EXACT):
+        return Do.BOUND, Known.ESTIMATE
+    if output is Known.PARTLY:
+        return Do.SOLVE, Known.EXACT
+    determined = rule.exact or (output is Known.EXACT and rule.exact_with_outputs)
+    return Do.STACK, Known.EXACT if determined else Known.ESTIMATE
+
+
+def _produced_by_relu(layer: Layer, architecture: Architecture) -> bool:
+    """Whether an input is known to be non-negative because it is a ReLU's output."""
+    name = layer.inputs[0]
+    while name != IMAGE:
+        producer = architecture[name]
+        if producer.kind == "relu":
+            return True
+        if producer.kind not in ("dropout", "flatten", "max_pool2d", "reshape", "view"):
+            return False
+        name = producer.inputs[0]
+    return False
+
+
+def _invertible(
+    rule: InverseRule, layer: Layer, position: int, others: list[Known | None], weights: Collection[str]
+) -> bool:
+    if layer.kind == "add":
+        parameter = next(iter(layer.parameters.values()), None)
+        return parameter in weights if parameter is not None else others[1 - position] is not None
+    return all(name in weights for name in (*layer.parameters.values(), *layer.constants.values()))
+
+
+def _not_carried(
+    rule: InverseRule,
+    layer: Layer,
+    position: int,
+    has_delta: bool,
+    known: Mapping[str, Known],
+    weights: Collection[str],
+    n_images: int,
+    stacked: bool,
+) -> str | None:
+    """Why ``δ`` does not pass a layer; None if it does."""
+    if not has_delta:
+        return f"δ of {layer.place} is not known"
+    if n_images > 1:
+        return f"with {n_images} images per leak, δ is not known below {layer.place}"
+    if isinstance(rule, NoRule):
+        return f"there is no inverse rule for {layer.place}"
+    needed = (*layer.parameters.values(), *layer.constants.values())
+    if isinstance(rule, AffineRule):
+        needed = (rule.weight,) if rule.weight is not None else needed
+    if layer.kind == "add":
+        needed = ()
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        return f"{', '.join(missing)} of {layer.place} is not known"
+    if rule.carry_needs == NOTHING:
+        return None
+    name = layer.name if rule.carry_needs == OUTPUT else layer.inputs[position]
+    # Which units of a ReLU are on can be guessed from an estimate, once inequalities have shaped it.
+    if name in known and (known[name] is not Known.ESTIMATE or (stacked and layer.kind == "relu")):
+        return None
+    what = "output" if rule.carry_needs == OUTPUT else "input"
+    if name in known:
+        return f"the {what} of {layer.place}, which δ needs to pass it, is only an estimate"
+    return f"the {what} of {layer.place}, which δ needs to pass it, is not known"

@@ -1,0 +1,160 @@
+"""A layer's input from everything that is known of it: gradient equations, forward equations and a prior, stacked."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.rule import Estimate
+
+WORKSPACE_BYTES = 512e6
+"""Memory for the normal matrices of the examples that are solved at once."""
+
+_LARGEST_PRECISION = 1e8
+"""Of an output against the gradient's: beyond, its equations would push those of the gradient below rounding."""
+
+_N_PROBES = 8
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What public images say of a layer's input before any gradient is seen: a Gaussian.
+
+    Attributes:
+        mean: ``(n,)``.
+        precision: the inverse covariance, ``(n, n)``.
+    """
+
+    mean: Tensor
+    precision: Tensor
+
+
+def solve_stacked(
+    rule: AffineRule,
+    delta: Tensor,
+    weight_gradient: Tensor,
+    noise: Tensor,
+    output: Estimate | None,
+    weight: Tensor,
+    bias: Tensor | float,
+    prior: Prior | None,
+) -> tuple[Estimate, Tensor]:
+    """The most probable input.
+
+    Given
+
+    - ``K(δ) a = g``, errors of standard deviation ``noise``;
+    - ``W * a + b = z``, errors as ``output`` says, entries of infinite variance left out;
+    - the prior.
+
+    With exact equations the prior's share vanishes (it is weighed by the noise's variance), and with noise it is what
+    fills the directions that noise has drowned: the minimum mean-square-error estimate for Gaussian errors. One
+    Cholesky factorisation in float64 an example; the residual is refined once.
+
+    Args:
+        rule: the layer's.
+        delta: ``(B, *output_shape)`` float64, not zero.
+        weight_gradient: ``(B, *weight.shape)``.
+        noise: ``(B,)``, above zero.
+        output: the layer's output; None: no forward equations.
+        weight: ``(*weight.shape)``.
+        bias: in a shape that adds to outputs.
+        prior: None: none; the system must then be determined.
+
+    Returns:
+        the estimate, with one variance for all entries of an example (its mean, from random probes); and ``(B,)`` bool,
+        which examples' systems were not singular. Others are zero.
+    """
+    size = rule.n_inputs
+    chunk = max(1, int(WORKSPACE_BYTES / (3 * 8 * size**2)))
+    values, variances, solved = [], [], []
+    for start in range(0, len(delta), chunk):
+        part = slice(start, start + chunk)
+        its_output = None
+        if output is not None:
+            its_output = Estimate(output.value[part], output.variance.expand_as(output.value)[part])
+        found = _solve(rule, delta[part], weight_gradient[part], noise[part], its_output, weight, bias, prior)
+        values.append(found[0])
+        variances.append(found[1])
+        solved.append(found[2])
+    return Estimate(torch.cat(values), torch.cat(variances)), torch.cat(solved)
+
+
+def _solve(
+    rule: AffineRule,
+    delta: Tensor,
+    weight_gradient: Tensor,
+    noise: Tensor,
+    output: Estimate | None,
+    weight: Tensor,
+    bias: Tensor | float,
+    prior: Prior | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_examples, size = len(delta), rule.n_inputs
+    # In units of δ, every example's gradient equations are of one size; all other terms are weighed against them.
+    scale = delta.flatten(1).norm(dim=1)
+    unit = delta / _expand(scale, delta)
+    gradient = weight_gradient / _expand(scale, weight_gradient)
+    level = (noise / scale).square()
+    system = delta.new_zeros(n_examples, size, size)
+    add_gradient_equations(system, rule, unit)
+    right = rule.right(unit, gradient).flatten(1)
+    precision = wanted = None
+    if output is not None:
+        precision = _expand(level, output.value) / output.variance.clamp_min(1e-300)
+        precision = torch.where(torch.isfinite(output.variance), precision, 0.0).clamp_max(_LARGEST_PRECISION)
+        wanted = output.value - bias
+        system += rule.forward_normal(weight, precision)
+        right = right + rule.adjoint(precision * wanted, weight).flatten(1)
+    if prior is not None:
+        system += level[:, None, None] * prior.precision
+        right = right + level[:, None] * (prior.precision @ prior.mean)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    # Against exact singularity only: a hundred times what rounding leaves of a zero.
+    diagonal += 1e-15 * diagonal.mean(dim=1, keepdim=True) + 1e-300
+    factor, failed = torch.linalg.cholesky_ex(system)
+    solved = failed == 0
+    if not bool(solved.all()):
+        factor[~solved] = torch.eye(size, dtype=factor.dtype, device=factor.device)
+
+    def solve(right: Tensor) -> Tensor:
+        return torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+
+    found = solve(right)
+    # One step of refinement, its residual from the equations themselves rather than from their squares.
+    inputs = found.view(n_examples, *rule.layer.input_shape)
+    missing = rule.right(unit, gradient - rule.weight_gradient(inputs, unit)).flatten(1)
+    if precision is not None and wanted is not None:
+        missing = missing + rule.adjoint(precision * (wanted - rule.forward(inputs, weight)), weight).flatten(1)
+    if prior is not None:
+        missing = missing + level[:, None] * ((prior.mean - found) @ prior.precision)
+    found = torch.where(solved[:, None], found + solve(missing), 0.0)
+    # Hutchinson's estimate of the covariance's trace.
+    probes = torch.randn(
+        (size, _N_PROBES), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    ).to(delta)
+    solutions = torch.cholesky_solve(probes.expand(n_examples, -1, -1), factor)
+    variance = (probes * solutions).mean(dim=(1, 2)).clamp_min(0) * level
+    shape = rule.layer.input_shape
+    return found.view(n_examples, *shape), variance.view(-1, *[1] * len(shape)).expand(-1, *shape), solved
+
+
+def add_gradient_equations(system: Tensor, rule: AffineRule, unit: Tensor) -> None:
+    """Add ``KᵀK`` to ``(B, n_inputs, n_inputs)`` in place: the same block for every column."""
+    blocks = rule.normal(unit)
+    # Where the entries of each column are in the flattened input.
+    numbers = torch.arange(rule.n_inputs, dtype=torch.float64, device=unit.device).view(1, *rule.layer.input_shape)
+    places = rule.columns(numbers)[0].long()
+    for group, columns in enumerate(places):
+        for column in columns:
+            first, step = int(column[0]), int(column[1] - column[0]) if len(column) > 1 else 1
+            if bool((column.diff() == step).all()):
+                entries = slice(first, first + step * len(column), step)
+                system[:, entries, entries] += blocks[:, group]
+            else:
+                system[:, column[:, None], column[None, :]] += blocks[:, group]
+
+
+def _expand(per_example: Tensor, tensor: Tensor) -> Tensor:
+    return per_example.view(-1, *[1] * (tensor.dim() - 1))

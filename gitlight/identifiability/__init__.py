@@ -1,0 +1,1 @@
+"""The identifiability report: what an architecture leaks, layer by layer, before any attack is run."""

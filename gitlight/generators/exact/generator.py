@@ -17,6 +17,7 @@ from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.noise import rank_one
 from gitlight.generators.exact.plan import Do, Known, plan_walk
 from gitlight.generators.exact.status import Status, screen, worsen
+from gitlight.generators.exact.weights import side_by_side
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.gradients.precision import full_float32
 from gitlight.runs import checkpoint_path, load_checkpoint
@@ -148,7 +149,7 @@ class ExactGenerator(Generator):
         names = {
             name for name in self.architecture.parameter_shapes if len(self.architecture.parameter_shapes[name]) > 1
         }
-        self._plan = plan_walk(self.architecture, self.inversion.rules, names, 1, stacked=False)
+        self._plan = plan_walk(self.architecture, self.inversion.rules, names, 1, stacked=False, through_estimates=True)
         if IMAGE not in self._plan.known:
             stopped = "; ".join(f"{name}: {why}" for name, why in self._plan.obstacles.items())
             raise ArchitectureError(
@@ -160,7 +161,8 @@ class ExactGenerator(Generator):
             for action in self._plan.actions
             if action.do is Do.CARRY and IMAGE not in action.layer.inputs and "weight" in action.layer.parameters
         ]
-        if not carrying:
+        without = plan_walk(self.architecture, self.inversion.rules, (), 1, stacked=False)
+        if not carrying or without.known.get(IMAGE) is Known.EXACT:
             raise ConfigError(
                 "generator.fit: descent has nothing to train: this leaked model is inverted without any weight. Use "
                 "generator.fit=layerwise."
@@ -234,7 +236,8 @@ class _SecondFit:
 
     def __init__(self, generator: ExactGenerator) -> None:
         self._generator = generator
-        self._largest = torch.zeros((), dtype=torch.float64)
+        self._largest = generator.largest_second.new_zeros(())
+        self._by_device: Tensor | None = None
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         rule = self._generator.inversion.rules[self._generator.architecture.output]
@@ -245,10 +248,13 @@ class _SecondFit:
                 self._largest = torch.maximum(self._largest.to(second), second)
 
     def sums(self) -> list[Tensor]:
-        return []
+        # Each device's in a place of its own, so that their sum holds them all.
+        self._by_device = side_by_side(self._largest)
+        return [self._by_device]
 
     def finish(self) -> None:
-        self._generator.largest_second.copy_(self._largest)
+        found = self._largest if self._by_device is None else self._by_device.max()
+        self._generator.largest_second.copy_(found)
 
 
 class _FallbackFit:

@@ -87,6 +87,7 @@ def plan_walk(
     weights: Collection[str],
     n_images: int,
     stacked: bool = True,
+    through_estimates: bool = False,
 ) -> Plan:
     """Plan the walk.
 
@@ -98,6 +99,8 @@ def plan_walk(
             ``δ ⊗ a`` of averages.
         stacked: whether forward equations are used where weights are known. Fits do without: gradient equations alone
             are a hundred times cheaper, and exact where anything is fitted.
+        through_estimates: whether ``δ`` is carried through activations of which there is only an estimate, as the
+            paper's walk does.
     """
     consumers: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for layer in architecture.layers:
@@ -139,7 +142,11 @@ def plan_walk(
                         Known.PARTLY if rule.inverts == "partly" and layer.kind != "add" else known[layer.name]
                     )
         for position, name in enumerate(layer.inputs):
-            reason = _not_carried(rule, layer, position, has_delta, known, weights, n_images, stacked)
+            if name == IMAGE:
+                continue  # nothing asks for the image's δ
+            reason = _not_carried(
+                rule, layer, position, has_delta, known, weights, n_images, stacked, through_estimates
+            )
             if reason is None:
                 actions.append(Action(Do.CARRY, layer, position))
                 carried[name] += 1
@@ -200,6 +207,7 @@ def _not_carried(
     weights: Collection[str],
     n_images: int,
     stacked: bool,
+    through_estimates: bool,
 ) -> str | None:
     """Why ``δ`` does not pass a layer; None if it does."""
     if not has_delta:
@@ -220,7 +228,7 @@ def _not_carried(
         return None
     name = layer.name if rule.carry_needs == OUTPUT else layer.inputs[position]
     # Which units of a ReLU are on can be guessed from an estimate, once inequalities have shaped it.
-    if name in known and (known[name] is not Known.ESTIMATE or (stacked and layer.kind == "relu")):
+    if name in known and (known[name] is not Known.ESTIMATE or through_estimates or (stacked and layer.kind == "relu")):
         return None
     what = "output" if rule.carry_needs == OUTPUT else "input"
     if name in known:

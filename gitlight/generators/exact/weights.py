@@ -10,6 +10,11 @@ from torch import Tensor
 _SMALLEST = 1e-13
 """Singular values, over the largest, that are taken for rounding of a zero; columns are scaled to one length first."""
 
+_CERTAIN = 1e11
+"""Norm of the triangular factor's inverse, columns scaled to one length, below which all unknowns are determined.
+
+Beyond it a singular value decomposition, ten times as expensive, says which."""
+
 log = logging.getLogger(__name__)
 
 
@@ -58,11 +63,7 @@ class LeastSquares:
         if self._pending:
             self._factorise()
         assert self._factor is not None, "no equation was added"
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        n_devices = torch.distributed.get_world_size() if distributed else 1
-        rank = torch.distributed.get_rank() if distributed else 0
-        stacked = self._factor.new_zeros(n_devices, *self._factor.shape)
-        stacked[rank] = self._factor
+        stacked = side_by_side(self._factor)
         count = self._factor.new_tensor(float(self._n_equations))
         self._sums = [stacked, count]
         return self._sums
@@ -92,12 +93,26 @@ class LeastSquares:
         found, determined = left.new_zeros(size, right.shape[1]), torch.zeros_like(occurs)
         if not bool(occurs.any()):
             return found, determined
-        outer, values, inner = torch.linalg.svd(left[:, occurs] / scale[occurs])
+        scaled = left[:, occurs] / scale[occurs]
+        if bool(occurs.all()):
+            inverse = torch.linalg.solve_triangular(scaled, torch.eye(size).to(scaled), upper=True)
+            if float(inverse.norm()) < _CERTAIN:
+                return (inverse @ right) / scale.unsqueeze(1), torch.ones_like(occurs)
+        outer, values, inner = torch.linalg.svd(scaled)
         kept = values > _SMALLEST * values[0]
         inverse = torch.where(kept, 1 / values.clamp_min(1e-300), 0.0)
         found[occurs] = inner.T @ (inverse.unsqueeze(1) * (outer[:, : len(values)].T @ right)) / scale[occurs, None]
         determined[occurs] = inner[~kept].square().sum(dim=0) < 1e-9
         return found, determined
+
+
+def side_by_side(value: Tensor) -> Tensor:
+    """``(devices, *shape)``: this device's value in its place; the sum over devices holds them all."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    n_devices = torch.distributed.get_world_size() if distributed else 1
+    stacked = value.new_zeros(n_devices, *value.shape)
+    stacked[torch.distributed.get_rank() if distributed else 0] = value
+    return stacked
 
 
 class AffineFit:

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from closed_form import run_fits
+from torch import nn
+
+from gitlight.architecture import Architecture
+from gitlight.config import ExactGeneratorConfig, FullyConnectedConfig, LeNetConfig, ResNetConfig, ViTConfig
+from gitlight.errors import CheckpointError, ConfigError
+from gitlight.generators.exact.generator import ExactGenerator
+from gitlight.generators.exact.status import Status
+from gitlight.gradients.engine import GradientEngine  # noqa: F401  (conftest makes pairs with it)
+
+DETERMINED = Status.EXACT.words
+
+
+@pytest.fixture
+def exact(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=6), n=300)
+    return run_fits(ExactGenerator(leaked.architecture, ExactGeneratorConfig()), [pair]), pair
+
+
+def test_images_and_verdicts(exact):
+    generator, pair = exact
+    gradients = {name: gradient[:4] for name, gradient in pair.gradients.items()}
+    images, verdicts = generator.reconstruct(gradients)
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, pair.images[:4].float(), rtol=0, atol=1e-5)
+    assert verdicts == (DETERMINED,) * 4
+
+
+def test_leaks_that_cannot_be_inverted_are_named_and_alone(exact):
+    generator, pair = exact
+    gradients = {name: gradient[:6].clone() for name, gradient in pair.gradients.items()}
+    for gradient in gradients.values():
+        gradient[0] = 0
+        gradient[1] = float("nan")
+        gradient[2] = (gradient[3] + gradient[4]) / 2
+    gradients["conv2.weight"][5, 0, 0, 0, 0] = float("inf")
+    images, verdicts = generator.reconstruct(gradients)
+    words = [
+        Status.ZERO_GRADIENT,
+        Status.NOT_FINITE,
+        Status.SEVERAL_IMAGES,
+        Status.EXACT,
+        Status.EXACT,
+        Status.NOT_FINITE,
+    ]
+    assert verdicts == tuple(status.words for status in words)
+    assert torch.isnan(images[[0, 1, 2, 5]]).all()
+    torch.testing.assert_close(images[3:5], pair.images[3:5].float(), rtol=0, atol=1e-5)
+
+
+def test_a_batch_of_bad_leaks_is_no_crash(exact):
+    generator, pair = exact
+    images = generator({name: torch.zeros_like(gradient[:2]) for name, gradient in pair.gradients.items()})
+    assert torch.isnan(images).all()
+
+
+def test_what_was_fitted_survives_a_checkpoint(exact):
+    generator, pair = exact
+    other = ExactGenerator(generator.architecture, ExactGeneratorConfig())
+    other.load_state_dict(generator.state_dict())
+    gradients = {name: gradient[:2] for name, gradient in pair.gradients.items()}
+    torch.testing.assert_close(other(gradients), generator(gradients))
+    assert set(other.estimated_parameters()) == set(generator.architecture.parameter_shapes)
+
+
+def test_a_vision_transformer_gives_its_image_without_any_weight(make_pairs):
+    settings = ViTConfig(patch_size=4, hidden_size=48, depth=1, heads=2, mlp_size=16)
+    leaked, pair = make_pairs(settings, n=3, dtype="float32")
+    generator = run_fits(ExactGenerator(leaked.architecture, ExactGeneratorConfig()), [pair])
+    assert not generator.estimated_parameters()
+    images, verdicts = generator.reconstruct(pair.gradients)
+    assert (images - pair.images).square().mean() < 1e-6
+    assert verdicts == (DETERMINED,) * 3
+
+
+def test_where_the_walk_stops_a_regression_stands_in_and_says_so(make_pairs):
+    leaked, pair = make_pairs(ResNetConfig(width=4), n=80, dtype="float32")
+    generator = run_fits(ExactGenerator(leaked.architecture, ExactGeneratorConfig()), [pair])
+    images, verdicts = generator.reconstruct({name: gradient[:3] for name, gradient in pair.gradients.items()})
+    assert torch.isfinite(images).all()
+    assert verdicts == (Status.ESTIMATE.words,) * 3
+    assert "regression" in generator.describe()
+
+
+def test_descent_trains_the_weights_through_the_walk(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=3), n=8)
+    generator = run_fits(ExactGenerator(leaked.architecture, ExactGeneratorConfig(fit="descent")), [pair])
+    assert list(generator.estimated_parameters()) == ["linear.weight", "conv3.weight", "conv2.weight"]
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = (generator(pair.gradients) - pair.images).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_descent_may_start_from_the_closed_form(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=6), n=300)
+    settings = ExactGeneratorConfig(fit="descent", start="layerwise")
+    generator = run_fits(ExactGenerator(leaked.architecture, settings), [pair])
+    truth = dict(leaked.network.named_parameters())["conv3.weight"].double()
+    found = generator.estimated_parameters()["conv3.weight"].value
+    assert (found - truth).norm() / truth.norm() < 1e-8
+
+
+def test_settings_that_do_not_fit_are_named(lenet_architecture, mlp_architecture, tmp_path):
+    with pytest.raises(ConfigError, match=r"data.client_batch_size: 2.*generator.name=hybrid"):
+        ExactGenerator(lenet_architecture, ExactGeneratorConfig(), client_batch_size=2)
+    with pytest.raises(ConfigError, match=r"generator.parameters"):
+        ExactGenerator(lenet_architecture, ExactGeneratorConfig(parameters=5000))
+    with pytest.raises(ConfigError, match=r"generator.fit: descent has nothing to train"):
+        ExactGenerator(mlp_architecture, ExactGeneratorConfig(fit="descent"))
+    missing = ExactGenerator(lenet_architecture, ExactGeneratorConfig(start=str(tmp_path / "none")))
+    with pytest.raises(CheckpointError, match=r"generator.start: .* does not exist"):
+        list(missing.fits())
+
+
+def test_a_model_that_gives_nothing_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False))
+    with pytest.raises(Exception, match=r"generator.name=mlp"):
+        ExactGenerator(Architecture.of(model, (3, 4, 4), 2), ExactGeneratorConfig())
+
+
+def test_a_fully_connected_model_is_described(mlp_architecture):
+    assert "none is needed" in ExactGenerator(mlp_architecture, ExactGeneratorConfig()).describe()
+    assert FullyConnectedConfig().name == "mlp"

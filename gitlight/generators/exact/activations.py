@@ -164,6 +164,7 @@ class _OneMinimum(InverseRule):
 
     inverts = "partly"
     carry_needs = "output"
+    carry_exact = False
     lowest: float
     loses = "which of two inputs gave an output below zero"
 

@@ -1,9 +1,10 @@
 """What can be found, in which order, given which weights are known: the same for the attack and for the report."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
 from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.errors import ArchitectureError
@@ -106,6 +107,7 @@ def plan_walk(
     for layer in architecture.layers:
         for position, name in enumerate(layer.inputs):
             consumers[name].append((layer.name, position))
+    uses = Counter(name for layer in architecture.layers for name in layer.parameters.values())
     known: dict[str, Known] = {}
     deltas: set[str] = set()
     carried: dict[str, int] = defaultdict(int)
@@ -116,14 +118,22 @@ def plan_walk(
     for layer in reversed(architecture.layers):
         rule = rules[layer.name]
         revealed = rule.reveals_delta()
-        if revealed in architecture.parameter_shapes:
+        # A parameter that is repeated over entries, or used twice, has a sum of several δ for a gradient.
+        if (
+            revealed is not None
+            and uses[revealed] == 1
+            and architecture.parameter_shapes[revealed].numel() == prod(layer.output_shape)
+        ):
             deltas.add(layer.name)
+            guessed.discard(layer.name)
             actions.append(Action(Do.REVEAL, layer))
         elif carried[layer.name] and carried[layer.name] == len(consumers[layer.name]):
             deltas.add(layer.name)
         has_delta = layer.name in deltas
         if isinstance(rule, AffineRule) and rule.weight is not None:
-            if has_delta:
+            if uses[rule.weight] > 1:
+                obstacles[layer.name] = f"{rule.weight} is used {uses[rule.weight]} times, and its gradient is a sum"
+            elif has_delta:
                 if stacked and n_images == 1:
                     after_relu = _produced_by_relu(layer, architecture)
                     do, how_well = _solve(rule, known.get(layer.name), after_relu, weights)
@@ -151,7 +161,7 @@ def plan_walk(
                 actions.append(Action(Do.CARRY, layer, position))
                 carried[name] += 1
                 on_estimate = rule.carry_needs == OUTPUT and known[layer.name] is Known.ESTIMATE
-                if on_estimate or (layer.name in guessed and rule.reveals_delta() is None):
+                if on_estimate or not rule.carry_exact or (layer.name in guessed and rule.reveals_delta() is None):
                     guessed.add(name)
             elif name not in blame:
                 blame[name] = blame.get(layer.name, reason) if not has_delta else reason
@@ -194,7 +204,9 @@ def _invertible(
 ) -> bool:
     if layer.kind == "add":
         parameter = next(iter(layer.parameters.values()), None)
-        return parameter in weights if parameter is not None else others[1 - position] is not None
+        if parameter is not None:
+            return parameter in weights
+        return others[1 - position] is not None if len(others) == 2 else not layer.constants
     return all(name in weights for name in (*layer.parameters.values(), *layer.constants.values()))
 
 

@@ -204,23 +204,19 @@ def test_every_action_comes_after_what_it_needs():
         assert known == set(plan.known)
 
 
-@pytest.mark.xfail(reason="δ below is carried on the rising branch and called exact")
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU()], ids=repr)
 def test_an_activation_with_a_minimum_leaves_nothing_exact_below_it(activation):
     assert_exact_is_exact(convolutional(activation), {"3"})
 
 
-@pytest.mark.xfail(reason="its gradients are sums over both uses, and taken for those of each")
 def test_a_layer_used_twice_is_not_called_exact():
     assert_exact_is_exact(Twice(), ())
 
 
-@pytest.mark.xfail(reason="plan_walk looks for a second branch", raises=IndexError)
 @pytest.mark.parametrize("added", [1.5, torch.rand(1, 12, 8, 8)], ids=type)
 def test_a_number_or_buffer_that_is_added_does_not_stop_the_walk(added):
     assert_exact_is_exact(Plus(added), {"activation"})
 
 
-@pytest.mark.xfail(reason="its gradient, summed over the entries, is taken for δ", raises=RuntimeError)
 def test_a_parameter_added_to_many_entries_reveals_no_delta():
     assert_exact_is_exact(Plus(nn.Parameter(torch.rand(1, 12, 1, 1))), {"activation"})

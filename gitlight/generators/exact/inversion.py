@@ -56,17 +56,13 @@ def _seen(key: str) -> str:
 def _carrying(
     architecture: Architecture, rules: Mapping[str, InverseRule], steps: tuple[FitStep, ...], n_images: int
 ) -> tuple[FitStep, ...]:
-    """Of the fits to make, those of weights that carry ``δ`` in a walk by gradient equations alone."""
-    fitted = {name for step in steps for name in step.layer.parameters.values()}
-    plan = plan_walk(architecture, rules, fitted, n_images, stacked=False)
-    carrying = {action.layer.name for action in plan.actions if action.do is Do.CARRY}
-    reveal = {action.layer.name for action in plan.actions if action.do is Do.REVEAL}
-    last = 0
-    for number, step in enumerate(steps, start=1):
-        below = step.layer.inputs[0]
-        if step.layer.name in carrying and below != IMAGE and below in plan.deltas and below not in reveal:
-            last = number
-    return steps[:last]  # each may depend on those before it
+    """Of the fits to make, as many as a walk by gradient equations alone gains from; each may need those before it."""
+
+    def known(count: int) -> dict[str, str]:
+        weights = {name for step in steps[:count] for name in step.layer.parameters.values()}
+        return dict(plan_walk(architecture, rules, weights, n_images, stacked=False).known)
+
+    return next(steps[:count] for count in range(len(steps) + 1) if known(count) == known(len(steps)))
 
 
 class Inversion(nn.Module):

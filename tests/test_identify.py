@@ -75,7 +75,7 @@ def test_no_config_shows_the_usage(capsys):
 
 def test_function_and_module_of_one_name_do_the_same(monkeypatch):
     config = Config(leaked=FullyConnectedConfig(hidden_sizes=[]), data=DataConfig(image_size=8))
-    monkeypatch.delattr(gitlight, "identify", raising=False)
+    monkeypatch.delitem(vars(gitlight), "identify", raising=False)
     function = gitlight.identify
     monkeypatch.setattr(gitlight, "identify", importlib.import_module("gitlight.identify"), raising=False)
     assert gitlight.identify is not function

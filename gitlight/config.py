@@ -209,8 +209,14 @@ class ExactGeneratorConfig(GeneratorConfig):
     name: str = setting("exact", "generator")
     fit: str = setting(
         "layerwise",
-        "the leaked weights: layerwise: closed form from pairs; descent: trained on the reconstruction loss",
+        "the leaked weights: layerwise: closed form from pairs; descent: trained",
         choices=["layerwise", "descent"],
+    )
+    objective: str = setting(
+        "layers",
+        "what descent minimises: layers: the residuals of every layer's equations (use optimizer.name=sgd, "
+        "optimizer.momentum=0, optimizer.learning_rate=1); image: the image's squared error alone, as in the paper",
+        choices=["layers", "image"],
     )
     start: str | None = setting(
         None, "weights to start from: layerwise (fit them first), or a run's folder or checkpoint; null: none"
@@ -221,7 +227,9 @@ class ExactGeneratorConfig(GeneratorConfig):
         minimum=0,
     )
     damping: float = setting(
-        1e-3, "descent: Tikhonov damping of each solve, over the mean diagonal of its normal matrix", above=0
+        1e-3,
+        "descent, objective image: Tikhonov damping of each solve, over the mean diagonal of its normal matrix",
+        above=0,
     )
     matching_epochs: int = setting(
         20, "layerwise: passes of gradient matching for weights that no closed form reaches", minimum=1
@@ -237,6 +245,7 @@ class OptimizerConfig:
 
     name: str = setting("adam", "optimiser", choices=["adam", "adamw", "sgd"])
     learning_rate: float = setting(1e-3, "peak learning rate", above=0)
+    momentum: float = setting(0.9, "momentum; sgd only", minimum=0, maximum=1)
     weight_decay: float = setting(0.0, "weight decay", minimum=0)
     schedule: str = setting(
         "cosine",

@@ -25,7 +25,7 @@ def configure_optimizer(module: LightningModule, settings: OptimizerConfig) -> A
         return None
     options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.name == "sgd":
-        options["momentum"] = 0.9
+        options["momentum"] = settings.momentum
     else:
         # Started in closed form, losses are 1e-4 and less, and inner gradients far below Adam's default of 1e-8.
         options["eps"] = 1e-14

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class GITModule(LightningModule):
-    """Trains a generator on pairs: closed-form fits first, then descent on the mean squared error.
+    """Trains a generator on pairs: closed-form fits first, then descent on the mean squared error, or its own loss.
 
     With several images per leak the loss is that of the best assignment of outputs to images (Wu et al. 2023).
     Metrics and pictures are callbacks'.
@@ -74,10 +74,12 @@ class GITModule(LightningModule):
                     torch.distributed.broadcast(buffer, src=0)
 
     def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor | None:
-        """Mean squared error over the batch; None for a generator with nothing to train."""
+        """Mean squared error over the batch, or the generator's own loss; None for one with nothing to train."""
         if not any(parameter.requires_grad for parameter in self.generator.parameters()):
             return None
-        loss = self._loss(self(pair.gradients), pair)
+        loss = self.generator.training_loss(pair.gradients, pair.images)
+        if loss is None:
+            loss = self._loss(self(pair.gradients), pair)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, sync_dist=True, batch_size=len(pair))
         return loss
 

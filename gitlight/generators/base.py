@@ -102,6 +102,15 @@ class Generator(nn.Module, ABC):
         """The leaked parameters that the generator has estimated, by name; empty if it estimates none."""
         return {}
 
+    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor | None:
+        """A loss of the generator's own to train on; None: the mean squared error of its reconstructions.
+
+        Args:
+            gradients: parameter name → ``(B, *shape)``.
+            images: ``(B, N, C, H, W)``, the images behind them.
+        """
+        return None
+
     def describe(self) -> str:
         """What a user should know of this generator for this architecture, in a line; empty if nothing."""
         return ""

@@ -11,9 +11,9 @@ from torch import Tensor
 from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.data.pair import Gradients
 from gitlight.generators.exact.affine import AffineRule
-from gitlight.generators.exact.conservation import conserved, layer_above, share_of, summed_by_channel
+from gitlight.generators.exact.conservation import conserved
+from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
 from gitlight.generators.exact.forward import forward_values
-from gitlight.generators.exact.noise import rounding_level
 from gitlight.generators.exact.plan import Known, plan_walk
 from gitlight.generators.exact.rule import InverseRule
 from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit
@@ -105,12 +105,8 @@ class HeadFit:
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
         leaks = self._inversion.usable(gradients)
-        found = self._inversion.find(leaks)
-        # Rounding is relative to each entry of δ, however small; only noise beyond it drowns small probabilities.
-        beyond = leaks.noise > 30 * rounding_level(leaks.gradients, leaks.dtype)
-        noise = torch.where(beyond, leaks.noise, 0.0)
-        inputs, delta = found.values[self._layer.inputs[0]].value, found.deltas[self._layer.name]
-        self._fit.add(inputs, delta, noise, torch.finfo(leaks.dtype).eps)
+        equations = logit_equations(leaks, self._inversion.find(leaks), self._layer)
+        self._fit.add(*equations, torch.finfo(leaks.dtype).eps)
 
     def sums(self) -> Sequence[Tensor]:
         """What is added up over devices."""
@@ -135,20 +131,8 @@ class OutputFit:
         """Add a batch of pairs."""
         inversion, layer = self._inversion, self._step.layer
         leaks = inversion.usable(gradients)
-        found = inversion.find(leaks)
-        output = found.values[layer.name]
-        if self._step.way is Way.FROM_BELOW:
-            below = forward_values(inversion.architecture, images[leaks.which, 0], inversion.weights())
-            inputs = below[layer.inputs[0]]
-        else:
-            inputs = found.values[layer.inputs[0]].value
-        rule = inversion.rules[layer.name]
-        assert isinstance(rule, AffineRule)
-        # An equation counts by the mean error of the outputs at its position; where one is unknown, all are.
-        variance = rule.outputs(output.variance.expand_as(output.value)).mean(dim=2)
-        weights = torch.where(torch.isfinite(variance), 1 / variance.clamp_min(1e-300), 0.0)
-        value = torch.nan_to_num(rule.outputs(output.value), posinf=0.0, neginf=0.0)
-        self._fit.add(rule.patches(inputs), value, weights)
+        public = images[leaks.which, 0] if self._step.way is Way.FROM_BELOW else None
+        self._fit.add(*output_equations(inversion, inversion.find(leaks), layer, public))
 
     def sums(self) -> Sequence[Tensor]:
         """What is added up over devices."""
@@ -173,22 +157,9 @@ class ConservationFit:
         """Add a batch of pairs."""
         inversion, layer = self._inversion, self._layer
         leaks = inversion.usable(gradients)
-        target = share_of(inversion.architecture, inversion.rules, layer, leaks.gradients, inversion.weights())
-        weight = leaks.gradients[layer.parameters["weight"]].flatten(2)
-        # The last layer's weight is known up to a common row; its share is what δ, rounded, fails to add up to zero by.
-        imbalance = inversion.imbalance(leaks.gradients)
-        rows = weight
-        if "bias" in layer.parameters:
-            rows = torch.cat([weight, leaks.gradients[layer.parameters["bias"]].unsqueeze(2)], dim=2)
-        above = layer_above(inversion.architecture, inversion.rules, layer)
-        acts = inversion.unseen_acts(above, leaks.gradients).double()
-        seen = summed_by_channel(inversion.architecture, inversion.rules, layer, acts) == 0
+        rows, shares, weights = conservation_equations(inversion, leaks, layer)
         for output, squares in enumerate(self._squares):
-            # Rounding is relative to a leak's own entries, noise is not.
-            size = rows[:, output].norm(dim=1)
-            error = leaks.noise + (torch.finfo(leaks.dtype).eps + imbalance) * size
-            weights = torch.where((size > 0) & seen[:, output], error.clamp_min(1e-150).square().reciprocal(), 0.0)
-            squares.add(rows[:, output], target[:, output : output + 1], weights)
+            squares.add(rows[:, output], shares[:, output : output + 1], weights[:, output])
 
     def sums(self) -> Sequence[Tensor]:
         """What is added up over devices."""

@@ -14,6 +14,7 @@ from gitlight.generators.base import Generator, PairFit, ParameterEstimate, Reco
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.descent import descend
 from gitlight.generators.exact.inversion import Inversion
+from gitlight.generators.exact.layer_descent import LayerDescent
 from gitlight.generators.exact.noise import rank_one
 from gitlight.generators.exact.plan import Do, Known, plan_walk
 from gitlight.generators.exact.status import Status, screen, worsen
@@ -59,6 +60,7 @@ class ExactGenerator(Generator):
         self.known = self.inversion.plan.known
         self._reaches = IMAGE in self.known
         self.trained = nn.ParameterDict()
+        self.layer_descent: LayerDescent | None = None
         if settings.fit == "descent":
             self._prepare_descent()
         self._features = [] if self._reaches else self._deepest_features()
@@ -95,6 +97,14 @@ class ExactGenerator(Generator):
         """The weights' fits, where they are not trained alone; and what tells one image's leak from an average."""
         return self._fits()
 
+    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor | None:
+        """Residuals of all layers' equations, for that objective; None for the image's error."""
+        if self.layer_descent is None:
+            return None
+        with torch.autocast(images.device.type, enabled=False), full_float32():
+            self.inversion.keep_matched(self._trained())
+            return self.layer_descent(self.inversion, gradients, images, self._trained(detached=False))
+
     def describe(self) -> str:
         """What is reached, and what stops the walk."""
         steps = ", ".join(f"{step.layer.name} {step.way}" for step in self.inversion.steps) or "none is needed"
@@ -112,10 +122,11 @@ class ExactGenerator(Generator):
         if self._settings.fit == "layerwise":
             return self.inversion.estimated_parameters()
         head = set(self.architecture[self.architecture.output].parameters.values())
-        return {
-            key.replace("/", "."): ParameterEstimate(value.detach(), key.replace("/", ".") in head)
-            for key, value in self.trained.items()
-        }
+        return {name: ParameterEstimate(value, name in head) for name, value in self._trained().items()}
+
+    def _trained(self, detached: bool = True) -> dict[str, Tensor]:
+        """Parameter name → the weight as trained so far."""
+        return {key.replace("/", "."): value.detach() if detached else value for key, value in self.trained.items()}
 
     def _fits(self) -> Iterator[PairFit]:
         start = self._settings.start
@@ -132,8 +143,10 @@ class ExactGenerator(Generator):
     def _invert(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
         """Images ``(B, C, H, W)`` and statuses; gradients flow to trained weights."""
         shape = self.architecture.image_shape
-        if self._settings.fit == "descent":
-            weights = {key.replace("/", "."): value for key, value in self.trained.items()}
+        if self.layer_descent is not None:
+            self.inversion.keep_matched(self._trained())
+        elif self._settings.fit == "descent":
+            weights = self._trained(detached=False)
             leaks = {name: gradient.double() for name, gradient in gradients.items()}
             found = descend(self.architecture, self.inversion.rules, self._plan, leaks, weights, self._settings.damping)
             return found, torch.full((len(found),), int(Status.ESTIMATE), device=found.device)
@@ -146,31 +159,35 @@ class ExactGenerator(Generator):
             return flat.reshape(-1, *shape), worsen(result.status, result.status == 0, Status.ESTIMATE)
 
     def _prepare_descent(self) -> None:
-        names = {
-            name for name in self.architecture.parameter_shapes if len(self.architecture.parameter_shapes[name]) > 1
-        }
-        self._plan = plan_walk(self.architecture, self.inversion.rules, names, 1, stacked=False, through_estimates=True)
-        if IMAGE not in self._plan.known:
-            stopped = "; ".join(f"{name}: {why}" for name, why in self._plan.obstacles.items())
-            raise ArchitectureError(
-                f"generator.fit: descent needs a walk that reaches the image, which this leaked model stops. "
-                f"{stopped}. generator.fit=layerwise gives what can be had."
-            )
-        carrying = [
-            action.layer.parameters["weight"]
-            for action in self._plan.actions
-            if action.do is Do.CARRY and IMAGE not in action.layer.inputs and "weight" in action.layer.parameters
-        ]
-        without = plan_walk(self.architecture, self.inversion.rules, (), 1, stacked=False)
-        if not carrying or without.known.get(IMAGE) is Known.EXACT:
+        architecture, rules = self.architecture, self.inversion.rules
+        without = plan_walk(architecture, rules, (), 1, stacked=False)
+        if not self.inversion.steps or without.known.get(IMAGE) is Known.EXACT:
             raise ConfigError(
                 "generator.fit: descent has nothing to train: this leaked model is inverted without any weight. Use "
                 "generator.fit=layerwise."
             )
-        for name in carrying:
-            shape = self.architecture.parameter_shapes[name]
-            spread = shape[1:].numel() ** -0.5
-            start = torch.empty(shape, dtype=torch.float64).uniform_(-spread, spread)
+        if self._settings.objective == "layers":
+            self.layer_descent = LayerDescent(self.inversion)
+            names = [name for step in self.inversion.steps for name in step.layer.parameters.values()]
+        else:
+            weights = {name for name, shape in architecture.parameter_shapes.items() if len(shape) > 1}
+            self._plan = plan_walk(architecture, rules, weights, 1, stacked=False, through_estimates=True)
+            if IMAGE not in self._plan.known:
+                stopped = "; ".join(f"{name}: {why}" for name, why in self._plan.obstacles.items())
+                raise ArchitectureError(
+                    f"generator.objective: image needs a walk that reaches the image, which this leaked model stops. "
+                    f"{stopped}. generator.fit=layerwise gives what can be had."
+                )
+            names = [
+                action.layer.parameters["weight"]
+                for action in self._plan.actions
+                if action.do is Do.CARRY and IMAGE not in action.layer.inputs and "weight" in action.layer.parameters
+            ]
+        for name in names:
+            shape = architecture.parameter_shapes[name]
+            start = torch.zeros(shape, dtype=torch.float64)
+            if len(shape) > 1:
+                start.uniform_(-(shape[1:].numel() ** -0.5), shape[1:].numel() ** -0.5)
             self.trained[name.replace(".", "/")] = nn.Parameter(start)
 
     def _deepest_features(self) -> list[str]:

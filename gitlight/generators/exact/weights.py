@@ -129,9 +129,7 @@ class AffineFit:
             outputs: ``(B, positions, outputs)``.
             weights: ``(B, positions)``, how much each equation counts: the inverse of its error's variance.
         """
-        ones = patches.new_ones(*patches.shape[:2], 1)
-        design = torch.cat([patches, ones], dim=2).flatten(0, 1)
-        self._squares.add(design, outputs.flatten(0, 1), weights.flatten())
+        self._squares.add(with_ones(patches).flatten(0, 1), outputs.flatten(0, 1), weights.flatten())
 
     def sums(self) -> Sequence[Tensor]:
         """What is added up over devices."""
@@ -170,7 +168,7 @@ class LogitFit:
             rounding: the unit roundoff of the precision that gradients were made in.
         """
         log_probabilities, variance = log_probabilities_of(delta, noise, rounding)
-        design = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+        design = with_ones(inputs)
         for number, squares in enumerate(self._squares):
             total = variance[:, 0] + variance[:, number + 1]
             # Beyond an error of one the logarithm of a noisy probability says nothing, and is biased.
@@ -194,6 +192,11 @@ class LogitFit:
         rows = torch.cat([torch.zeros_like(differences[:1]), differences])
         rows = rows - rows.mean(dim=0)
         return rows[:, :-1].contiguous(), rows[:, -1].contiguous(), determined
+
+
+def with_ones(rows: Tensor) -> Tensor:
+    """``(…, inputs)`` to ``(…, inputs + 1)``: what the bias is multiplied by at the end."""
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
 
 
 def log_probabilities_of(delta: Tensor, noise: Tensor, rounding: float) -> tuple[Tensor, Tensor]:

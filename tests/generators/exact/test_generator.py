@@ -84,10 +84,13 @@ def test_where_the_walk_stops_a_regression_stands_in_and_says_so(make_pairs):
     assert "regression" in generator.describe()
 
 
-def test_descent_trains_the_weights_through_the_walk(make_pairs):
+def test_descent_on_the_image_alone_trains_the_weights_that_carry(make_pairs):
+    torch.manual_seed(1)
     leaked, pair = make_pairs(LeNetConfig(width=3), n=8)
-    generator = run_fits(ExactGenerator(leaked.architecture, ExactGeneratorConfig(fit="descent")), [pair])
+    settings = ExactGeneratorConfig(fit="descent", objective="image")
+    generator = run_fits(ExactGenerator(leaked.architecture, settings), [pair])
     assert list(generator.estimated_parameters()) == ["linear.weight", "conv3.weight", "conv2.weight"]
+    assert generator.training_loss(pair.gradients, pair.images) is None
     optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
     losses = []
     for _ in range(12):
@@ -113,8 +116,9 @@ def test_settings_that_do_not_fit_are_named(lenet_architecture, mlp_architecture
         ExactGenerator(lenet_architecture, ExactGeneratorConfig(), client_batch_size=2)
     with pytest.raises(ConfigError, match=r"generator.parameters"):
         ExactGenerator(lenet_architecture, ExactGeneratorConfig(parameters=5000))
-    with pytest.raises(ConfigError, match=r"generator.fit: descent has nothing to train"):
-        ExactGenerator(mlp_architecture, ExactGeneratorConfig(fit="descent"))
+    for objective in ("layers", "image"):
+        with pytest.raises(ConfigError, match=r"generator.fit: descent has nothing to train"):
+            ExactGenerator(mlp_architecture, ExactGeneratorConfig(fit="descent", objective=objective))
     missing = ExactGenerator(lenet_architecture, ExactGeneratorConfig(start=str(tmp_path / "none")))
     with pytest.raises(CheckpointError, match=r"generator.start: .* does not exist"):
         list(missing.fits())

@@ -1,0 +1,229 @@
+"""Descent on the equations of all layers at once: trained weights that converge to the leaked ones."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from gitlight.architecture import IMAGE
+from gitlight.data.pair import Gradients
+from gitlight.errors import ArchitectureError
+from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
+from gitlight.generators.exact.fits import FitStep, Way
+from gitlight.generators.exact.plan import plan_walk
+from gitlight.generators.exact.walk import walk
+from gitlight.generators.exact.weights import log_probabilities_of, with_ones
+
+if TYPE_CHECKING:
+    from gitlight.generators.exact.inversion import Inversion, Leaks
+    from gitlight.generators.exact.walk import Found
+
+_MEMORY = 0.97
+"""Share of the moments of a layer's inputs that a batch keeps: about 30 batches count."""
+
+_MISFIT_MEMORY = 0.8
+
+_DECAY = 0.9
+"""By which the damping falls from batch to batch. A layer's inputs vary most in a few directions and a million times
+less in others: those of little variance must wait until the others are fitted, or their weights are led astray."""
+
+_LEAST_DAMPING = 1e-11
+"""Over the mean variance of an input."""
+
+
+class _Equations(NamedTuple):
+    """``Σ_n rows[g, e, n] W[o, n] = targets[e, o]``, ``g`` being ``o``, or 0 where all outputs share their rows.
+
+    Attributes:
+        rows: ``(1 or outputs, E, n)``.
+        targets: ``(E, outputs)``.
+        weights: ``(E, outputs)``, how much each counts: from 0 to 1.
+        up_to_constant: whether targets are known up to a number common to all outputs of an equation.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+    up_to_constant: bool = False
+
+
+class LayerDescent(nn.Module):
+    """Mean squared residuals of every layer's equations, which vanish for the leaked weights and for no others.
+
+    The equations are those that `gitlight.generators.exact.fits` solves one layer after the other, for the weights of
+    this moment: what the layers above give away of a layer's output, against what its weight makes of its input. Each
+    is linear in its own layer's weight; the other weights that enter it are taken as given.
+
+    Activations are so correlated that plain descent does not arrive (after 300 steps of Adam the last layer's weight
+    was as far away as at the start). The gradient is therefore preconditioned by the inverse second moments of the
+    layer's inputs, kept over batches as in K-FAC (Martens and Grosse 2015, §5), with a damping that falls from batch to
+    batch, as in Levenberg–Marquardt. Optimise with plain gradient descent at a learning rate of one half to one, with
+    all pairs in each step (``trainer.accumulate_grad_batches``): what a small batch does not determine is moved at
+    random otherwise, and a preconditioner magnifies that.
+    """
+
+    def __init__(self, inversion: "Inversion") -> None:
+        """Prepare descent for an inversion's steps.
+
+        Raises:
+            ArchitectureError: for some weight that the inversion needs there are no such equations.
+        """
+        super().__init__()
+        if inversion.unreachable:
+            raise ArchitectureError(
+                f"generator.objective: layers needs equations for every weight, and no layer gives any for those of "
+                f"{', '.join(inversion.unreachable)}. generator.objective=image trains on the image's error alone."
+            )
+        self._steps = inversion.steps
+        shapes = inversion.architecture.parameter_shapes
+        self.plan = plan_walk(
+            inversion.architecture, inversion.rules, set(shapes), 1, stacked=False, through_estimates=True
+        )
+        for number, step in enumerate(self._steps):
+            outputs, *inputs = shapes[step.layer.parameters["weight"]]
+            size = torch.Size(inputs).numel() + (step.way is not Way.CONSERVED or "bias" in step.layer.parameters)
+            sets = outputs if step.way is Way.CONSERVED else 1
+            self.register_buffer(f"moments{number}", torch.zeros(sets, size, size, dtype=torch.float64))
+        self.misfits: Tensor
+        self.register_buffer("misfits", torch.ones(len(self._steps), dtype=torch.float64))
+        self.taken: Tensor
+        self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, inversion: "Inversion", gradients: Gradients, images: Tensor, trained: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The loss of a batch of pairs; one batch is counted.
+
+        Args:
+            inversion: holds the values of the trained weights as its estimates.
+            gradients: of ``B`` leaks.
+            images: ``(B, C, H, W)``.
+            trained: parameter name → the weight that is trained.
+        """
+        with torch.no_grad():
+            leaks = inversion.usable(gradients)
+            found = walk(
+                inversion.architecture,
+                inversion.rules,
+                self.plan,
+                leaks.gradients,
+                leaks.noise,
+                inversion.weights(),
+                priors={},
+                until=lambda action: action.layer.inputs[:1] == (IMAGE,),  # the image is public, and need not be solved
+            )
+        loss = leaks.noise.new_zeros(())
+        for number, step in enumerate(self._steps):
+            with torch.no_grad():
+                equations = _equations(inversion, leaks, found, step, images[leaks.which])
+            loss = loss + self._residual(number, step, equations, trained)
+        self.taken += 1
+        return loss
+
+    def _residual(self, number: int, step: FitStep, equations: _Equations, trained: Mapping[str, Tensor]) -> Tensor:
+        rows, targets, weights, up_to_constant = equations
+        # Outputs that share rows share moments. The largest weight is taken, or a step would overshoot for some.
+        own = weights.T if len(rows) > 1 else weights.amax(dim=1).unsqueeze(0)
+        total = _summed(own.mean(dim=0).sum())
+        moments: Tensor = getattr(self, f"moments{number}")
+        batch = _summed((rows * own.unsqueeze(2)).transpose(1, 2) @ rows) / total.clamp_min(1e-300)
+        moments.mul_(_MEMORY).add_(batch, alpha=1 - _MEMORY)
+        names = step.layer.parameters
+        weight = trained[names["weight"]].flatten(1)
+        matrix = weight
+        if rows.shape[2] > weight.shape[1]:
+            bias = trained[names["bias"]] if "bias" in names else weight.new_zeros(len(weight))
+            matrix = torch.cat([weight, bias.unsqueeze(1)], dim=1)
+        # Equations that rest on other trained weights are trusted no further than those weights' own hold.
+        falling = max(_DECAY ** int(self.taken), float(self.misfits[:number].sum()))
+        damping = max(_LEAST_DAMPING, rows.shape[2] * falling)
+        lasting = moments / (1 - _MEMORY ** (int(self.taken) + 1))
+        # With half of the weight on this batch, no direction that it has is overshot, however new it is.
+        inverse = _damped_inverse((lasting + batch) / 2, damping)
+        matrix = _Preconditioned.apply(matrix, inverse)
+        made = torch.einsum("gen,on->eo" if len(rows) == 1 else "oen,on->eo", rows, matrix)
+        residual = made - targets
+        if up_to_constant:
+            shared = (residual * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp_min(1e-300)
+            residual = residual - shared
+        self._note_misfit(number, residual, targets, weights)
+        # Averaged over devices, this is the mean over the equations of all of them.
+        squares: Tensor = (weights * residual.square()).sum() * _n_processes()
+        return 0.5 * squares / total.clamp_min(1e-300)
+
+    def _note_misfit(self, number: int, residual: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Keep the share of the targets' variance that a layer leaves unexplained."""
+        with torch.no_grad():
+            count = _summed(weights.sum()).clamp_min(1e-300)
+            mean = _summed((weights * targets).sum()) / count
+            variance = _summed((weights * (targets - mean).square()).sum()) / count
+            share = _summed((weights * residual.square()).sum()) / count / variance.clamp_min(1e-300)
+            share = torch.where(count > 1e-300, share.clamp_max(1), 1.0)
+            self.misfits[number] += (1 - _MISFIT_MEMORY) * (share - self.misfits[number])
+
+
+class _Preconditioned(torch.autograd.Function):
+    """The same weights; their gradient is multiplied by the inverse second moments of what they are multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return matrix.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (inverse,) = ctx.saved_tensors
+        return (upstream[0].unsqueeze(1) @ inverse).squeeze(1), None
+
+
+def _equations(inversion: "Inversion", leaks: "Leaks", found: "Found", step: FitStep, images: Tensor) -> _Equations:
+    if step.way is Way.LOGITS:
+        inputs, delta, noise = logit_equations(leaks, found, step.layer)
+        logarithms, variance = log_probabilities_of(delta, noise, torch.finfo(leaks.dtype).eps)
+        weights = torch.where(variance < 1, 1 / variance, 0.0)
+        return _usable(with_ones(inputs).unsqueeze(0), logarithms, weights, up_to_constant=True)
+    if step.way is Way.CONSERVED:
+        rows, shares, weights = conservation_equations(inversion, leaks, step.layer)
+        size = rows.norm(dim=2).clamp_min(1e-300)  # leaks of any loss count alike
+        return _usable((rows / size.unsqueeze(2)).transpose(0, 1), shares / size, weights * size.square())
+    public = images[:, 0] if step.way is Way.FROM_BELOW else None
+    patches, outputs, weights = output_equations(inversion, found, step.layer, public)
+    targets = outputs.flatten(0, 1)
+    return _usable(with_ones(patches).flatten(0, 1).unsqueeze(0), targets, weights.reshape(-1, 1).expand_as(targets))
+
+
+def _usable(rows: Tensor, targets: Tensor, weights: Tensor, up_to_constant: bool = False) -> _Equations:
+    """Without what is not finite. The better half counts in full, so that no few equations count for all."""
+    finite = torch.isfinite(rows).all(dim=2).T & torch.isfinite(targets)
+    weights = torch.where(finite, weights, 0.0)
+    counting = weights[weights > 0]
+    typical = counting.median() if counting.numel() else weights.new_ones(())
+    weights = (weights / typical).clamp_max(1)
+    return _Equations(torch.nan_to_num(rows, posinf=0.0, neginf=0.0), targets.nan_to_num(), weights, up_to_constant)
+
+
+def _damped_inverse(moments: Tensor, damping: float) -> Tensor:
+    """Of ``(sets, n, n)``, scaled to a diagonal of one before ``damping`` is added to it."""
+    scale = moments.diagonal(dim1=1, dim2=2).clamp_min(1e-300).sqrt()
+    scale = torch.where(scale > 1e-100, scale, 1.0)
+    correlations = moments / scale.unsqueeze(2) / scale.unsqueeze(1)
+    correlations.diagonal(dim1=1, dim2=2).add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(correlations)
+    if bool((failed > 0).any()):  # rounding of a moment beyond the damping
+        correlations.diagonal(dim1=1, dim2=2).add_(1e-8)
+        factor = torch.linalg.cholesky(correlations)
+    return torch.cholesky_inverse(factor) / scale.unsqueeze(2) / scale.unsqueeze(1)
+
+
+def _n_processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _summed(value: Tensor) -> Tensor:
+    """Added up over devices, in place."""
+    if _n_processes() > 1:
+        torch.distributed.all_reduce(value)
+    return value

@@ -60,6 +60,7 @@ class Result:
         data: name of the images.
         channel: `gitlight.gradients.channel.describe_channel`, ``none`` for an open channel.
         client_batch_size: images per leak.
+        leak: `gitlight.gradients.updates.describe_leak`: ``gradient``, or the update of several local steps.
         n_images: private images attacked.
         seed: the run's seed.
         metrics: ``mse``, ``psnr`` in dB, ``ssim``, and ``lpips`` where it could be had.
@@ -83,6 +84,7 @@ class Result:
     knowledge: tuple[str, ...]
     n_failed: int = field(default=0)
     verdicts: dict[str, int] = field(default_factory=dict)
+    leak: str = "gradient"
 
     def to_plain(self) -> dict[str, Any]:
         """The entry as ``metrics.json`` holds it; ``n_failed`` and ``verdicts`` are in it only where there are any."""
@@ -112,7 +114,8 @@ class Result:
     def condition(self) -> tuple[str | int, ...]:
         """What tells results apart: a new result replaces the one of the same condition."""
         return (
-            self.attack, self.leaked, self.data, self.channel, self.client_batch_size, self.n_images, self.seed,
+            self.attack, self.leaked, self.data, self.channel, self.client_batch_size, self.leak,
+            self.n_images, self.seed,
         )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def test_an_entry_has_the_keys_of_the_schema() -> None:
         "data": "photos",
         "channel": "none",
         "client_batch_size": 1,
+        "leak": "gradient",
         "n_images": 10,
         "seed": 0,
         "metrics": {

@@ -53,7 +53,7 @@ class Evaluation:
         result = self.result
         lines = [
             f"{result.attack} on {result.leaked}, {result.data}: {result.n_images} private images, "
-            f"{result.client_batch_size} per leak, leak: {result.leak}, channel: {result.channel}",
+            f"{result.client_batch_size} per {result.leak}, channel: {result.channel}",
             "",
             f"{'':<16}{'mean':>10}    95 % interval",
         ]

@@ -47,7 +47,7 @@ def custom(settings: CustomConfig, image_shape: ImageShape, n_classes: int) -> n
         ) from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"leaked.target: {call} returns {type(network).__name__}, not a torch.nn.Module.")
-    return with_activation(network, settings)
+    return with_activation(network.cpu().float(), settings)
 
 
 def given(settings: LeakedConfig, network: nn.Module) -> nn.Module:

@@ -123,7 +123,13 @@ class LeakedModel(LightningModule):
 
 def _check_logits(architecture: Architecture, name: str) -> None:
     """Raises: ArchitectureError, if the output is not one row of as many logits as there are classes."""
-    found = architecture[architecture.output].output_shape
+    last = architecture[architecture.output]
+    found = last.output_shape
+    if last.operation is torch.ops.aten.squeeze.default:
+        raise ArchitectureError(
+            f"{name} ends in a squeeze of all dimensions, which of a single image drops the batch dimension: "
+            f"the leaked model must map (B, C, H, W) to logits (B, {architecture.n_classes}). Use flatten(1)."
+        )
     if found != (architecture.n_classes,):
         raise ArchitectureError(
             f"{name} puts out {'×'.join(map(str, found)) or 'no'} values per image, and the images have "

@@ -18,7 +18,9 @@ from gitlight.training import build_generator, build_pairs
 SHAPE, N_CLASSES = (3, 8, 8), 10
 
 
-LENET = Architecture.of(lenet(LeNetConfig(width=3), SHAPE, N_CLASSES), SHAPE, N_CLASSES)
+@functools.cache
+def architecture_of_lenet():
+    return Architecture.of(lenet(LeNetConfig(width=3), SHAPE, N_CLASSES), SHAPE, N_CLASSES)
 
 
 @pytest.fixture
@@ -33,9 +35,13 @@ def clients(number, n_images):
     return images, labels, torch.arange(number) + 100
 
 
-def updates_of(network, method="vmap", dtype="float64", memory_limit_gb=2.0, architecture=LENET, **settings):
+def updates_of(network, method="vmap", dtype="float64", memory_limit_gb=2.0, architecture=None, **settings):
     gradients = {"method": method, "memory_limit_gb": memory_limit_gb, "dtype": dtype}
-    return LocalUpdates(network, architecture, GradientsConfig(**gradients, updates=UpdatesConfig(**settings)))
+    return LocalUpdates(
+        network,
+        architecture or architecture_of_lenet(),
+        GradientsConfig(**gradients, updates=UpdatesConfig(**settings)),
+    )
 
 
 def plain_sgd(network, images, labels, seeds, epochs, batch_size, learning_rate):
@@ -84,7 +90,7 @@ def test_float32_updates_do_not_lose_digits_at_small_rates(network):
 @pytest.mark.parametrize("batch_size", [None, 4, 9])
 def test_one_step_is_the_mean_gradient(network, batch_size):
     images, labels, seeds = clients(3, 4)
-    wanted = GradientEngine(network, LENET, GradientsConfig(dtype="float64"))(images, labels)
+    wanted = GradientEngine(network, architecture_of_lenet(), GradientsConfig(dtype="float64"))(images, labels)
     found = updates_of(network, batch_size=batch_size, learning_rate=0.7)(images, labels, seeds)
     assert relative_error(found, wanted) < 1e-12
 
@@ -96,10 +102,11 @@ def test_clients_are_the_same_in_any_batch_and_in_chunks(network):
         one = slice(number, number + 1)
         alone = updates_of(network, epochs=2, batch_size=3)(images[one], labels[one], seeds[one])
         assert relative_error(alone, {name: value[one] for name, value in whole.items()}) < 1e-12
-    a_client = 4 * LENET.n_parameters + 3 * 3 * LENET.n_activations
+    sizes = architecture_of_lenet()
+    a_client = 4 * sizes.n_parameters + 3 * 3 * sizes.n_activations
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
-    limit = 8 * (5 * LENET.n_parameters + 2.5 * a_client) / 1e9
+    limit = 8 * (5 * sizes.n_parameters + 2.5 * a_client) / 1e9
     chunked = updates_of(network, memory_limit_gb=limit, epochs=2, batch_size=3)(images, labels, seeds)
     assert relative_error(chunked, whole) < 1e-12
     assert len(calls) == 3 * 4, "three chunks of four steps"
@@ -206,6 +213,6 @@ def test_local_orders_are_fresh_in_every_epoch_of_training():
 def test_exact_refuses_updates_and_takes_single_steps():
     config = Config(generator=ExactGeneratorConfig(), gradients=GradientsConfig(updates=UpdatesConfig(epochs=2)))
     with pytest.raises(ConfigError, match=r"gradients.updates: exact inverts one gradient.*update\(epochs=2"):
-        build_generator(config, LENET)
+        build_generator(config, architecture_of_lenet())
     config.gradients.updates.epochs = 1
-    build_generator(config, LENET)
+    build_generator(config, architecture_of_lenet())

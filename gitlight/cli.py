@@ -194,6 +194,9 @@ def _field_lines(fields: Sequence[dataclasses.Field[Any]], settings: Any, prefix
     lines = []
     for field in fields:
         value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += _field_lines(dataclasses.fields(value), value, f"{prefix}{field.name}.")
+            continue
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
         choices = f" [{', '.join(map(str, field.metadata['choices']))}]" if "choices" in field.metadata else ""
         lines.append(f"  {f'{prefix}{field.name}={shown}':<40} {field.metadata['help']}{choices}")

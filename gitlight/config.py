@@ -12,13 +12,13 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field with its documentation and limits.
 
     Args:
-        default: the default value; a list becomes a default factory.
+        default: the default value; a list or mapping becomes a default factory.
         help: one line: meaning and unit.
         **limits: any of ``choices`` (allowed values), ``minimum``, ``above`` (exclusive minimum), ``maximum``.
     """
     metadata = {"help": help, **limits}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -69,6 +69,17 @@ class LeakedConfig:
         0, "seed of the initial weights; apart from `seed`, so that runs can attack one model", minimum=0
     )
     weights: str | None = setting(None, "trained weights: a run folder of task=leaked, a checkpoint, or a state dict")
+    batch_norm: str = setting(
+        "running",
+        "what batch norm normalises by: running: the model's running statistics; batch: those of the client's own "
+        "batch, as in training mode",
+        choices=["running", "batch"],
+    )
+
+    @property
+    def title(self) -> str:
+        """What results call the model."""
+        return self.name
 
 
 @dataclass
@@ -97,6 +108,34 @@ class ResNetConfig(LeakedConfig):
 
 
 @dataclass
+class ResNet18Config(LeakedConfig):
+    """ResNet-18, for small images."""
+
+    name: str = setting("resnet18", "leaked model")
+    activation: str = setting("relu", **_ACTIVATION)
+    init: str = setting("default", **_INIT)
+    width: int = setting(64, "channels of the first of four stages; each of the others doubles them", minimum=1)
+
+
+@dataclass
+class TorchvisionResNet18Config(LeakedConfig):
+    """torchvision's ResNet-18, for ImageNet."""
+
+    name: str = setting("torchvision_resnet18", "leaked model")
+    activation: str = setting("relu", **_ACTIVATION)
+    init: str = setting("default", **_INIT)
+
+
+@dataclass
+class TorchvisionResNet50Config(LeakedConfig):
+    """torchvision's ResNet-50, for ImageNet."""
+
+    name: str = setting("torchvision_resnet50", "leaked model")
+    activation: str = setting("relu", **_ACTIVATION)
+    init: str = setting("default", **_INIT)
+
+
+@dataclass
 class ViTConfig(LeakedConfig):
     """A vision transformer for small images."""
 
@@ -119,6 +158,57 @@ class ViTB16Config(LeakedConfig):
     init: str = setting("default", **_INIT)
 
 
+# A user's own model keeps what it has, unless something else is asked for.
+_OWN_ACTIVATION: dict[str, Any] = {
+    "help": "own: the model's; a name replaces every activation module by it",
+    "choices": ["own", *_ACTIVATION["choices"]],
+}
+
+
+@dataclass
+class CustomConfig(LeakedConfig):
+    """A user's own model, by its dotted path."""
+
+    name: str = setting("custom", "leaked model")
+    activation: str = setting("own", **_OWN_ACTIVATION)
+    init: str = setting("default", **_INIT)
+    target: str | None = setting(None, "what makes the model: package.module:Class or package.module.function")
+    arguments: dict[str, Any] = setting({}, "keyword arguments that leaked.target is called with")
+
+    @property
+    def title(self) -> str:
+        """What results call the model."""
+        return f"{self.name}:{self.target}"
+
+
+@dataclass
+class GivenConfig(LeakedConfig):
+    """A user's own model, passed in Python: ``train(config, network=…)``."""
+
+    name: str = setting("given", "leaked model")
+    activation: str = setting("own", **_OWN_ACTIVATION)
+    init: str = setting("default", **_INIT)
+    type: str | None = setting(None, "class of the model that was passed; set by the run")
+
+    @property
+    def title(self) -> str:
+        """What results call the model."""
+        return f"{self.name}:{self.type}"
+
+
+@dataclass
+class UpdatesConfig:
+    """What a client computes before it shares: a gradient, or the update of several local steps of SGD (FedAvg)."""
+
+    epochs: int = setting(
+        1, "passes of a client over its batch; one step in all leaks the gradient, several an update", minimum=1
+    )
+    batch_size: int | None = setting(
+        None, "images in a local step; null: the whole client batch; the last of an epoch may be smaller", minimum=1
+    )
+    learning_rate: float = setting(0.1, "rate of the client's SGD; of no effect on a single step", above=0)
+
+
 @dataclass
 class GradientsConfig:
     """How gradients are made."""
@@ -128,6 +218,7 @@ class GradientsConfig:
     )
     memory_limit_gb: float = setting(2.0, "memory for making one batch of gradients, per device, in GB", above=0)
     dtype: str = setting("float32", "precision that gradients are made and kept in", choices=["float32", "float64"])
+    updates: UpdatesConfig = field(default_factory=UpdatesConfig)
 
 
 @dataclass

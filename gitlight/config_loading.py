@@ -21,7 +21,14 @@ COMPONENTS: dict[str, Registry] = {"data": SOURCES, "leaked": LEAKED_MODELS, "ge
 """Sections of `Config` whose settings depend on their ``name``."""
 
 _COMMAND_LINE = "the command line"
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping",
+}
 
 Values = dict[str, Any]
 
@@ -257,6 +264,8 @@ def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, datacla
 def _field_of(schema: Any, key: str) -> dataclasses.Field[Any] | None:
     *sections, name = key.split(".")
     for section in sections:
+        if not dataclasses.is_dataclass(OmegaConf.get_type(schema)):
+            return None  # within a free mapping, such as leaked.arguments
         schema = schema[section]
     settings_type = OmegaConf.get_type(schema)
     fields = dataclasses.fields(settings_type) if dataclasses.is_dataclass(settings_type) else ()

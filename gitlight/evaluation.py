@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
 from gitlight.callbacks.reconstructions import draw_grid
-from gitlight.config import Config, EvaluationConfig, TrainerConfig
+from gitlight.config import Config, EvaluationConfig, GivenConfig, TrainerConfig
 from gitlight.config_loading import load_config
 from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import Gradients
@@ -21,13 +21,14 @@ from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.base import Generator, Reconstruction
 from gitlight.generators.exact.labels import labels_from_bias_gradient, output_bias
 from gitlight.gradients.channel import describe_channel
+from gitlight.gradients.updates import describe_leak
 from gitlight.lpips import load_lpips
 from gitlight.metrics import SMALLEST_LPIPS_IMAGE, bootstrap_interval, match
 from gitlight.report.attacked import AttackedImages, measure, to_bytes, write_per_image
 from gitlight.report.html import render_report
 from gitlight.report.results import METRICS, Estimate, Result, merge_results, read_results, write_results, write_text
 from gitlight.runs import checkpoint_path, load_checkpoint, run_folder
-from gitlight.training import accelerator, build_generator, build_pairs
+from gitlight.training import accelerator, build_generator, build_pairs, with_network
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Evaluation:
         result = self.result
         lines = [
             f"{result.attack} on {result.leaked}, {result.data}: {result.n_images} private images, "
-            f"{result.client_batch_size} per leak, channel: {result.channel}",
+            f"{result.client_batch_size} per {result.leak}, channel: {result.channel}",
             "",
             f"{'':<16}{'mean':>10}    95 % interval",
         ]
@@ -70,7 +71,7 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(config: Config) -> Evaluation:
+def evaluate(config: Config, network: nn.Module | None = None) -> Evaluation:
     """Attack the first ``evaluation.n_images`` private images with a run's trained generator.
 
     Writes ``metrics.json``, ``per_image.csv``, ``reconstructions.png`` and ``report.html`` to ``evaluation/`` in the
@@ -80,12 +81,14 @@ def evaluate(config: Config) -> Evaluation:
 
     Args:
         config: the run's settings, perhaps with another channel, ``leaked`` or ``evaluation``.
+        network: the leaked model, where it was passed to `gitlight.train`.
 
     Raises:
         CheckpointError: there is no trained generator, or it is damaged, or was trained with other settings or another
             leaked model; or an existing ``metrics.json`` cannot be read.
         ConfigError, DataError: the settings are not those of an attack, or the images are missing or unreadable.
     """
+    config = with_network(config, network)
     settings, folder = config.evaluation, run_folder(config)
     if config.task != "generator":
         raise ConfigError(
@@ -100,7 +103,7 @@ def evaluate(config: Config) -> Evaluation:
     checkpoint = _checkpoint(config)
     read_results(folder / "evaluation" / "metrics.json")  # unreadable: stop now, not after the attack
     trained = load_config(folder) if (folder / "config.yaml").is_file() else config
-    datamodule = build_pairs(config)
+    datamodule = build_pairs(config, network)
     _check_leaked_model(config, trained, datamodule, checkpoint)
     generator = build_generator(config, datamodule.leaked_model.architecture)
     _load_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, settings.checkpoint))
@@ -228,6 +231,8 @@ def _check_leaked_model(
     if stored != datamodule.leaked_model.fingerprint():
         named = config.leaked.weights
         cause = f"{named} (leaked.weights) has changed since" if named else "data settings or initialisation differ"
+        if isinstance(config.leaked, GivenConfig):
+            cause = "the network passed is not the one that was passed to train"
         raise CheckpointError(
             f"The generator was trained on another leaked model, whose weights are not those that `leaked` gives now: "
             f"{cause}. Restore the weights, or train the generator again: `python train.py CONFIG`. "
@@ -244,12 +249,19 @@ def _changes(settings: Any, trained: Any) -> dict[str, Any]:
 def _attack_changes(config: Config, trained: Config) -> dict[str, Any]:
     """What makes an attack another one than the trained generator's best checkpoint on the run's own images."""
     changes = _changes(config.generator, trained.generator) | _changes(config.gradients, trained.gradients)
-    changes.pop("memory_limit_gb", None)
+    for key in ("memory_limit_gb", "updates"):  # how, not what; and a part of the condition of its own
+        changes.pop(key, None)
     if config.evaluation.checkpoint != EvaluationConfig().checkpoint:
         changes["checkpoint"] = config.evaluation.checkpoint
     if config.seed != trained.seed:
         changes["images_seed"] = config.seed
     return changes
+
+
+def _leaked_changes(config: Config, trained: Config) -> dict[str, Any]:
+    """What makes the leaked model another one than that of training, beside what its title says."""
+    changes = _changes(config.leaked, trained.leaked)
+    return {key: value for key, value in changes.items() if key not in ("target", "type")}
 
 
 def _described(name: str, changes: dict[str, Any]) -> str:
@@ -269,10 +281,11 @@ def _result(config: Config, trained: Config, images: AttackedImages, seconds: fl
     data_changes = {key: v for key, v in _changes(data, trained.data).items() if key == "private_classes"}
     return Result(
         attack=_described(config.generator.name, _attack_changes(config, trained)),
-        leaked=_described(config.leaked.name, _changes(config.leaked, trained.leaked)),
+        leaked=_described(config.leaked.title, _leaked_changes(config, trained)),
         data=_described(data_name, data_changes),
         channel=describe_channel(config.channel),
         client_batch_size=data.client_batch_size,
+        leak=describe_leak(config.gradients.updates, data.client_batch_size),
         n_images=len(images),
         seed=trained.seed,
         metrics=metrics,

@@ -1,6 +1,7 @@
 """`GITModule`, the LightningModule around a generator, and `train`, what ``train.py`` does."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from gitlight.architecture import Architecture
 from gitlight.callbacks import build_callbacks
 from gitlight.callbacks.run_settings import check_resumable
 from gitlight.checkpoint_io import AtomicCheckpointIO
-from gitlight.config import Config, OptimizerConfig, TrainerConfig
+from gitlight.config import Config, GivenConfig, OptimizerConfig, TrainerConfig
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators import GENERATORS
 from gitlight.generators.base import Generator
+from gitlight.gradients.updates import describe_leak
 from gitlight.leaked.model import LeakedModel
 from gitlight.loggers import build_loggers
 from gitlight.metrics import match
@@ -106,42 +108,72 @@ class GITModule(LightningModule):
 
 
 def build_generator(config: Config, architecture: Architecture) -> Generator:
-    """The generator of a config, from an architecture alone, initialised from the run's seed."""
+    """The generator of a config, from an architecture alone, initialised from the run's seed.
+
+    Raises:
+        ConfigError: its settings do not fit the leak or the architecture.
+        ArchitectureError: it cannot handle the architecture.
+    """
+    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+    component = GENERATORS[config.generator.name].load()
+    if component.one_gradient and leak != "gradient":
+        raise ConfigError(
+            f"gradients.updates: {config.generator.name} inverts one gradient, and an update of several local steps, "
+            f"{leak}, is not one. mlp and hybrid learn from updates (generator.name=mlp); for one step in all give "
+            "gradients.updates.epochs=1 gradients.updates.batch_size=null."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        generator = GENERATORS[config.generator.name].load()(
-            architecture, config.generator, config.data.client_batch_size
-        )
+        generator = component(architecture, config.generator, config.data.client_batch_size)
     assert isinstance(generator, Generator)
     return generator
 
 
-def build_pairs(config: Config) -> GradientPairDataModule:
-    """The images and the leaked model of a config, and the data module that makes pairs of them."""
+def with_network(config: Config, network: nn.Module | None) -> Config:
+    """The config of a run whose leaked model is passed in Python: ``leaked`` then says so; None changes nothing.
+
+    Of the settings of another leaked model only ``batch_norm`` is kept: the others say how to make that one.
+    """
+    if network is None:
+        return config
+    former = config.leaked
+    leaked = former if isinstance(former, GivenConfig) else GivenConfig(batch_norm=former.batch_norm)
+    return replace(config, leaked=replace(leaked, type=f"{type(network).__module__}.{type(network).__qualname__}"))
+
+
+def build_pairs(config: Config, network: nn.Module | None = None) -> GradientPairDataModule:
+    """The images and the leaked model of a config (or ``network``), and the data module that makes pairs of them."""
     images = load_images(config.data)
-    leaked = LeakedModel(config.leaked, image_shape(config.data), len(images.class_names))
+    leaked = LeakedModel(config.leaked, image_shape(config.data), len(images.class_names), network=network)
     return GradientPairDataModule(images, config.data, leaked, config.gradients, config.channel, config.seed)
 
 
-def train(config: Config) -> Path:
+def train(config: Config, network: nn.Module | None = None) -> Path:
     """Train what the config says (``task``: a generator, or a leaked model) and return the run's folder.
 
     The folder holds ``config.yaml``, ``checkpoints/``, ``metrics.csv``, ``wandb/`` and ``reconstructions/``. A run that
     was in it before is moved aside, unless ``trainer.resume`` continues it.
 
+    Args:
+        config: the run's settings.
+        network: a leaked model of your own instead of the one that ``config.leaked`` names: any module from images
+            ``(B, C, H, W)`` in [0, 1] to logits ``(B, n_classes)``. It is copied. ``config.yaml`` cannot hold it;
+            `gitlight.evaluate` needs it again.
+
     Raises:
         GitlightError: the settings, the images or the checkpoint to resume from are not right; nothing is trained.
     """
+    config = with_network(config, network)
     resume = checkpoint_to_resume(config)
     module: LightningModule
     datamodule: ImageDataModule
     if config.task == "leaked":
         images = load_images(config.data)
         shape, n_classes = image_shape(config.data), len(images.class_names)
-        module = LeakedModel(config.leaked, shape, n_classes, optimizer=config.optimizer)
+        module = LeakedModel(config.leaked, shape, n_classes, optimizer=config.optimizer, network=network)
         datamodule = ImageDataModule(images, config.data, config.seed)
     else:
-        datamodule = build_pairs(config)
+        datamodule = build_pairs(config, network)
         generator = build_generator(config, datamodule.leaked_model.architecture)
         if description := generator.describe():
             log.info("%s", description)

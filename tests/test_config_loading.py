@@ -131,3 +131,35 @@ def test_bases_that_name_each_other_are_an_error(config_file):
     path = config_file("base: a.yaml", "b.yaml")
     with pytest.raises(ConfigError, match="its own base"):
         load_config(path)
+
+
+def test_arguments_of_a_custom_model_are_free_and_survive_saving(config_file, tmp_path):
+    path = config_file(
+        "leaked: {name: custom, target: 'nets:Net', arguments: {depth: 3, sizes: [1, 2], nested: {a: 1}}}"
+    )
+    config = load_config(path, ["leaked.arguments.nested.b=off", "leaked.arguments.depth=null"])
+    assert config.leaked.arguments == {"depth": None, "sizes": [1, 2], "nested": {"a": 1, "b": False}}
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml").leaked == config.leaked
+    assert not hasattr(load_config(path, ["leaked.name=lenet"]).leaked, "arguments")
+    with pytest.raises(ConfigError, match=r"leaked.arguments: 3 .* is not a mapping"):
+        load_config(path, ["leaked.arguments=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "gradients.updates.epoch=2",
+            r"gradients.updates.epoch: no such setting.*Did you mean gradients.updates.epochs",
+        ),
+        ("gradients.updates.batch_size=0", r"gradients.updates.batch_size: 0 .* at least 1"),
+        ("gradients.updates.learning_rate=0", r"gradients.updates.learning_rate: 0.0 .* more than 0"),
+        ("gradients.updates=2", r"gradients.updates: 2 .*expected settings below it"),
+        ("leaked.batch_norm=train", r"leaked.batch_norm: 'train' .* Allowed: running, batch"),
+        ("leaked.activation=own", r"leaked.activation: 'own' .* Allowed: sigmoid"),
+    ],
+)
+def test_mistakes_about_what_leaks_are_named(config_file, override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(config_file("seed: 0"), [override])

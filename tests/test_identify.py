@@ -8,7 +8,7 @@ import pytest
 
 import gitlight
 from gitlight.cli import identify_command
-from gitlight.config import Config, DataConfig, FullyConnectedConfig
+from gitlight.config import Config, DataConfig, FullyConnectedConfig, GradientsConfig, UpdatesConfig
 from gitlight.data import SOURCES
 from gitlight.data.classes import count_classes
 from gitlight.data.faces import CLASS_NAMES
@@ -93,6 +93,13 @@ def test_leaked_weights_are_never_read(tmp_path):
 def test_several_images_per_leak_are_noted():
     report = gitlight.identify(Config(data=DataConfig(image_size=8, client_batch_size=4)))
     assert any("data.client_batch_size=4" in note for note in report.notes)
+
+
+def test_updates_of_several_steps_are_noted():
+    updates = GradientsConfig(updates=UpdatesConfig(epochs=2))
+    report = gitlight.identify(Config(data=DataConfig(image_size=8), gradients=updates))
+    assert any("update(epochs=2" in note for note in report.notes)
+    assert not gitlight.identify(Config(data=DataConfig(image_size=8))).notes
 
 
 def test_classes_are_counted_without_reading_images(tmp_path):

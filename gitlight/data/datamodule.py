@@ -21,6 +21,8 @@ from gitlight.data.sampling import LeakSampler, mixed_seed, public_positions
 from gitlight.errors import CheckpointError, ConfigError, DataError
 from gitlight.gradients.channel import build_channel
 from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.updates import LocalUpdates, n_local_steps, smallest_local_batch
+from gitlight.leaked.batch_norm import check_batch_statistics
 from gitlight.leaked.model import LeakedModel
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -198,10 +200,21 @@ class GradientPairDataModule(ImageDataModule):
         channel: list[ChannelConfig],
         seed: int,
     ) -> None:
-        """Args: a source's images, how to use them, the model that leaks, how its gradients are made and sent."""
+        """Args: a source's images, how to use them, the model that leaks, how its gradients are made and sent.
+
+        Raises:
+            ConfigError: a batch norm layer would see a single value per channel.
+        """
         super().__init__(loaded, settings, seed)
+        check_batch_statistics(
+            leaked_model.architecture, smallest_local_batch(gradients.updates, settings.client_batch_size)
+        )
         self.leaked_model = leaked_model
+        several_steps = n_local_steps(gradients.updates, settings.client_batch_size) > 1
         self._engine = GradientEngine(leaked_model.network, leaked_model.architecture, gradients)
+        self._updates = (
+            LocalUpdates(leaked_model.network, leaked_model.architecture, gradients) if several_steps else None
+        )
         self._channel = build_channel(channel)
 
     def prepare(self, batch: Batch, split: str, epoch: int) -> GradientPair:
@@ -210,7 +223,8 @@ class GradientPairDataModule(ImageDataModule):
         Args:
             batch: images, labels and indices.
             split: ``train``, ``validation``, ``test``, or ``fit`` (public images as they are, before training).
-            epoch: fixes mirroring and the channel's noise of training pairs, which are fresh in every epoch.
+            epoch: fixes mirroring, the order of local steps and the channel's noise of training pairs, which are fresh
+                in every epoch.
         """
         images, labels, indices = super().prepare(batch, split, epoch)
         per_leak = self.settings.client_batch_size
@@ -218,15 +232,22 @@ class GradientPairDataModule(ImageDataModule):
         labels, indices = labels.view(-1, per_leak), indices.view(-1, per_leak)
         if self.leaked_model.device != images.device:
             self.leaked_model.to(images.device)
-        gradients = self._engine(images, labels)
+        if self._updates is None:
+            gradients = self._engine(images, labels)
+        else:
+            gradients = self._updates(images, labels, self._seeds("local order", split, epoch, indices))
         if self._channel:
-            counter = epoch if split == "train" else 0
-            seeds = torch.tensor(
-                [mixed_seed(f"{split} noise", self._seed, counter, index) for index in indices[:, 0].tolist()]
-            )
+            seeds = self._seeds("noise", split, epoch, indices)
             for stage in self._channel:
                 gradients = stage(gradients, seeds)
         return GradientPair(gradients, images, labels, indices)
+
+    def _seeds(self, purpose: str, split: str, epoch: int, indices: Tensor) -> Tensor:
+        """A seed ``(B,)`` for each leak from its first image: the same on any rank, fresh in each training epoch."""
+        counter = epoch if split == "train" else 0
+        return torch.tensor(
+            [mixed_seed(f"{split} {purpose}", self._seed, counter, index) for index in indices[:, 0].tolist()]
+        )
 
     def fit_pairs(self, device: torch.device) -> Iterator[GradientPair]:
         """This rank's share of all public pairs, in order, without augmentation: for closed-form fits."""

@@ -70,11 +70,13 @@ class Generator(nn.Module, ABC):
         architecture: structure of the leaked model.
         client_batch_size: ``N``, the number of images to reconstruct from one leak.
         refuses: whether it answers leaks that it cannot invert with NaN, on purpose; they are left out of the loss.
+        one_gradient: whether it inverts one gradient exactly, and so takes no updates of several local steps.
         fitted: whether the closed-form parts have been estimated from pairs (kept in checkpoints).
     """
 
     fitted: Tensor
     refuses: ClassVar[bool] = False
+    one_gradient: ClassVar[bool] = False
 
     def __init__(self, architecture: Architecture, client_batch_size: int) -> None:
         super().__init__()

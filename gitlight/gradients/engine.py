@@ -5,13 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
+from gitlight.gradients.functional import functional
 from gitlight.gradients.precision import full_float32
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -67,9 +68,10 @@ class GradientEngine:
                 for name, value in tensors.items()
             }
             attacked = {name: tensors.pop(name) for name in self._names}
+            forward = functional(self._network)
 
             def loss(parameters: dict[str, Tensor], client_images: Tensor, client_labels: Tensor) -> Tensor:
-                logits = functional_call(self._network, parameters | tensors, (client_images,))
+                logits = forward(parameters | tensors, client_images)
                 return nn.functional.cross_entropy(logits, client_labels)
 
             gradient = grad(loss)

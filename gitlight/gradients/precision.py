@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -17,6 +18,22 @@ def full_float32() -> Iterator[None]:
     with ExitStack() as restore:
         for backend in (getattr(torch.backends.cudnn, "conv", torch.backends.cudnn), torch.backends.cuda.matmul):
             restore.callback(_set, backend, _set(backend, "ieee"))
+        yield
+
+
+@contextmanager
+def plain_autograd(device_type: str) -> Iterator[None]:
+    """Autograd on, mixed precision and TF32 off, wherever gradients are made from.
+
+    Attention is made of plain matrix products, which `full_float32` governs and vmap has rules for.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device_type, enabled=False),
+        full_float32(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         yield
 
 

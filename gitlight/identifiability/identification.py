@@ -21,6 +21,7 @@ from gitlight.generators.exact.fits import Way
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.plan import Action, Do, Known, plan_walk
 from gitlight.generators.exact.rule import OUTPUT, Estimate
+from gitlight.gradients.updates import describe_leak
 from gitlight.identifiability.drawn import DrawnLeak, draw_leaks
 from gitlight.identifiability.report import MOST_SATURATED, IdentifiabilityReport, LayerReport, Verdict
 from gitlight.identifiability.systems import System, measure
@@ -56,6 +57,9 @@ def identify(config: Config) -> IdentifiabilityReport:
             f"All this is for one image per leak. Of the average over data.client_batch_size={data.client_batch_size} "
             "images nothing is exact."
         )
+    leak = describe_leak(config.gradients.updates, data.client_batch_size)
+    if leak != "gradient":
+        notes.append(f"All this is for gradients. Of updates of several local steps, {leak}, nothing is exact.")
     inversion = Inversion(leaked.architecture, None, 1, strict=False)
     leaks = draw_leaks(leaked.network, leaked.architecture)
     layers = tuple(layer_reports(inversion, leaks))

@@ -11,8 +11,10 @@ from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture, ImageShape
 from gitlight.config import LeakedConfig, OptimizerConfig
-from gitlight.errors import CheckpointError
+from gitlight.errors import ArchitectureError, CheckpointError
 from gitlight.leaked import LEAKED_MODELS
+from gitlight.leaked.batch_norm import use_batch_statistics
+from gitlight.leaked.custom import given
 from gitlight.optimization import configure_optimizer
 
 
@@ -30,29 +32,42 @@ class LeakedModel(LightningModule):
         image_shape: ImageShape,
         n_classes: int,
         optimizer: OptimizerConfig | None = None,
+        network: nn.Module | None = None,
     ) -> None:
         """Build the network, initialise it from ``leaked.seed``, and load ``leaked.weights`` if given.
 
         Args:
-            settings: name, activation, initialisation, weights.
+            settings: name, activation, initialisation, weights, batch norm.
             image_shape: ``(C, H, W)``.
             n_classes: number of labels.
             optimizer: how to train it; None leaves it frozen.
+            network: a model of the user's own, which is copied, instead of one that ``settings.name`` builds.
 
         Raises:
             CheckpointError: ``leaked.weights`` is missing, unreadable, or of another architecture.
+            ArchitectureError: the network does not put out one row of ``n_classes`` logits per image, or draws random
+                numbers in evaluation mode.
+            ConfigError: settings that the network cannot have.
         """
         super().__init__()
-        build = LEAKED_MODELS[settings.name].load()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.network: nn.Module = build(settings, image_shape, n_classes)
+            self.network: nn.Module = (
+                LEAKED_MODELS[settings.name].load()(settings, image_shape, n_classes)
+                if network is None
+                else given(settings, network)
+            )
             if settings.init == "uniform":
                 for parameter in self.network.parameters():
                     nn.init.uniform_(parameter, -settings.init_range, settings.init_range)
         if settings.weights is not None:
             _load_weights(self.network, Path(settings.weights))
+        # A model in training has the statistics of its batches anyway, and keeps running ones for later.
+        if settings.batch_norm == "batch" and optimizer is None:
+            use_batch_statistics(self.network)
         self.architecture = Architecture.of(self.network, image_shape, n_classes)
+        _check_logits(self.architecture, type(self.network).__name__)
+        _check_no_dropout(self.architecture)
         # Lightning's own epoch mean rounds the ranks' batch counts, which is wrong for shares of unequal size.
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self._optimizer = optimizer
@@ -104,6 +119,33 @@ class LeakedModel(LightningModule):
         """The optimiser and schedule of the config."""
         assert self._optimizer is not None, "a frozen leaked model is not trained"
         return configure_optimizer(self, self._optimizer)
+
+
+def _check_logits(architecture: Architecture, name: str) -> None:
+    """Raises: ArchitectureError, if the output is not one row of as many logits as there are classes."""
+    last = architecture[architecture.output]
+    found = last.output_shape
+    if last.operation is torch.ops.aten.squeeze.default:
+        raise ArchitectureError(
+            f"{name} ends in a squeeze of all dimensions, which of a single image drops the batch dimension: "
+            f"the leaked model must map (B, C, H, W) to logits (B, {architecture.n_classes}). Use flatten(1)."
+        )
+    if found != (architecture.n_classes,):
+        raise ArchitectureError(
+            f"{name} puts out {'×'.join(map(str, found)) or 'no'} values per image, and the images have "
+            f"{architecture.n_classes} classes: the leaked model must map (B, C, H, W) to logits "
+            f"(B, {architecture.n_classes})."
+        )
+
+
+def _check_no_dropout(architecture: Architecture) -> None:
+    """Raises: ArchitectureError, if dropout is active in evaluation mode, so that no two gradients would be alike."""
+    for layer in architecture.layers:
+        if ("dropout" in layer.kind and layer.arguments.get("train")) or layer.arguments.get("dropout_p"):
+            raise ArchitectureError(
+                f"{layer.place} of the leaked model drops values at random in evaluation mode, too. Use "
+                "torch.nn.Dropout, or pass training=self.training to torch.nn.functional.dropout."
+            )
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

@@ -1,16 +1,17 @@
-"""ResNet-20, the residual network for small images of He et al. 2016, §4.2."""
+"""Residual networks for small images: ResNet-20 of He et al. 2016, §4.2, and ResNet-18 with the same stem."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from gitlight.architecture import ImageShape
-from gitlight.config import ResNetConfig
+from gitlight.config import LeakedConfig, ResNet18Config, ResNetConfig
 from gitlight.leaked.activations import activation
 
-# 20 layers: the stem, 3 stages of 3 blocks of 2 convolutions, and the linear layer.
-_STAGES = 3
-_BLOCKS = 3
+# Blocks of each stage. A block has 2 convolutions; with the stem and the linear layer that makes 20 and 18 layers.
+_RESNET20_BLOCKS = (3, 3, 3)
+_RESNET18_BLOCKS = (2, 2, 2, 2)
 
 
 class ResidualBlock(nn.Module):
@@ -52,18 +53,42 @@ def resnet20(settings: ResNetConfig, image_shape: ImageShape, n_classes: int) ->
         image_shape: ``(C, H, W)``.
         n_classes: number of outputs.
 
-    >>> from gitlight.config import ResNetConfig
+    >>> from gitlight.config import LeakedConfig, ResNet18Config, ResNetConfig
     >>> sum(p.numel() for p in resnet20(ResNetConfig(), (3, 32, 32), 10).parameters())
     272474
     """
+    return _residual_network(settings, settings.width, _RESNET20_BLOCKS, image_shape, n_classes)
+
+
+def resnet18(settings: ResNet18Config, image_shape: ImageShape, n_classes: int) -> nn.Module:
+    """ResNet-18 of He et al. 2016 (Table 1) with the stem for small images: a 3×3 convolution of stride 1, no pooling.
+
+    Four stages of two blocks; convolutions have Kaiming's initial weights. This is the ResNet-18 that the
+    gradient-inversion literature attacks on CIFAR-10 (Geiping et al. 2020).
+
+    Args:
+        settings: activation, and width (channels of the first stage; 64 in the paper).
+        image_shape: ``(C, H, W)``.
+        n_classes: number of outputs.
+
+    >>> from gitlight.config import ResNet18Config
+    >>> sum(p.numel() for p in resnet18(ResNet18Config(), (3, 32, 32), 10).parameters())
+    11173962
+    """
+    return _residual_network(settings, settings.width, _RESNET18_BLOCKS, image_shape, n_classes)
+
+
+def _residual_network(
+    settings: LeakedConfig, width: int, blocks: Sequence[int], image_shape: ImageShape, n_classes: int
+) -> nn.Module:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    layers["conv"] = nn.Conv2d(image_shape[0], settings.width, kernel_size=3, padding=1, bias=False)
-    layers["norm"] = nn.BatchNorm2d(settings.width)
+    layers["conv"] = nn.Conv2d(image_shape[0], width, kernel_size=3, padding=1, bias=False)
+    layers["norm"] = nn.BatchNorm2d(width)
     layers["activation"] = activation(settings.activation)
-    inputs = settings.width
-    for stage in range(_STAGES):
-        outputs = settings.width * 2**stage
-        for block in range(_BLOCKS):
+    inputs = width
+    for stage, n_blocks in enumerate(blocks):
+        outputs = width * 2**stage
+        for block in range(n_blocks):
             stride = 2 if stage > 0 and block == 0 else 1
             layers[f"stage{stage + 1}_block{block + 1}"] = ResidualBlock(inputs, outputs, stride, settings.activation)
             inputs = outputs

@@ -18,6 +18,7 @@ import gitlight
 from gitlight.config import Config
 from gitlight.config_loading import to_plain
 from gitlight.gradients.channel import describe_channel
+from gitlight.gradients.updates import describe_leak
 from gitlight.metrics import SMALLEST_LPIPS_IMAGE
 from gitlight.report.attacked import AttackedImages
 from gitlight.report.histogram import HEIGHT, LEFT, WIDTH, histogram
@@ -91,6 +92,7 @@ def render_report(
         results=results,
         other_model=config.leaked != trained.leaked,
         trained_channel=describe_channel(trained.channel),
+        trained_leak=describe_leak(trained.gradients.updates, trained.data.client_batch_size),
         bands=_bands(psnr),
         groups=_groups(images),
         picture_size=max(PICTURE_SIZE, width),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Result:
         data: name of the images.
         channel: `gitlight.gradients.channel.describe_channel`, ``none`` for an open channel.
         client_batch_size: images per leak.
+        leak: `gitlight.gradients.updates.describe_leak`: ``gradient``, or the update of several local steps.
         n_images: private images attacked.
         seed: the run's seed.
         metrics: ``mse``, ``psnr`` in dB, ``ssim``, and ``lpips`` where it could be had.
@@ -83,17 +84,20 @@ class Result:
     knowledge: tuple[str, ...]
     n_failed: int = field(default=0)
     verdicts: dict[str, int] = field(default_factory=dict)
+    leak: str = "gradient"
 
     def to_plain(self) -> dict[str, Any]:
-        """The entry as ``metrics.json`` holds it; ``n_failed`` and ``verdicts`` are in it only where there are any."""
-        entry = {key: value for key, value in vars(self).items() if key not in ("n_failed", "verdicts")}
+        """The entry as ``metrics.json`` holds it; what has a default here is in it only where it differs from that."""
+        entry = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != _default(field)
+        }
         entry["metrics"] = {
             name: {"mean": estimate.mean, "ci95": [estimate.low, estimate.high]}
             for name, estimate in self.metrics.items()
         }
-        entry["knowledge"] = list(self.knowledge)
-        failed = {"n_failed": self.n_failed} if self.n_failed else {}
-        return entry | failed | ({"verdicts": self.verdicts} if self.verdicts else {})
+        return entry | {"knowledge": list(self.knowledge)}
 
     @classmethod
     def from_plain(cls, entry: dict[str, Any]) -> "Result":
@@ -112,8 +116,13 @@ class Result:
     def condition(self) -> tuple[str | int, ...]:
         """What tells results apart: a new result replaces the one of the same condition."""
         return (
-            self.attack, self.leaked, self.data, self.channel, self.client_batch_size, self.n_images, self.seed,
+            self.attack, self.leaked, self.data, self.channel, self.client_batch_size, self.leak,
+            self.n_images, self.seed,
         )  # fmt: skip
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def read_results(path: Path) -> list[Result]:

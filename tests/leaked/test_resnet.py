@@ -2,15 +2,16 @@ from math import sqrt
 
 import pytest
 import torch
+import torchvision
 from plain_autograd import relative_error_of_the_engine
 from torch import fx, nn
 from torchvision.models.resnet import BasicBlock
 
 from gitlight.architecture import Architecture
-from gitlight.config import GradientsConfig, ResNetConfig
+from gitlight.config import GradientsConfig, ResNet18Config, ResNetConfig
 from gitlight.gradients.engine import GradientEngine
 from gitlight.leaked.model import LeakedModel
-from gitlight.leaked.resnet import ResidualBlock, resnet20
+from gitlight.leaked.resnet import ResidualBlock, resnet18, resnet20
 
 SHAPE = (3, 8, 8)
 
@@ -110,3 +111,16 @@ def test_the_images_of_a_leak_do_not_meet_in_its_batch_norms(method):
 def test_its_architecture_holds_the_parameters_and_no_running_statistics(network):
     shapes = Architecture.of(network, SHAPE, 10).parameter_shapes
     assert list(shapes) == [name for name, _ in network.named_parameters()]
+
+
+def test_resnet18_is_torchvisions_with_a_stem_for_small_images():
+    torch.manual_seed(0)
+    network = resnet18(ResNet18Config(), SHAPE, 10).eval()
+    reference = torchvision.models.resnet18(num_classes=10).eval()
+    reference.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    reference.maxpool = nn.Identity()
+    assert len(reference.state_dict()) == len(network.state_dict())
+    # torchvision puts a block's shortcut last, as here, so that the order of all weights is the same.
+    reference.load_state_dict(dict(zip(reference.state_dict(), network.state_dict().values(), strict=True)))
+    images = torch.rand(2, *SHAPE)
+    assert torch.allclose(network(images), reference(images), atol=1e-5)

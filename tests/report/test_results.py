@@ -96,3 +96,12 @@ def test_a_file_of_another_kind_is_an_error_that_names_it(content: str, tmp_path
     with pytest.raises(CheckpointError, match=r"metrics\.json exists and cannot be read"):
         read_results(path)
     assert path.read_text() == content
+
+
+def test_what_leaked_is_told_where_it_is_no_gradient_and_keeps_results_apart(tmp_path: Path) -> None:
+    update = replace(RESULT, leak="update(epochs=2, batch_size=2, learning_rate=0.1)")
+    assert update.to_plain()["leak"] == update.leak
+    results = merge_results([RESULT], update)
+    assert results == [RESULT, update]
+    write_results(results, tmp_path / "metrics.json")
+    assert read_results(tmp_path / "metrics.json") == results

@@ -37,6 +37,7 @@ class ExactGenerator(Generator):
     """
 
     refuses = True
+    one_gradient = True
 
     def __init__(self, architecture: Architecture, settings: ExactGeneratorConfig, client_batch_size: int = 1) -> None:
         """Plan the inversion.

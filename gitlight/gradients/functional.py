@@ -1,0 +1,37 @@
+"""A network as a function of its weights, right for modules and parameters that it has at several places."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def functional(network: nn.Module) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
+    """``f(tensors, images)`` with ``tensors`` by the names of ``named_parameters`` and ``named_buffers``.
+
+    A parameter that several modules share (tied weights) has one name and is replaced at all of them. A module that is
+    registered under two names is replaced once. ``torch.func.functional_call`` replaces, and later restores, it twice,
+    in the same order, so that it leaves the network with the tensors that it was called with.
+
+    >>> network = nn.Sequential(*[nn.Linear(2, 2)] * 2)
+    >>> weight = network[0].weight
+    >>> tensors = {name: parameter * 2 for name, parameter in network.named_parameters()}
+    >>> functional(network)(tensors, weight.new_zeros(1, 2)).shape
+    torch.Size([1, 2])
+    >>> network[0].weight is weight
+    True
+    """
+    names: dict[int, str] = {}
+    places: list[tuple[str, str]] = []
+    for path, module in network.named_modules():  # each module once
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                place = f"{path}.{key}" if path else key
+                places.append((place, names.setdefault(id(tensor), place)))
+
+    def call(tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        everywhere = {place: tensors[name] for place, name in places}
+        result: Tensor = functional_call(network, everywhere, (images,), tie_weights=False)
+        return result
+
+    return call

@@ -1,0 +1,199 @@
+"""Updates of federated averaging (FedAvg, McMahan et al. 2017): what a client shares after local steps of SGD."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from gitlight.architecture import Architecture
+from gitlight.config import GradientsConfig, UpdatesConfig
+from gitlight.data.pair import Gradients
+from gitlight.data.sampling import mixed_seed
+from gitlight.errors import ConfigError
+from gitlight.gradients.functional import functional
+from gitlight.gradients.precision import plain_autograd
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+# As in the gradient engine, beside a client's own weights and their reordered copy for grouped convolutions.
+_ACTIVATION_COPIES = 3
+_PARAMETER_COPIES = 4
+
+
+def n_local_steps(settings: UpdatesConfig, client_batch_size: int) -> int:
+    """Local steps of SGD that a client takes before it shares; 1: what it shares is its gradient.
+
+    >>> n_local_steps(UpdatesConfig(epochs=2, batch_size=3), client_batch_size=8)
+    6
+    """
+    return settings.epochs * -(-client_batch_size // (settings.batch_size or client_batch_size))
+
+
+def smallest_local_batch(settings: UpdatesConfig, client_batch_size: int) -> int:
+    """Images in a client's smallest local batch: the last of an epoch, where the others do not divide ``N``."""
+    size = min(settings.batch_size or client_batch_size, client_batch_size)
+    return client_batch_size % size or size
+
+
+def describe_leak(settings: UpdatesConfig, client_batch_size: int) -> str:
+    """What a client shares, in one line, for results.
+
+    >>> describe_leak(UpdatesConfig(epochs=1), client_batch_size=4)
+    'gradient'
+    >>> describe_leak(UpdatesConfig(epochs=2, batch_size=3, learning_rate=0.05), client_batch_size=4)
+    'update(epochs=2, batch_size=3, learning_rate=0.05)'
+    """
+    if n_local_steps(settings, client_batch_size) == 1:
+        return "gradient"
+    size = min(settings.batch_size or client_batch_size, client_batch_size)
+    return f"update(epochs={settings.epochs}, batch_size={size}, learning_rate={settings.learning_rate:g})"
+
+
+class LocalUpdates:
+    """Makes ``(w_before − w_after) / (learning rate · steps)`` of each client after its local epochs of plain SGD.
+
+    An update is in the units of a gradient, and is one where there is a single step. It is summed from the steps'
+    gradients, which is the same number without the rounding of a small difference of large weights. Every client begins
+    with the leaked model's own weights and shuffles its images afresh in each local epoch; the last batch of an epoch
+    may be smaller, and weighs as one step, as in McMahan et al. 2017, Algorithm 1.
+
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    >>> settings = GradientsConfig(updates=UpdatesConfig(epochs=2, batch_size=3))
+    >>> updates = LocalUpdates(network, Architecture.of(network, (3, 2, 2), 2), settings)
+    >>> images, labels = torch.rand(5, 4, 3, 2, 2), torch.zeros(5, 4, dtype=torch.int64)
+    >>> {name: tuple(update.shape) for name, update in updates(images, labels, seeds=torch.arange(5)).items()}
+    {'1.weight': (5, 2, 12), '1.bias': (5, 2)}
+    """
+
+    def __init__(self, network: nn.Module, architecture: Architecture, settings: GradientsConfig) -> None:
+        """Args: the leaked network, its architecture (for sizes), and local steps, memory limit and precision."""
+        self._network = network
+        self._architecture = architecture
+        self._settings = settings
+        self._dtype = _DTYPES[settings.dtype]
+
+    def __call__(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Gradients:
+        """Updates of ``B`` clients.
+
+        Args:
+            images: ``(B, N, C, H, W)`` in [0, 1].
+            labels: ``(B, N)`` int64.
+            seeds: ``(B,)`` int64, which fix the order of each client's images, whatever batch it is computed in.
+
+        Returns:
+            Parameter name → ``(B, *parameter.shape)``, of the precision ``gradients.dtype``, detached.
+
+        Raises:
+            ConfigError: one client alone needs more than ``gradients.memory_limit_gb``.
+        """
+        chunk = self._clients_per_chunk(len(images), images.shape[1])
+        orders = torch.stack([self._order(seed, images.shape[1]) for seed in seeds.tolist()]).to(images.device)
+        with plain_autograd(images.device.type):
+            # Tensors made in inference mode cannot be differentiated through; copies can.
+            images = images.clone() if images.is_inference() else images
+            labels = labels.clone() if labels.is_inference() else labels
+            tensors = {
+                name: value.detach().to(self._dtype) if value.is_floating_point() else value.detach()
+                for name, value in (*self._network.named_parameters(), *self._network.named_buffers())
+            }
+            leaked = {name: tensors.pop(name) for name in self._architecture.parameter_shapes}
+            gradient = _gradient_of(self._network, tensors)
+            result = {
+                name: torch.zeros(len(images), *value.shape, dtype=self._dtype, device=images.device)
+                for name, value in leaked.items()
+            }
+            for start in range(0, len(images), chunk):
+                part = slice(start, start + chunk)
+                sums = {name: total[part] for name, total in result.items()}
+                self._descend(gradient, leaked, images[part], labels[part], orders[part], sums)
+        return result
+
+    def _order(self, seed: int, n_images: int) -> Tensor:
+        """The order of a client's images in each local epoch, ``(epochs, N)``."""
+        generator = torch.Generator()
+        return torch.stack(
+            [
+                torch.randperm(n_images, generator=generator.manual_seed(mixed_seed("local order", seed, epoch)))
+                for epoch in range(self._settings.updates.epochs)
+            ]
+        )
+
+    def _descend(
+        self,
+        gradient: "_Gradient",
+        leaked: Gradients,
+        images: Tensor,
+        labels: Tensor,
+        orders: Tensor,
+        sums: Gradients,
+    ) -> None:
+        """Take the local steps of a chunk of clients, and add their mean gradient to ``sums``, in place."""
+        settings, n_images = self._settings.updates, images.shape[1]
+        n_steps = n_local_steps(settings, n_images)
+        method = _loop if self._settings.method == "loop" else vmap
+        weights: Gradients | None = None
+        for positions in _local_batches(orders, settings.batch_size or n_images):
+            batch = torch.arange(len(images), device=images.device)[:, None], positions
+            examples = images[batch].to(self._dtype), labels[batch]
+            if weights is None:
+                # All clients begin with the same weights: one matrix product serves them all.
+                made = method(gradient, in_dims=(None, 0, 0), randomness="different")(leaked, *examples)
+                weights = {name: value - settings.learning_rate * made[name] for name, value in leaked.items()}
+            else:
+                made = method(gradient, in_dims=(0, 0, 0), randomness="different")(weights, *examples)
+                for name, value in weights.items():
+                    value.sub_(made[name], alpha=settings.learning_rate)
+            for name, total in sums.items():
+                total.add_(made[name], alpha=1 / n_steps)
+
+    def _clients_per_chunk(self, n_clients: int, client_batch_size: int) -> int:
+        """How many clients descend at once, so that results and workspace stay within the limit."""
+        entry = torch.finfo(self._dtype).bits // 8
+        limit = self._settings.memory_limit_gb * 1e9
+        n_images = min(self._settings.updates.batch_size or client_batch_size, client_batch_size)
+        results = n_clients * self._architecture.n_parameters * entry
+        workspace = entry * (
+            _PARAMETER_COPIES * self._architecture.n_parameters
+            + _ACTIVATION_COPIES * n_images * self._architecture.n_activations
+        )
+        if results + workspace > limit:
+            raise ConfigError(
+                f"gradients.memory_limit_gb: {self._settings.memory_limit_gb:g} GB is too little: the updates of "
+                f"{n_clients} clients take {results / 1e9:.3g} GB and making one at a time {workspace / 1e9:.3g} GB. "
+                "Raise gradients.memory_limit_gb or lower data.batch_size."
+            )
+        return max(1, min(n_clients, int((limit - results) // workspace)))
+
+
+_Gradient = Callable[[Gradients, Tensor, Tensor], Gradients]
+
+
+def _gradient_of(network: nn.Module, constants: Gradients) -> _Gradient:
+    """The gradient of the mean cross-entropy of a local batch, by the parameters that leak."""
+    forward = functional(network)
+
+    def loss(parameters: Gradients, images: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(forward(parameters | constants, images), labels)
+
+    return grad(loss)
+
+
+def _local_batches(orders: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Positions ``(B, ≤ batch_size)`` of every local batch, from orders ``(B, epochs, N)``."""
+    for epoch in orders.unbind(1):
+        yield from epoch.split(batch_size, dim=1)
+
+
+def _loop(gradient: _Gradient, in_dims: tuple[int | None, int, int], randomness: str) -> _Gradient:
+    """As `vmap`, one client at a time."""
+
+    def mapped(parameters: Gradients, images: Tensor, labels: Tensor) -> Gradients:
+        own = in_dims[0] is not None
+        made = [
+            gradient({name: p[number] for name, p in parameters.items()} if own else parameters, *client)
+            for number, client in enumerate(zip(images, labels, strict=True))
+        ]
+        return {name: torch.stack([one[name] for one in made]) for name in parameters}
+
+    return mapped

@@ -47,9 +47,9 @@ def test_a_preconditioned_step_solves_least_squares():
     torch.testing.assert_close(weight.detach() - weight.grad, wanted, rtol=1e-8, atol=1e-8)
 
 
-def test_from_a_random_start_weights_and_images_come_close(make_pairs):
+def test_from_a_random_start_the_weights_converge(make_pairs):
     torch.manual_seed(0)
-    leaked, pair = make_pairs(LeNetConfig(width=4), n=100)
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=80)
     generator = run_fits(ExactGenerator(leaked.architecture, DESCENT), [pair])
     truth = parameters_of(leaked)
     start = weight_distances(generator.estimated_parameters(), truth)
@@ -62,9 +62,6 @@ def test_from_a_random_start_weights_and_images_come_close(make_pairs):
     assert start["total_relative"] > 0.9
     for name in truth:
         assert end[f"{name}_relative"] < 0.1, name
-    with torch.no_grad():
-        images = generator({name: gradient[:4] for name, gradient in pair.gradients.items()})
-    assert float((images - pair.images[:4]).square().mean()) < 1e-3
 
 
 def test_the_state_goes_on_where_it_was(make_pairs):

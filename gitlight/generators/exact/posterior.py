@@ -97,18 +97,20 @@ def _solve(
     unit = delta / _expand(scale, delta)
     gradient = weight_gradient / _expand(scale, weight_gradient)
     level = (noise / scale).square()
-    system = delta.new_zeros(n_examples, size, size)
-    add_gradient_equations(system, rule, unit)
     right = rule.right(unit, gradient).flatten(1)
     precision = wanted = None
     if output is not None:
         precision = _expand(level, output.value) / output.variance.clamp_min(1e-300)
         precision = torch.where(torch.isfinite(output.variance), precision, 0.0).clamp_max(_LARGEST_PRECISION)
         wanted = output.value - bias
-        system += rule.forward_normal(weight, precision)
+        system = rule.forward_normal(weight, precision)
         right = right + rule.adjoint(precision * wanted, weight).flatten(1)
+    else:
+        system = delta.new_zeros(n_examples, size, size)
+    add_gradient_equations(system, rule, unit)
     if prior is not None:
-        system += level[:, None, None] * prior.precision
+        for its_system, its_level in zip(system, level.tolist(), strict=True):
+            its_system.add_(prior.precision, alpha=its_level)  # these matrices are large: no copy
         right = right + level[:, None] * (prior.precision @ prior.mean)
     diagonal = system.diagonal(dim1=1, dim2=2)
     # Against exact singularity only: a hundred times what rounding leaves of a zero.
@@ -117,11 +119,7 @@ def _solve(
     solved = failed == 0
     if not bool(solved.all()):
         factor[~solved] = torch.eye(size, dtype=factor.dtype, device=factor.device)
-
-    def solve(right: Tensor) -> Tensor:
-        return torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
-
-    found = solve(right)
+    found = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
     # One step of refinement, its residual from the equations themselves rather than from their squares.
     inputs = found.view(n_examples, *rule.layer.input_shape)
     missing = rule.right(unit, gradient - rule.weight_gradient(inputs, unit)).flatten(1)
@@ -129,13 +127,14 @@ def _solve(
         missing = missing + rule.adjoint(precision * (wanted - rule.forward(inputs, weight)), weight).flatten(1)
     if prior is not None:
         missing = missing + level[:, None] * ((prior.mean - found) @ prior.precision)
-    found = torch.where(solved[:, None], found + solve(missing), 0.0)
-    # Hutchinson's estimate of the covariance's trace.
+    # With it Hutchinson's estimate of the covariance's trace: a solve costs a pass over the factor, whatever is solved.
     probes = torch.randn(
         (size, _N_PROBES), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
     ).to(delta)
-    solutions = torch.cholesky_solve(probes.expand(n_examples, -1, -1), factor)
-    variance = (probes * solutions).mean(dim=(1, 2)).clamp_min(0) * level
+    rights = torch.cat([missing.unsqueeze(2), probes.expand(n_examples, -1, -1)], dim=2)
+    solutions = torch.cholesky_solve(rights, factor)
+    found = torch.where(solved[:, None], found + solutions[:, :, 0], 0.0)
+    variance = (probes * solutions[:, :, 1:]).mean(dim=(1, 2)).clamp_min(0) * level
     shape = rule.layer.input_shape
     return found.view(n_examples, *shape), variance.view(-1, *[1] * len(shape)).expand(-1, *shape), solved
 

@@ -49,7 +49,7 @@ def test_a_preconditioned_step_solves_least_squares():
 
 def test_from_a_random_start_the_weights_converge(make_pairs):
     torch.manual_seed(0)
-    leaked, pair = make_pairs(LeNetConfig(width=4), n=80)
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=100)
     generator = run_fits(ExactGenerator(leaked.architecture, DESCENT), [pair])
     truth = parameters_of(leaked)
     start = weight_distances(generator.estimated_parameters(), truth)

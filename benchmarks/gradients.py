@@ -106,7 +106,9 @@ def opacus(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], obj
         from opacus.grad_sample import GradSampleModule
     except ImportError:
         return None
-    for module in model.modules():
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return None  # it has no per-example gradients of batch norm
+    for module in model.train().modules():  # its hooks sleep in evaluation mode; there is no dropout
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]
     try:

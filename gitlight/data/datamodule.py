@@ -21,6 +21,7 @@ from gitlight.data.sampling import LeakSampler, mixed_seed, public_positions
 from gitlight.errors import CheckpointError, ConfigError, DataError
 from gitlight.gradients.channel import build_channel
 from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.sketch import Sketch
 from gitlight.leaked.model import LeakedModel
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -187,6 +188,10 @@ class GradientPairDataModule(ImageDataModule):
     """Makes pairs on the fly, on each rank's own device, from the images of the loaders.
 
     The leaked model is never handed to a generator, which gets its `Architecture`.
+
+    Attributes:
+        leaked_model: the model that leaks.
+        architecture: what generators are built from: the leaked model's, with the sketch if there is one.
     """
 
     def __init__(
@@ -201,8 +206,16 @@ class GradientPairDataModule(ImageDataModule):
         """Args: a source's images, how to use them, the model that leaks, how its gradients are made and sent."""
         super().__init__(loaded, settings, seed)
         self.leaked_model = leaked_model
-        self._engine = GradientEngine(leaked_model.network, leaked_model.architecture, gradients)
         self._channel = build_channel(channel)
+        sketch = None if gradients.sketch.name == "none" else Sketch(leaked_model.architecture, gradients.sketch)
+        self.architecture = (
+            sketch.seen_by_generators(leaked_model.architecture) if sketch else leaked_model.architecture
+        )
+        # A channel acts on whole gradients; without one they are sketched as they are made. The map is linear.
+        self._sketch_after = sketch if channel else None
+        self._engine = GradientEngine(
+            leaked_model.network, leaked_model.architecture, gradients, None if channel else sketch
+        )
 
     def prepare(self, batch: Batch, split: str, epoch: int) -> GradientPair:
         """Turn images on a device into pairs there.
@@ -226,6 +239,8 @@ class GradientPairDataModule(ImageDataModule):
             )
             for stage in self._channel:
                 gradients = stage(gradients, seeds)
+            if self._sketch_after is not None:
+                gradients = self._sketch_after(gradients)
         return GradientPair(gradients, images, labels, indices)
 
     def fit_pairs(self, device: torch.device) -> Iterator[GradientPair]:

@@ -163,9 +163,36 @@ def conv2d_batch_norm(call: Call, delta: Tensor) -> None:
 def write_convolution(call: Call, delta: Tensor, out: Tensor) -> None:
     """Write the gradient of a convolution's weight, the product of δ with the unfolded input."""
     groups = call.values["groups"]
+    if groups == 1 and _prefers_channels_last(call, delta):
+        unfolded = call.per_leak(_unfolded_channels_last(call))
+        product = out.new_empty(call.n_leaks, delta.shape[1], unfolded.shape[3])
+        write_products(call.per_leak(delta.flatten(2)), unfolded, product)
+        height, width = out.shape[3:]
+        out.copy_(product.unflatten(2, (height, width, -1)).permute(0, 1, 4, 2, 3))
+        return
     unfolded = call.per_leak(_unfolded(call)).unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
     delta = call.per_leak(delta.flatten(2)).unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
     write_products(delta, unfolded.transpose(2, 3), out.view(len(delta), delta.shape[2], -1))
+
+
+def _prefers_channels_last(call: Call, delta: Tensor) -> bool:
+    """Whether runs of ``kernel width · channels`` are so much longer than rows that reordering the result pays."""
+    weight, columns = call.values["weight"], delta.shape[3]
+    small = 4 * weight.shape[0] <= delta.shape[2] * columns
+    return small and columns <= 8 <= weight.shape[1] and weight.shape[3] >= 5 and call.values["dilation"][1] == 1
+
+
+def _unfolded_channels_last(call: Call) -> Tensor:
+    """A convolution's input as ``(S, positions, kernel · channels)``, channels last."""
+    values = call.values
+    (height, width), (down, right), below = values["weight"].shape[2:], values["stride"], values["dilation"][0]
+    x = _padded(values["input"], values["padding"], below * (height - 1), width - 1).permute(0, 2, 3, 1).contiguous()
+    rows = (x.shape[1] - below * (height - 1) - 1) // down + 1
+    columns = (x.shape[2] - width) // right + 1
+    image, row, column, channel = x.stride()
+    shape = (len(x), rows, columns, height, width * x.shape[3])
+    strides = (image, down * row, right * column, below * row, channel)
+    return x.as_strided(shape, strides).reshape(len(x), rows * columns, -1)
 
 
 def _unfolded(call: Call) -> Tensor:

@@ -56,7 +56,7 @@ class MemoryModel:
                 result,
                 whole,
                 2 * max(sketched, default=0),
-                2 * activations + 2 * _largest_unfolded(architecture),
+                3 * activations + 3 * _largest_unfolded(architecture),
             )
         # Values, their gradients, the unfolded input of a convolution; two copies of the gradient.
         return cls(method, entry, result, 0, 2 * whole, 3 * activations + 3 * attention)

@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 
@@ -56,14 +57,19 @@ class Sketch:
         """Sketch gradients ``(B, *shape)`` that are there already."""
         return {n: self.reductions[n](g) if n in self.reductions else g for n, g in gradients.items()}
 
+    def seen_by_generators(self, architecture: Architecture) -> Architecture:
+        """The architecture with the shapes of the sketched gradients."""
+        sketched = {name: self.shapes[name] for name in self._maps}
+        return replace(architecture, sketched=sketched, sketch_digest=self.digest if sketched else b"")
+
     @cached_property
-    def digest(self) -> Tensor:
-        """A hash of the projections, ``(32,)`` bytes: sketches with equal digests are the same map."""
+    def digest(self) -> bytes:
+        """A hash of the projections, 32 bytes: sketches with equal digests are the same map."""
         digest = hashlib.sha256(repr([(name, tuple(shape)) for name, shape in self.shapes.items()]).encode())
         for order, signs in self._maps.values():
             digest.update(order.cpu().numpy().tobytes())
             digest.update(signs.cpu().numpy().tobytes())
-        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        return digest.digest()
 
     def _apply(self, name: str, gradient: Tensor) -> Tensor:
         order, signs = (part.to(gradient.device) for part in self._maps[name])

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gitlight.gradients.products import write_products
+
 
 class NoRuleError(Exception):
     """An operation has no rule, or is used in a way that its rule does not cover."""
@@ -93,19 +95,6 @@ def rule_for(kind: str) -> Rule | None:
     return _RULES.get(kind)
 
 
-def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write ``Σ_n left_n @ right_n`` of ``(B, N, O, L)`` and ``(B, N, L, I)`` to ``out``, ``(B, O, I)``.
-
-    The products of a leak's images are summed as they are made: none of a single image is held.
-    """
-    if left.shape[1] == left.shape[3] == 1:  # an outer product: for this, bmm is twice as slow
-        torch.mul(left[:, 0], right[:, 0], out=out)
-        return
-    torch.bmm(left[:, 0], right[:, 0], out=out)
-    for image in range(1, left.shape[1]):
-        out.baddbmm_(left[:, image], right[:, image])
-
-
 @gradient_rule("linear")
 def linear(call: Call, delta: Tensor) -> None:
     """``y = W x + b`` at every position."""
@@ -161,8 +150,11 @@ def conv2d_batch_norm(call: Call, delta: Tensor) -> None:
 
 
 def write_convolution(call: Call, delta: Tensor, out: Tensor) -> None:
-    """Write the gradient of a convolution's weight, the product of δ with the unfolded input."""
+    """Write the gradient of a convolution's weight: by oneDNN, or as the product of δ with the unfolded input."""
     groups = call.values["groups"]
+    if groups == 1 and _prefers_onednn(call, delta):
+        out.copy_(_grouped_weight_gradient(call, delta).view_as(out))
+        return
     if groups == 1 and _prefers_channels_last(call, delta):
         unfolded = call.per_leak(_unfolded_channels_last(call))
         product = out.new_empty(call.n_leaks, delta.shape[1], unfolded.shape[3])
@@ -173,6 +165,27 @@ def write_convolution(call: Call, delta: Tensor, out: Tensor) -> None:
     unfolded = call.per_leak(_unfolded(call)).unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
     delta = call.per_leak(delta.flatten(2)).unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
     write_products(delta, unfolded.transpose(2, 3), out.view(len(delta), delta.shape[2], -1))
+
+
+def _prefers_onednn(call: Call, delta: Tensor) -> bool:
+    """Whether channels fill the vectors of oneDNN's kernels, and there are positions enough to sum over."""
+    weight, positions = call.values["weight"], delta.shape[2] * delta.shape[3]
+    wide = min(weight.shape[:2]) >= 16 and positions >= max(64, weight.shape[0] // 2) and delta.shape[3] >= 8
+    fits = delta.device.type == "cpu" and delta.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return wide and fits and not isinstance(call.values["padding"], str)
+
+
+def _grouped_weight_gradient(call: Call, delta: Tensor) -> Tensor:
+    """All leaks as the groups of one convolution, whose weight has their gradients: ``(B · O, I, height, width)``."""
+    values = call.values
+    x, delta = (call.per_leak(part).transpose(0, 1).flatten(1, 2) for part in (values["input"], delta))
+    shape = (delta.shape[1], *values["weight"].shape[1:])
+    settings = (values["stride"], values["padding"], values["dilation"], False, [0, 0], call.n_leaks)
+    # Of the weight only the shape is read.
+    placeholder = x.new_empty(1).expand(shape)
+    wanted = [False, True, False]
+    result: Tensor = torch.ops.aten.convolution_backward(delta, x, placeholder, None, *settings, wanted)[1]
+    return result
 
 
 def _prefers_channels_last(call: Call, delta: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""How many leaks are differentiated at once: memory, counted before it is used, and the processor's cache."""
+"""How many leaks are differentiated at once: memory, counted before it is used."""
 
 from dataclasses import dataclass
 from math import prod
@@ -10,8 +10,8 @@ from gitlight.architecture import Architecture
 from gitlight.errors import ConfigError
 from gitlight.gradients.sketch import Sketch
 
-# Images of a chunk on a CPU, so that activations stay in its cache: measured, docs/decisions.md.
-_CPU_CHUNK_BYTES = 64e6
+# Workspace of a chunk on a CPU: larger ones gain nothing (docs/decisions.md).
+_CPU_CHUNK_BYTES = 256e6
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,12 @@ def full_float32() -> Iterator[None]:
     and closed-form inversion amplifies it.
     """
     with ExitStack() as restore:
-        for backend in (getattr(torch.backends.cudnn, "conv", torch.backends.cudnn), torch.backends.cuda.matmul):
+        cudnn = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+        # On CPUs, oneDNN would use bfloat16 where `torch.set_float32_matmul_precision` allows it.
+        onednn = [
+            b for b in (getattr(torch.backends.mkldnn, name, None) for name in ("conv", "matmul")) if b is not None
+        ]
+        for backend in (cudnn, torch.backends.cuda.matmul, *onednn):
             restore.callback(_set, backend, _set(backend, "ieee"))
         yield
 

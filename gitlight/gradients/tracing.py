@@ -13,6 +13,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from gitlight.architecture import ImageShape
 from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
+from gitlight.gradients.products import frozen_linear
 
 # Any number but 0 and 1, which torch.export would take for constants.
 _TRACED_IMAGES = 7
@@ -70,6 +71,8 @@ class Step:
 
     def apply(self, values: Mapping[str, Any]) -> Tensor:
         """The operation's result."""
+        if self.kind == "linear":
+            return frozen_linear(values["input"], values["weight"], values["bias"])
         schema = self.operation._schema.arguments
         positional = [values[a.name] for a in schema if not a.kwarg_only]
         result: Tensor = self.operation(*positional, **{a.name: values[a.name] for a in schema if a.kwarg_only})

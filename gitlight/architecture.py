@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -114,6 +114,8 @@ class Architecture:
         parameter_shapes: name → shape of each parameter that has a gradient, in the model's order.
         image_shape: ``(C, H, W)`` of the model's input.
         n_classes: number of labels.
+        sketched: name → shape of those gradients that reach the generator as a sketch.
+        sketch_digest: a hash of the sketch; empty without one.
     """
 
     layers: tuple[Layer, ...]
@@ -121,6 +123,8 @@ class Architecture:
     parameter_shapes: Mapping[str, torch.Size]
     image_shape: ImageShape
     n_classes: int
+    sketched: Mapping[str, torch.Size] = field(default_factory=dict)
+    sketch_digest: bytes = b""
 
     @classmethod
     def of(cls, model: nn.Module, image_shape: ImageShape, n_classes: int) -> "Architecture":
@@ -169,6 +173,11 @@ class Architecture:
     def n_parameters(self) -> int:
         """Number of entries of one gradient."""
         return sum(shape.numel() for shape in self.parameter_shapes.values())
+
+    @property
+    def gradient_shapes(self) -> Mapping[str, torch.Size]:
+        """Name → shape of each gradient as the generator gets it: that of the parameter, or of its sketch."""
+        return {name: self.sketched.get(name, shape) for name, shape in self.parameter_shapes.items()}
 
     @property
     def n_activations(self) -> int:

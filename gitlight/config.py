@@ -210,15 +210,32 @@ class UpdatesConfig:
 
 
 @dataclass
+class SketchConfig:
+    """Random linear projections of gradients that are too large for a generator."""
+
+    name: str = setting(
+        "none", "none: gradients stay whole; count: a count sketch of each large parameter's", choices=["none", "count"]
+    )
+    size: int = setting(1024, "entries of each sketch", minimum=1)
+    seed: int = setting(0, "seed of the projections", minimum=0)
+    keep_exact: list[str] | None = setting(
+        None, "parameters (names, with * and ?) to keep whole; null: the last layer's, biases, embeddings, class tokens"
+    )
+
+
+@dataclass
 class GradientsConfig:
     """How gradients are made."""
 
     method: str = setting(
-        "auto", "how per-leak gradients are made; auto: vmap, the faster one", choices=["auto", "vmap", "loop"]
+        "auto",
+        "how per-leak gradients are made; auto: captured where every operation has a rule, else vmap",
+        choices=["auto", "captured", "vmap", "loop"],
     )
     memory_limit_gb: float = setting(2.0, "memory for making one batch of gradients, per device, in GB", above=0)
     dtype: str = setting("float32", "precision that gradients are made and kept in", choices=["float32", "float64"])
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)
+    sketch: SketchConfig = field(default_factory=SketchConfig)
 
 
 @dataclass

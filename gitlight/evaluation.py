@@ -105,7 +105,7 @@ def evaluate(config: Config, network: nn.Module | None = None) -> Evaluation:
     trained = load_config(folder) if (folder / "config.yaml").is_file() else config
     datamodule = build_pairs(config, network)
     _check_leaked_model(config, trained, datamodule, checkpoint)
-    generator = build_generator(config, datamodule.leaked_model.architecture)
+    generator = build_generator(config, datamodule.architecture)
     _load_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, settings.checkpoint))
     device = _device(config.trainer)
     images, seconds = attack(generator, datamodule, datamodule.class_names, device, settings.n_images)

@@ -174,7 +174,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         datamodule = ImageDataModule(images, config.data, config.seed)
     else:
         datamodule = build_pairs(config, network)
-        generator = build_generator(config, datamodule.leaked_model.architecture)
+        generator = build_generator(config, datamodule.architecture)
         if description := generator.describe():
             log.info("%s", description)
         module = GITModule(generator, config.optimizer)

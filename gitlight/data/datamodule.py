@@ -21,6 +21,7 @@ from gitlight.data.sampling import LeakSampler, mixed_seed, public_positions
 from gitlight.errors import CheckpointError, ConfigError, DataError
 from gitlight.gradients.channel import build_channel
 from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.sketch import Sketch
 from gitlight.gradients.updates import LocalUpdates, n_local_steps, smallest_local_batch
 from gitlight.leaked.batch_norm import check_batch_statistics
 from gitlight.leaked.model import LeakedModel
@@ -189,6 +190,10 @@ class GradientPairDataModule(ImageDataModule):
     """Makes pairs on the fly, on each rank's own device, from the images of the loaders.
 
     The leaked model is never handed to a generator, which gets its `Architecture`.
+
+    Attributes:
+        leaked_model: the model that leaks.
+        architecture: what generators are built from: the leaked model's, with the sketch if there is one.
     """
 
     def __init__(
@@ -210,12 +215,22 @@ class GradientPairDataModule(ImageDataModule):
             leaked_model.architecture, smallest_local_batch(gradients.updates, settings.client_batch_size)
         )
         self.leaked_model = leaked_model
+        self._channel = build_channel(channel)
+        sketch = None if gradients.sketch.name == "none" else Sketch(leaked_model.architecture, gradients.sketch)
+        self.architecture = (
+            sketch.seen_by_generators(leaked_model.architecture) if sketch else leaked_model.architecture
+        )
         several_steps = n_local_steps(gradients.updates, settings.client_batch_size) > 1
-        self._engine = GradientEngine(leaked_model.network, leaked_model.architecture, gradients)
+        # Channels and local steps act on whole gradients; without them they are sketched as they are made. The map is
+        # linear.
+        whole = bool(channel) or several_steps
+        self._sketch_after = sketch if whole else None
+        self._engine = GradientEngine(
+            leaked_model.network, leaked_model.architecture, gradients, None if whole else sketch
+        )
         self._updates = (
             LocalUpdates(leaked_model.network, leaked_model.architecture, gradients) if several_steps else None
         )
-        self._channel = build_channel(channel)
 
     def prepare(self, batch: Batch, split: str, epoch: int) -> GradientPair:
         """Turn images on a device into pairs there.
@@ -240,6 +255,8 @@ class GradientPairDataModule(ImageDataModule):
             seeds = self._seeds("noise", split, epoch, indices)
             for stage in self._channel:
                 gradients = stage(gradients, seeds)
+        if self._sketch_after is not None:
+            gradients = self._sketch_after(gradients)
         return GradientPair(gradients, images, labels, indices)
 
     def _seeds(self, purpose: str, split: str, epoch: int, indices: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
 from gitlight.data.pair import Gradients
+from gitlight.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,35 @@ class Generator(nn.Module, ABC):
         client_batch_size: ``N``, the number of images to reconstruct from one leak.
         refuses: whether it answers leaks that it cannot invert with NaN, on purpose; they are left out of the loss.
         one_gradient: whether it inverts one gradient exactly, and so takes no updates of several local steps.
+        accepts_sketches: whether it can do with sketches of gradients.
         fitted: whether the closed-form parts have been estimated from pairs (kept in checkpoints).
     """
 
     fitted: Tensor
     refuses: ClassVar[bool] = False
     one_gradient: ClassVar[bool] = False
+    accepts_sketches: ClassVar[bool] = False
 
     def __init__(self, architecture: Architecture, client_batch_size: int) -> None:
         super().__init__()
+        if architecture.sketched and not self.accepts_sketches:
+            raise ConfigError(
+                "gradients.sketch.name: this generator needs whole gradients, and cannot use sketches. "
+                "Give gradients.sketch.name=none, or generator.name=mlp."
+            )
         self.architecture = architecture
         self.client_batch_size = client_batch_size
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        if architecture.sketched:
+            digest = torch.frombuffer(bytearray(architecture.sketch_digest), dtype=torch.uint8)
+            self.register_buffer("sketch_digest", digest)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        """Refuse a state that was trained on another sketch; called by `load_state_dict`."""
+        stored = state_dict.get(f"{prefix}sketch_digest")
+        if stored is not None and bytes(stored.tolist()) != self.architecture.sketch_digest:
+            arguments[-1].append("gradients.sketch is not the one that the generator was trained on.")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @abstractmethod
     def forward(self, gradients: Gradients) -> Tensor:

@@ -21,10 +21,13 @@ class MLPGenerator(Generator):
     With ``scale_inputs`` off it is LTI as published: raw gradients in.
     """
 
+    accepts_sketches = True
+
     def __init__(self, architecture: Architecture, settings: MLPGeneratorConfig, client_batch_size: int = 1) -> None:
         super().__init__(architecture, client_batch_size)
         self.scaling = GradientScaling(architecture) if settings.scale_inputs else None
-        n_inputs, n_outputs = architecture.n_parameters, prod(self.image_shape)
+        n_inputs = sum(shape.numel() for shape in architecture.gradient_shapes.values())
+        n_outputs = prod(self.image_shape)
 
         def build(width: int) -> nn.Sequential:
             sizes = [n_inputs, *[width] * settings.hidden_layers]

@@ -21,9 +21,9 @@ class GradientScaling(nn.Module):
     def __init__(self, architecture: Architecture, names: tuple[str, ...] | None = None) -> None:
         """``names``: the parameters whose gradients are wanted; None: all."""
         super().__init__()
-        shapes = architecture.parameter_shapes
+        shapes = architecture.gradient_shapes
         self._names = tuple(shapes) if names is None else names
-        biases = [name for name, shape in shapes.items() if len(shape) == 1]
+        biases = [name for name, shape in architecture.parameter_shapes.items() if len(shape) == 1]
         self._size_name = biases[-1] if biases else list(shapes)[-1]
         self._n_entries = [shapes[name].numel() for name in self._names]
         self.n_entries = sum(self._n_entries)

@@ -1,7 +1,7 @@
 """The gradient engine: exact gradients, one per leak, on the device where the images are."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,19 @@ from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
+from gitlight.gradients.captured import CapturedGradients
 from gitlight.gradients.functional import functional
-from gitlight.gradients.precision import full_float32
+from gitlight.gradients.layer_gradients import NoRuleError
+from gitlight.gradients.memory import MemoryModel
+from gitlight.gradients.precision import autograd_on, plain_autograd
+from gitlight.gradients.sketch import Sketch
+
+log = logging.getLogger(__name__)
+
+_Make = Callable[[Tensor, Tensor, Gradients], None]
+"""Makes the gradients of a chunk: images, labels, and the tensors to write into."""
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-# Measured on LeNet (docs/decisions.md): the backward pass of vmap holds about three times the activations
-# (their values, their gradients, and the unfolded input of one convolution) and two copies of the gradient.
-_ACTIVATION_COPIES = 3
-_GRADIENT_COPIES = 2
 
 
 class GradientEngine:
@@ -35,13 +39,28 @@ class GradientEngine:
     {'1.weight': (5, 2, 12), '1.bias': (5, 2)}
     """
 
-    def __init__(self, network: nn.Module, architecture: Architecture, settings: GradientsConfig) -> None:
-        """Args: the leaked network, its architecture (for sizes), and method, memory limit and precision."""
+    def __init__(
+        self,
+        network: nn.Module,
+        architecture: Architecture,
+        settings: GradientsConfig,
+        sketch: Sketch | None = None,
+    ) -> None:
+        """Set up; nothing is computed yet.
+
+        Args:
+            network: the leaked network.
+            architecture: its architecture, for sizes.
+            settings: method, memory limit and precision.
+            sketch: what gradients go through as they are made; None: they stay whole.
+        """
         self._network = network
         self._names = tuple(architecture.parameter_shapes)
         self._architecture = architecture
         self._settings = settings
+        self._sketch = sketch
         self._dtype = _DTYPES[settings.dtype]
+        self._captured: dict[Hashable, CapturedGradients | None] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
         """Gradients of ``B`` leaks.
@@ -51,74 +70,98 @@ class GradientEngine:
             labels: ``(B, N)`` int64.
 
         Returns:
-            Parameter name → ``(B, *parameter.shape)``, of the precision ``gradients.dtype``, detached.
+            Parameter name → ``(B, *parameter.shape)``, or ``(B, size)`` where it is sketched; of the precision
+            ``gradients.dtype``, detached.
 
         Raises:
-            ConfigError: one leak alone needs more than ``gradients.memory_limit_gb``.
+            ConfigError: one leak alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method=captured``
+                and an operation has no rule.
         """
-        chunk = self._leaks_per_chunk(len(images), images.shape[1])
-        method = _loop if self._settings.method == "loop" else _vmap
+        captured = self._captured_gradients(images)
         # Lightning validates under inference mode by default; gradients need autograd, and ordinary tensors.
-        with self._plain_autograd(images.device.type):
+        with plain_autograd(images.device.type):
             images = images.clone() if images.is_inference() else images
             labels = labels.clone() if labels.is_inference() else labels
+            method = self._settings.method if captured is None else "captured"
+            memory = MemoryModel.of(
+                self._architecture, "vmap" if method == "auto" else method, self._dtype, self._sketch
+            )
+            chunk = memory.leaks_per_chunk(images, self._settings.memory_limit_gb)
             tensors = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
             tensors = {
                 name: value.detach().to(self._dtype) if value.is_floating_point() else value.detach()
                 for name, value in tensors.items()
             }
-            attacked = {name: tensors.pop(name) for name in self._names}
-            forward = functional(self._network)
-
-            def loss(parameters: dict[str, Tensor], client_images: Tensor, client_labels: Tensor) -> Tensor:
-                logits = forward(parameters | tensors, client_images)
-                return nn.functional.cross_entropy(logits, client_labels)
-
-            gradient = grad(loss)
+            shapes = self._architecture.parameter_shapes if self._sketch is None else self._sketch.shapes
             result = {
-                name: torch.empty(len(images), *value.shape, dtype=self._dtype, device=images.device)
-                for name, value in attacked.items()
+                name: torch.empty(len(images), *shape, dtype=self._dtype, device=images.device)
+                for name, shape in shapes.items()
             }
+            make = self._functional(method, tensors) if captured is None else self._capturing(captured, tensors)
             for start in range(0, len(images), chunk):
                 part = slice(start, start + chunk)
-                made = method(gradient, attacked, images[part].to(self._dtype), labels[part])
-                for name in self._names:
-                    result[name][part] = made[name]
+                make(images[part].to(self._dtype), labels[part], {name: kept[part] for name, kept in result.items()})
         return result
 
-    @staticmethod
-    @contextmanager
-    def _plain_autograd(device_type: str) -> Iterator[None]:
-        """Autograd on, mixed precision and TF32 off, wherever the engine is called from.
+    def _captured_gradients(self, images: Tensor) -> CapturedGradients | None:
+        """The captured method for the network as it is now; None where another is to be used."""
+        if self._settings.method not in ("auto", "captured"):
+            return None
+        modes = tuple(module.training for module in self._network.modules())
+        key = (modes, images.device)
+        if key not in self._captured:
+            device_type = images.device.type
+            try:
+                # torch.export does not work within full_float32.
+                with autograd_on(device_type), sdpa_kernel(_attention(device_type)):
+                    like = torch.empty(0, dtype=self._dtype, device=images.device)
+                    self._captured[key] = CapturedGradients(
+                        self._network, self._names, self._architecture.image_shape, like
+                    )
+            except NoRuleError as error:
+                if self._settings.method == "captured":
+                    raise ConfigError(
+                        f"gradients.method: captured does not fit this leaked model: {error}. "
+                        "Give gradients.method=vmap, or auto."
+                    ) from error
+                log.info("Gradients are made by vmap: %s", error)
+                self._captured[key] = None
+        return self._captured[key]
 
-        Attention is made of plain matrix products, which `full_float32` governs and vmap has rules for. For the fused
-        kernel of CPUs vmap has none: it would warn, and compute one leak at a time.
-        """
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device_type, enabled=False),
-            full_float32(),
-            sdpa_kernel(SDPBackend.MATH),
-        ):
-            yield
+    def _capturing(self, captured: CapturedGradients, tensors: Mapping[str, Tensor]) -> _Make:
+        prepared = captured.prepare(tensors)
+        reductions = {} if self._sketch is None else self._sketch.reductions
 
-    def _leaks_per_chunk(self, n_leaks: int, client_batch_size: int) -> int:
-        """How many leaks are differentiated at once, so that results and workspace stay within the limit."""
-        entry = torch.finfo(self._dtype).bits // 8
-        limit = self._settings.memory_limit_gb * 1e9
-        results = n_leaks * self._architecture.n_parameters * entry
-        workspace = entry * (
-            _GRADIENT_COPIES * self._architecture.n_parameters
-            + _ACTIVATION_COPIES * client_batch_size * self._architecture.n_activations
-        )
-        if results + workspace > limit:
-            raise ConfigError(
-                f"gradients.memory_limit_gb: {self._settings.memory_limit_gb:g} GB is too little: the gradients of "
-                f"{n_leaks} leaks take {results / 1e9:.3g} GB and making one at a time {workspace / 1e9:.3g} GB. "
-                "Raise gradients.memory_limit_gb or lower data.batch_size."
-            )
-        return max(1, min(n_leaks, int((limit - results) // workspace)))
+        def make(images: Tensor, labels: Tensor, results: Gradients) -> None:
+            with sdpa_kernel(_attention(images.device.type)):
+                captured(prepared, images, labels, results, reductions)
+
+        return make
+
+    def _functional(self, method: str, tensors: dict[str, Tensor]) -> _Make:
+        attacked = {name: tensors.pop(name) for name in self._names}
+        forward = functional(self._network)
+
+        def loss(parameters: dict[str, Tensor], client_images: Tensor, client_labels: Tensor) -> Tensor:
+            logits = forward(parameters | tensors, client_images)
+            return nn.functional.cross_entropy(logits, client_labels)
+
+        gradient = grad(loss)
+
+        def make(images: Tensor, labels: Tensor, results: Gradients) -> None:
+            with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
+                made = (_loop if method == "loop" else _vmap)(gradient, attacked, images, labels)
+            if self._sketch is not None:
+                made = self._sketch(made)
+            for name, kept in results.items():
+                kept.copy_(made[name])
+
+        return make
+
+
+def _attention(device_type: str) -> list[SDPBackend]:
+    """The attention kernels that compute in full precision: on GPUs, the fused ones may not."""
+    return [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION] if device_type == "cpu" else [SDPBackend.MATH]
 
 
 _Gradient = Callable[[dict[str, Tensor], Tensor, Tensor], Gradients]

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -16,24 +15,27 @@ def full_float32() -> Iterator[None]:
     and closed-form inversion amplifies it.
     """
     with ExitStack() as restore:
-        for backend in (getattr(torch.backends.cudnn, "conv", torch.backends.cudnn), torch.backends.cuda.matmul):
+        cudnn = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+        # On CPUs, oneDNN would use bfloat16 where `torch.set_float32_matmul_precision` allows it.
+        onednn = [
+            b for b in (getattr(torch.backends.mkldnn, name, None) for name in ("conv", "matmul")) if b is not None
+        ]
+        for backend in (cudnn, torch.backends.cuda.matmul, *onednn):
             restore.callback(_set, backend, _set(backend, "ieee"))
         yield
 
 
 @contextmanager
-def plain_autograd(device_type: str) -> Iterator[None]:
-    """Autograd on, mixed precision and TF32 off, wherever gradients are made from.
+def autograd_on(device_type: str) -> Iterator[None]:
+    """Autograd on and mixed precision off, wherever gradients are made from."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
-    Attention is made of plain matrix products, which `full_float32` governs and vmap has rules for.
-    """
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device_type, enabled=False),
-        full_float32(),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
+
+@contextmanager
+def plain_autograd(device_type: str) -> Iterator[None]:
+    """`autograd_on` in `full_float32`."""
+    with autograd_on(device_type), full_float32():
         yield
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig, UpdatesConfig
@@ -89,7 +90,8 @@ class LocalUpdates:
         """
         chunk = self._clients_per_chunk(len(images), images.shape[1])
         orders = torch.stack([self._order(seed, images.shape[1]) for seed in seeds.tolist()]).to(images.device)
-        with plain_autograd(images.device.type):
+        # For the fused kernels of attention vmap has no rule.
+        with plain_autograd(images.device.type), sdpa_kernel(SDPBackend.MATH):
             # Tensors made in inference mode cannot be differentiated through; copies can.
             images = images.clone() if images.is_inference() else images
             labels = labels.clone() if labels.is_inference() else labels

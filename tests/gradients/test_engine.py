@@ -37,7 +37,7 @@ def relative_error(found, wanted):
     return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
 
 
-@pytest.mark.parametrize("method", ["vmap", "loop", "auto"])
+@pytest.mark.parametrize("method", ["captured", "vmap", "loop", "auto"])
 @pytest.mark.parametrize("client_batch_size", [1, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_gradients_equal_those_of_plain_autograd(network, method, client_batch_size, dtype, tolerance):
@@ -55,13 +55,14 @@ def test_gradients_equal_those_of_plain_autograd(network, method, client_batch_s
 def test_chunks_keep_to_the_limit_and_do_not_change_the_result(network):
     images, labels = torch.rand(7, 2, *SHAPE), torch.randint(N_CLASSES, (7, 2))
     architecture = Architecture.of(network, SHAPE, N_CLASSES)
-    whole = GradientEngine(network, architecture, GradientsConfig(dtype="float64"))(images, labels)
+    whole = GradientEngine(network, architecture, GradientsConfig(method="vmap", dtype="float64"))(images, labels)
     n_forward = []
     network.register_forward_hook(lambda *_: n_forward.append(1))
     results = 7 * architecture.n_parameters
     a_leak = 2 * architecture.n_parameters + 3 * 2 * architecture.n_activations
     for at_once, n_chunks in ((7.5, 1), (2.5, 4), (1.5, 7)):
-        settings = GradientsConfig(dtype="float64", memory_limit_gb=8 * (results + at_once * a_leak) / 1e9)
+        limit = 8 * (results + at_once * a_leak) / 1e9
+        settings = GradientsConfig(method="vmap", dtype="float64", memory_limit_gb=limit)
         n_forward.clear()
         chunked = GradientEngine(network, architecture, settings)(images, labels)
         assert relative_error(chunked, whole) < 1e-12
@@ -73,7 +74,7 @@ def test_gradients_have_full_precision_whatever_the_gpu_would_do(network):
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     network.register_forward_hook(lambda *_: seen.append((conv.fp32_precision, matmul.fp32_precision)))
     before = (conv.fp32_precision, matmul.fp32_precision)
-    engine = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig())
+    engine = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig(method="vmap"))
     engine(torch.rand(2, 1, *SHAPE), torch.zeros(2, 1, dtype=torch.int64))
     assert set(seen) == {("ieee", "ieee")}
     assert (conv.fp32_precision, matmul.fp32_precision) == before

@@ -1,0 +1,286 @@
+"""Gradients per leak from one batched backward pass, by capturing each layer's input and output gradient.
+
+The network runs once for a flat batch of all leaks' images. Where an operation uses leaked parameters, a hook receives
+the gradient δ of its output during the backward pass, and the operation's rule (`layer_gradients`) makes the
+parameters' gradients, leak by leak, from δ and the operation's input at once (Goodfellow 2015, arXiv 1510.01799;
+Rochette et al. 2019, arXiv 1912.06015). Autograd itself never computes a gradient of a parameter.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.node import map_arg
+
+from gitlight.architecture import ImageShape
+from gitlight.gradients.layer_gradients import Call, Layout, NoRuleError
+from gitlight.gradients.tracing import Step, trace
+
+Reduction = Callable[[Tensor], Tensor]
+"""What a gradient ``(B, *shape)`` goes through before it is kept."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network's tensors for one call: everything that does not depend on images.
+
+    Attributes:
+        externals: the tensors of the graph, detached.
+        folded: step number → further values of a convolution that has absorbed its norm.
+        roots: tensors computed from leaked parameters, with their autograd graphs.
+        leaves: the leaked parameters at the ends of those graphs.
+    """
+
+    externals: Mapping[str, Tensor]
+    folded: Mapping[int, Mapping[str, Tensor]]
+    roots: Mapping[str, Tensor]
+    leaves: Mapping[str, Tensor]
+
+
+class CapturedGradients:
+    """The gradients of one network in one mode, on one device, in one precision."""
+
+    def __init__(self, network: nn.Module, names: tuple[str, ...], image_shape: ImageShape, images: Tensor) -> None:
+        """Trace the network and try every rule on two images.
+
+        Args:
+            network: the leaked network, in the mode in which it leaks.
+            names: parameters whose gradients are wanted.
+            image_shape: ``(C, H, W)``.
+            images: any tensor of the device and precision of the images.
+
+        Raises:
+            NoRuleError: a rule is missing or does not fit; the message names the operation.
+        """
+        self._names = frozenset(names)
+        self._traced = trace(network, self._names, image_shape, images.dtype, images.device)
+        tensors = {name: t.detach() for name, t in (*network.named_parameters(), *network.named_buffers())}
+        tensors = {name: t.to(images) if t.is_floating_point() else t for name, t in tensors.items()}
+        prepared = self.prepare(tensors)
+        self._find_layouts(prepared, images.new_zeros(3, *image_shape))
+        two = images.new_zeros(2, *image_shape)
+        trial = _Chunk(self._traced.steps, prepared, 1, None)
+        try:
+            self._backward(trial, two, torch.zeros(2, dtype=torch.int64, device=images.device), 2)
+        except RuntimeError as error:
+            raise NoRuleError(f"its graph does not run: {next(iter(str(error).splitlines()), '')}") from error
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> Prepared:
+        """What many chunks share.
+
+        Args:
+            tensors: the network's parameters and buffers by name, detached, of the images' precision.
+        """
+        traced = self._traced
+        values = {**traced.constants, **{name: tensors[target] for name, target in traced.held.items()}}
+        leaves: dict[str, Tensor] = {}
+        if traced.prologue:
+            leaves = {name: tensors[name].detach().requires_grad_() for name in self._names}
+            values |= {name: leaves[target] for name, target in traced.held.items() if target in leaves}
+        for node in traced.prologue:
+            given: Any = map_arg((node.args, node.kwargs), lambda n: values[n.name])
+            operation: Any = node.target
+            values[node.name] = operation(*given[0], **given[1])
+        roots = {
+            name: value
+            for name, value in values.items()
+            if name not in traced.held and isinstance(value, Tensor) and value.requires_grad
+        }
+        externals = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
+        folded = {n: _fold(step, externals) for n, step in enumerate(traced.steps) if step.norm is not None}
+        return Prepared(externals, folded, roots, leaves)
+
+    def __call__(
+        self,
+        prepared: Prepared,
+        images: Tensor,
+        labels: Tensor,
+        results: Mapping[str, Tensor],
+        reduce: Mapping[str, Reduction] | None = None,
+    ) -> None:
+        """Write the gradients of ``B`` leaks.
+
+        Args:
+            prepared: by `prepare`.
+            images: ``(B, N, C, H, W)``.
+            labels: ``(B, N)``.
+            results: parameter name → ``(B, …)`` to write into.
+            reduce: parameter name → what its gradient ``(B, *shape)`` goes through before it is kept.
+        """
+        held = self._traced.held
+        chunk = _Chunk(self._traced.steps, prepared, len(images), results, reduce or {}, held)
+        self._backward(chunk, images.flatten(0, 1), labels.flatten(), images.shape[1])
+        chunk.finish()
+
+    def _backward(self, chunk: "_Chunk", images: Tensor, labels: Tensor, per_leak: int) -> None:
+        logits = self._traced.body(chunk, images, chunk.prepared.externals)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / per_leak
+        if chunk.starts:
+            torch.autograd.grad(loss, chunk.starts, allow_unused=True)
+
+    @torch.no_grad()
+    def _find_layouts(self, prepared: Prepared, images: Tensor) -> None:
+        """See where each step has its examples, from the NaN that one of three images is made of."""
+        images[1] = float("nan")
+        self._traced.body(_Probe(self._traced.steps, prepared), images, prepared.externals)
+
+
+def _fold(step: Step, externals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    norm = step.norm
+    assert norm is not None
+    weight, bias = (externals.get(_source(step, name)) for name in ("weight", "bias"))
+    assert weight is not None
+    mean, rstd = externals[norm.mean], (externals[norm.variance] + norm.epsilon).rsqrt()
+    scale = rstd if norm.gamma is None else rstd * externals[norm.gamma]
+    shift = -mean if bias is None else bias - mean
+    folded_bias = shift * scale if norm.beta is None else torch.addcmul(externals[norm.beta], shift, scale)
+    values = {"conv_weight": weight, "scale": scale, "rstd": rstd, "shift": shift}
+    return values | {"weight": weight * scale.view(-1, 1, 1, 1), "bias": folded_bias}
+
+
+def _source(step: Step, argument: str) -> str:
+    slot = step.arguments[argument]
+    return (step.sources[slot.position] or "") if slot is not None else ""
+
+
+class _Recorder:
+    """Runs the steps of a traced network."""
+
+    def __init__(self, steps: tuple[Step, ...], prepared: Prepared) -> None:
+        self._steps = steps
+        self.prepared = prepared
+
+    def _values(self, number: int, computed: tuple[Any, ...]) -> dict[str, Any]:
+        step, left = self._steps[number], iter(computed)
+        externals = self.prepared.externals
+        values = step.bind([next(left) if name is None else externals[name] for name in step.sources])
+        values.update(self.prepared.folded.get(number, {}))
+        return values
+
+
+class _Probe(_Recorder):
+    """Finds the steps' layouts."""
+
+    def run(self, number: int, *computed: Any) -> Tensor:
+        step = self._steps[number]
+        values = self._values(number, computed)
+        output = step.apply(values)
+        for argument, shape in step.symbolic.items():
+            step.layouts[argument] = _layout(values.get(argument, output), shape, step)
+        return output
+
+
+def _layout(tensor: Tensor, shape: Any, step: Step) -> Layout:
+    """Where the second of three images is, from its NaN."""
+    batch = [dim for dim, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+    if len(batch) != 1:
+        raise NoRuleError(f"{step.place} has the images in {len(batch)} of its dimensions")
+    (dim,) = batch
+    marked = tensor.isnan().movedim(dim, 0).flatten(1).any(1)
+    per_image = len(marked) // 3
+    for outer in (n for n in range(1, per_image + 1) if per_image % n == 0):
+        pattern = marked.view(outer, 3, -1)
+        if not pattern[:, [0, 2]].any() and (pattern.any() or per_image == 1):
+            return Layout(dim, outer, per_image // outer)
+    raise NoRuleError(f"{step.place} ties images together")
+
+
+class _Chunk(_Recorder):
+    """One chunk's forward pass, and the hooks of its backward pass."""
+
+    def __init__(
+        self,
+        steps: tuple[Step, ...],
+        prepared: Prepared,
+        n_leaks: int,
+        results: Mapping[str, Tensor] | None,
+        reduce: Mapping[str, Reduction] = {},
+        held: Mapping[str, str] = {},
+    ) -> None:
+        super().__init__(steps, prepared)
+        self._n_leaks = n_leaks
+        self._results = results
+        self._reduce = reduce
+        self._held = held
+        self._written: set[str] = set()
+        self._of_roots: dict[str, Tensor] = {}
+        self.starts: list[Tensor] = []
+
+    def run(self, number: int, *computed: Any) -> Tensor:
+        step = self._steps[number]
+        values = self._values(number, computed)
+        output = step.apply(values)
+        if not output.requires_grad:
+            output.requires_grad_()
+            self.starts.append(output)
+        output.register_hook(partial(self._collect, step, values))
+        return output
+
+    def _collect(self, step: Step, values: dict[str, Any], delta: Tensor) -> None:
+        made: dict[str, Tensor] = {}
+
+        def destination(argument: str) -> Tensor | None:
+            source = step.names.get(argument)
+            if source is None:
+                return None
+            if argument not in made:
+                made[argument] = self._destination(source)
+            return made[argument]
+
+        try:
+            step.rule(Call(step.kind, values, step.layouts, self._n_leaks, destination), delta)
+        except NoRuleError as error:
+            raise NoRuleError(f"{step.place}: {error}") from error
+        for argument, gradient in made.items():
+            self._keep(step.names[argument], gradient)
+
+    def _destination(self, source: str) -> Tensor:
+        """The result itself, if nothing is in it yet; else a tensor to be added to it."""
+        target = self._held.get(source)
+        direct = target is not None and target not in self._written and target not in self._reduce
+        if direct and self._results is not None:
+            return self._results[target]  # type: ignore[index]
+        value = self.prepared.externals[source]
+        return value.new_empty(self._n_leaks, *value.shape)
+
+    def _keep(self, source: str, gradient: Tensor) -> None:
+        if self._results is None:
+            return
+        if source in self._held:
+            self._add(self._held[source], gradient)
+        elif source in self._of_roots:
+            self._of_roots[source] += gradient
+        else:
+            self._of_roots[source] = gradient
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        assert self._results is not None
+        kept = self._results[name]
+        if name in self._reduce:
+            gradient = self._reduce[name](gradient)
+        if name in self._written:
+            kept += gradient
+        elif gradient is not kept:
+            kept.copy_(gradient)
+        self._written.add(name)
+
+    def finish(self) -> None:
+        """Carry the gradients of tensors computed from parameters back to these; zero for parameters without use."""
+        assert self._results is not None
+        leaves = self.prepared.leaves
+        for source, gradient in self._of_roots.items():
+            root = self.prepared.roots.get(source)
+            if root is None:  # behind a detach
+                continue
+            carried = torch.autograd.grad(
+                root, list(leaves.values()), gradient, is_grads_batched=True, allow_unused=True, retain_graph=True
+            )
+            for name, part in zip(leaves, carried, strict=True):
+                if part is not None:
+                    self._add(name, part)
+        for name, kept in self._results.items():
+            if name not in self._written:
+                kept.zero_()

@@ -1,0 +1,97 @@
+"""How many leaks are differentiated at once: memory, counted before it is used."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from gitlight.architecture import Architecture
+from gitlight.errors import ConfigError
+from gitlight.gradients.sketch import Sketch
+
+# Workspace of a chunk on a CPU: larger ones gain nothing (docs/decisions.md).
+_CPU_CHUNK_BYTES = 256e6
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Entries that a method holds, counted from the architecture.
+
+    Attributes:
+        method: ``captured``, or another.
+        entry_bytes: bytes of an entry.
+        result: entries that each leak's result has.
+        fixed: entries of workspace, whatever the number of leaks.
+        per_leak: entries of workspace for each leak that is made at once.
+        per_image: entries of workspace for each of its images.
+    """
+
+    method: str
+    entry_bytes: int
+    result: int
+    fixed: int
+    per_leak: int
+    per_image: int
+
+    @classmethod
+    def of(cls, architecture: Architecture, method: str, dtype: torch.dtype, sketch: Sketch | None) -> "MemoryModel":
+        """The model of one method. The factors are measured (docs/decisions.md)."""
+        whole = architecture.n_parameters
+        result = whole if sketch is None else sum(prod(shape) for shape in sketch.shapes.values())
+        entry = torch.finfo(dtype).bits // 8
+        attention = sum(
+            prod(layer.output_shape[:-1]) * layer.input_shapes[1][-2]
+            for layer in architecture.layers
+            if layer.kind == "scaled_dot_product_attention"
+        )
+        activations = architecture.n_activations
+        if method == "captured":
+            sketched = (
+                [] if sketch is None else [architecture.parameter_shapes[name].numel() for name in sketch.reductions]
+            )
+            return cls(
+                method,
+                entry,
+                result,
+                whole,
+                2 * max(sketched, default=0),
+                3 * activations + 3 * _largest_unfolded(architecture),
+            )
+        # Values, their gradients, the unfolded input of a convolution; two copies of the gradient.
+        return cls(method, entry, result, 0, 2 * whole, 3 * activations + 3 * attention)
+
+    def leaks_per_chunk(self, images: Tensor, limit_gb: float) -> int:
+        """How many leaks to make at once.
+
+        Args:
+            images: all of them, ``(B, N, C, H, W)``.
+            limit_gb: for results and workspace together.
+
+        Raises:
+            ConfigError: one at a time needs more.
+        """
+        n_leaks, per_leak = images.shape[:2]
+        results = n_leaks * self.result * self.entry_bytes
+        fixed = self.fixed * self.entry_bytes
+        each = (self.per_leak + per_leak * self.per_image) * self.entry_bytes
+        if results + fixed + each > limit_gb * 1e9:
+            raise ConfigError(
+                f"gradients.memory_limit_gb: {limit_gb:g} GB is too little: the gradients of "
+                f"{n_leaks} leaks take {results / 1e9:.3g} GB and making one at a time {(fixed + each) / 1e9:.3g} GB. "
+                "Raise gradients.memory_limit_gb or lower data.batch_size."
+            )
+        chunk = int((limit_gb * 1e9 - results - fixed) // each)
+        if self.method == "captured" and images.device.type == "cpu":
+            chunk = min(chunk, max(1, int(_CPU_CHUNK_BYTES / (per_leak * self.per_image * self.entry_bytes))))
+        return max(1, min(n_leaks, chunk))
+
+
+def _largest_unfolded(architecture: Architecture) -> int:
+    """Entries of the largest unfolded input of a convolution, for one image."""
+    sizes = [
+        layer.input_shape[0] * prod(layer.weight_shape[2:]) * prod(layer.output_shape[1:])
+        for layer in architecture.layers
+        if layer.kind == "conv2d"
+    ]
+    return max(sizes, default=0)

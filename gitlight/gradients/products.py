@@ -1,0 +1,71 @@
+"""Matrix products, by the library that is fastest for their size.
+
+On CPUs, PyTorch multiplies float32 matrices by MKL and convolves by oneDNN. MKL keeps to AVX2 on processors that
+are not Intel's; oneDNN uses AVX-512 wherever there is any, and is up to twice as fast (docs/decisions.md).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Multiplications and additions from which on one call of oneDNN for each matrix pays.
+_LEAST_WORK = 4e6
+
+
+def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write ``Σ_n left_n @ right_n`` of ``(B, N, O, L)`` and ``(B, N, L, I)`` to ``out``, ``(B, O, I)``.
+
+    The products of a leak's images are summed as they are made: none but one is held.
+    """
+    if left.shape[1] == left.shape[3] == 1:  # an outer product: for this, bmm is twice as slow
+        torch.mul(left[:, 0], right[:, 0], out=out)
+    elif left.shape[3] >= 32 and _by_onednn(left, 2 * left[0, 0].numel() * right.shape[3]):
+        for leak in range(len(left)):
+            out[leak] = _onednn(left[leak, 0], right[leak, 0].t(), None)
+            for image in range(1, left.shape[1]):
+                out[leak] += _onednn(left[leak, image], right[leak, image].t(), None)
+    else:
+        torch.bmm(left[:, 0], right[:, 0], out=out)
+        for image in range(1, left.shape[1]):
+            out.baddbmm_(left[:, image], right[:, image])
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Wᵀ + b`` where no gradient of ``W`` and ``b`` is wanted from autograd."""
+    if _by_onednn(x, 2 * x.numel() * len(weight)):
+        result: Tensor = _FrozenLinear.apply(x, weight, bias)
+        return result
+    return F.linear(x, weight, bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _onednn(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, None, None]:
+        (delta,), (weight,) = deltas, ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return _onednn(delta.reshape(-1, delta.shape[-1]), weight.t(), None).view(*delta.shape[:-1], -1), None, None
+
+
+def _by_onednn(tensor: Tensor, work: int) -> bool:
+    fits = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and work >= _LEAST_WORK
+    return fits and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # For matrices with gaps between their rows, oneDNN falls back to a kernel a thousand times as slow.
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+    return result
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    if matrix.is_contiguous() or matrix.t().is_contiguous():
+        return matrix
+    return matrix.contiguous() if matrix.stride(1) == 1 else matrix.t().contiguous().t()

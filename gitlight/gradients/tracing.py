@@ -1,0 +1,332 @@
+"""The leaked network as a graph for any number of images, with every operation that uses a leaked parameter marked."""
+
+import copy
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+
+from gitlight.architecture import ImageShape
+from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
+from gitlight.gradients.products import frozen_linear
+
+# Any number but 0 and 1, which torch.export would take for constants.
+_TRACED_IMAGES = 7
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an argument's value is among the tensors that a step is given."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """The batch norm that a convolution absorbs: names of its tensors in the graph; None where it has none."""
+
+    gamma: str | None
+    beta: str | None
+    mean: str
+    variance: str
+    epsilon: float
+
+
+@dataclass
+class Step:
+    """An operation that uses leaked parameters.
+
+    Attributes:
+        place: the operation and its module, for messages.
+        kind: its name, by which its rule is found.
+        operation: the ATen operation.
+        arguments: by name; a `Slot` where the value is given at run time.
+        sources: for each slot, the external tensor's name; None for what is computed from images.
+        names: argument → external tensor whose gradient is wanted.
+        norm: a batch norm folded into a convolution.
+        layouts: argument → where its examples are; found by `captured.CapturedGradients`.
+        symbolic: the same arguments' symbolic shapes.
+    """
+
+    place: str
+    kind: str
+    operation: Any
+    rule: Rule
+    arguments: dict[str, Any]
+    sources: list[str | None]
+    names: dict[str, str]
+    norm: FoldedNorm | None = None
+    symbolic: dict[str, Sequence[Any]] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+
+    def bind(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        """The arguments with their values."""
+        bound = map_aggregate(self.arguments, lambda a: tensors[a.position] if isinstance(a, Slot) else a)
+        return dict(bound)
+
+    def apply(self, values: Mapping[str, Any]) -> Tensor:
+        """The operation's result."""
+        if self.kind == "linear":
+            return frozen_linear(values["input"], values["weight"], values["bias"])
+        schema = self.operation._schema.arguments
+        positional = [values[a.name] for a in schema if not a.kwarg_only]
+        result: Tensor = self.operation(*positional, **{a.name: values[a.name] for a in schema if a.kwarg_only})
+        return result
+
+
+@dataclass(frozen=True)
+class TracedNetwork:
+    """A network in three parts.
+
+    Attributes:
+        constants: tensors that the network makes for itself, by name.
+        held: name in the graph → name of the parameter or buffer in the network.
+        prologue: operations on parameters and buffers alone, run once for many images.
+        body: the rest, as ``body(recorder, image, externals)``; a step is ``recorder.run(number, *tensors)``.
+        steps: the operations that use leaked parameters.
+    """
+
+    constants: Mapping[str, Tensor]
+    held: Mapping[str, str]
+    prologue: tuple[fx.Node, ...]
+    body: Any
+    steps: tuple[Step, ...]
+
+
+def trace(
+    network: nn.Module, leaked: frozenset[str], image_shape: ImageShape, dtype: torch.dtype, device: torch.device
+) -> TracedNetwork:
+    """Trace a network in its present mode (training or evaluation).
+
+    Args:
+        network: images ``(S, C, H, W)`` to logits.
+        leaked: names of the parameters whose gradients are wanted, by ``named_parameters``.
+        image_shape: ``(C, H, W)``.
+        dtype: precision of the images.
+        device: where images are.
+
+    Raises:
+        NoRuleError: it cannot be traced for any number of images, is random or ties its images together in this mode,
+            or an operation uses a leaked parameter in a way that no rule covers. The message names it.
+    """
+    exported = _export(network, image_shape, dtype, device)
+    signature = exported.graph_signature
+    held = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
+    lifted = dict(getattr(signature, "inputs_to_lifted_tensor_constants", {}))
+    constants = {name: exported.constants[target].to(device) for name, target in lifted.items()}
+    owners = {id(p): name for name, p in network.named_parameters()}
+    canonical = {name: owners.get(id(p), name) for name, p in network.named_parameters(remove_duplicate=False)}
+    held = {name: canonical.get(target, target) for name, target in held.items()}
+    builder = _Builder(held, constants, leaked, frozenset(signature.user_inputs))
+    for node in exported.graph.nodes:
+        builder.add(node)
+    return TracedNetwork(constants, held, tuple(builder.prologue), builder.module(), tuple(builder.steps))
+
+
+def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype, device: torch.device) -> Any:
+    tensors = [*network.parameters(), *network.buffers()]
+    same = all(t.dtype == dtype and t.device == device for t in tensors if t.is_floating_point())
+    # Modules are copied, as their hooks are not to see the tracing; weights only where they have another precision.
+    twin = copy.deepcopy(network, {id(t): t for t in tensors} if same else {})
+    if not same:
+        twin = twin.to(device, dtype)
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    images = torch.zeros(_TRACED_IMAGES, *image_shape, dtype=dtype, device=device)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            shapes = ({0: torch.export.Dim("batch")},)
+            return torch.export.export(twin, (images,), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises many kinds, its own and the model's
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise NoRuleError(f"torch.export cannot trace the model for any number of images: {first_line}") from error
+
+
+class _Builder:
+    """Sorts the nodes of an exported graph into a `TracedNetwork`."""
+
+    def __init__(
+        self, held: Mapping[str, str], constants: Mapping[str, Tensor], leaked: frozenset[str], inputs: frozenset[str]
+    ) -> None:
+        self._external = set(held) | set(constants)
+        self._wanted = {name for name, target in held.items() if target in leaked}
+        self._inputs = inputs
+        self._graph = fx.Graph()
+        self._recorder = self._graph.placeholder("recorder")
+        self._image = self._graph.placeholder("image")
+        self._externals = self._graph.placeholder("externals")
+        self._known: dict[fx.Node, fx.Node] = {}
+        self._fetched: dict[str, fx.Node] = {}
+        self._after_step: set[fx.Node] = set()
+        self._folded: dict[fx.Node, fx.Node] = {}
+        self.prologue: list[fx.Node] = []
+        self.steps: list[Step] = []
+
+    def module(self) -> fx.GraphModule:
+        return fx.GraphModule(nn.Module(), self._graph)
+
+    def add(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            if node.name in self._inputs:
+                self._known[node] = self._image
+        elif node.op == "output":
+            self._graph.output(self._known[node.args[0][0]])  # type: ignore[index]
+        elif node.op != "call_function" or not _plain(node.target):
+            raise NoRuleError(f"{node.target} of {_place(node)} runs a graph of its own")
+        elif _mixes_images(node):
+            raise NoRuleError(f"{_place(node)} is in training mode")
+        elif not any(source in self._known for source in node.all_input_nodes):
+            self._external.add(node.name)
+            self.prologue.append(node)
+            if any(source.name in self._wanted for source in node.all_input_nodes):
+                self._wanted.add(node.name)
+        elif (norm := _norm_to_fold(node)) is not None and norm.all_input_nodes[0] is node and self._direct(norm):
+            self._folded[norm] = node  # the convolution is run with its norm
+            self._known[node] = self._known[node.all_input_nodes[0]]
+        elif node in self._folded:
+            self._step(self._folded[node], norm=node)
+        elif any(source.name in self._wanted for source in node.all_input_nodes):
+            self._step(node)
+        else:
+            self._copy(node)
+
+    def _direct(self, norm: fx.Node) -> bool:
+        conv = norm.all_input_nodes[0]
+        tensors = [*conv.all_input_nodes[1:], *norm.all_input_nodes[1:]]
+        held = all(source.op == "placeholder" and source.name in self._external for source in tensors)
+        return held and any(source.name in self._wanted for source in tensors)
+
+    def _copy(self, node: fx.Node) -> None:
+        target = node.target
+        first = node.args[0] if node.args else None
+        schema: Any = getattr(target, "_schema", None)
+        overwrites = schema is not None and schema.name.endswith("_") and not schema.name.endswith("__")
+        # A step without steps before it starts the backward pass; autograd forbids to overwrite such a result.
+        starts = isinstance(first, fx.Node) and self._known.get(first) in self._starts()
+        if overwrites and starts:
+            packet = getattr(torch.ops.aten, schema.name.split("::")[-1].removesuffix("_"))
+            target = getattr(packet, schema.overload_name or "default")
+        copied = self._graph.create_node(
+            "call_function", target, map_arg(node.args, self._value), map_arg(node.kwargs, self._value)
+        )
+        self._known[node] = copied
+        if overwrites and starts:
+            former = self._known[first]  # type: ignore[index]
+            self._known = {n: copied if known is former else known for n, known in self._known.items()}
+        if any(source in self._after_step for source in copied.all_input_nodes):
+            self._after_step.add(copied)
+
+    def _starts(self) -> set[fx.Node]:
+        return {n for n in self._after_step if not any(s in self._after_step for s in n.all_input_nodes)}
+
+    def _step(self, node: fx.Node, norm: fx.Node | None = None) -> None:
+        operation: Any = node.target
+        kind = operation._schema.name.split("::")[-1] if hasattr(operation, "_schema") else str(operation)
+        kind = f"{kind}_batch_norm" if norm is not None else kind
+        rule = rule_for(kind)
+        if rule is None:
+            raise NoRuleError(f"{_place(node)} uses a parameter, and there is no rule for {kind}")
+        sources: list[fx.Node] = []
+
+        def slot(source: fx.Node) -> Any:
+            if source not in sources:
+                sources.append(source)
+            return Slot(sources.index(source))
+
+        given = _arguments(node)
+        arguments = {name: map_arg(value, slot) for name, value in given.items()}
+        names = {name: v.name for name, v in given.items() if isinstance(v, fx.Node) and v.name in self._wanted}
+        nested = {v.name for v in sources if v.name in self._wanted} - set(names.values())
+        if nested:
+            raise NoRuleError(f"{_place(node)} takes parameters in a list, and its rule does not")
+        step = Step(_place(node), kind, operation, rule, arguments, [], names)
+        step.sources = [None if source in self._known else source.name for source in sources]
+        step.symbolic = {
+            name: tuple(v.meta["val"].shape)
+            for name, v in given.items()
+            if isinstance(v, fx.Node) and v in self._known and isinstance(v.meta["val"], Tensor)
+        }
+        step.symbolic["output"] = tuple(node.meta["val"].shape)
+        if norm is not None:
+            step.norm = _fold(step, norm, self._wanted)
+        computed = [self._value(source) for source in sources if source in self._known]
+        run = self._graph.call_method("run", (self._recorder, len(self.steps), *computed))
+        self._known[norm if norm is not None else node] = run
+        self._after_step.add(run)
+        self.steps.append(step)
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        if node in self._known:
+            return self._known[node]
+        if node.name not in self._fetched:
+            # All externals are read at the start: values in the middle could come after a use of theirs.
+            with self._graph.inserting_after(self._externals):
+                self._fetched[node.name] = self._graph.call_function(operator.getitem, (self._externals, node.name))
+        return self._fetched[node.name]
+
+
+def _fold(step: Step, norm: fx.Node, wanted: set[str]) -> FoldedNorm:
+    """Turn a convolution's step into that of the convolution and its norm."""
+    given = _arguments(norm)
+    step.names = {f"conv_{name}": source for name, source in step.names.items()}
+    tensors: dict[str, Any] = {}
+    for argument, name in (("gamma", "weight"), ("beta", "bias")):
+        tensors[argument] = given[name].name if given[name] is not None else None
+        if tensors[argument] in wanted:
+            step.names[argument] = tensors[argument]
+    mean, variance = given["running_mean"].name, given["running_var"].name
+    return FoldedNorm(**tensors, mean=mean, variance=variance, epsilon=given["eps"])
+
+
+def _norm_to_fold(node: fx.Node) -> fx.Node | None:
+    """The batch norm that alone takes a convolution's result."""
+    if node.target != torch.ops.aten.conv2d.default or len(node.users) != 1:
+        return None
+    (user,) = node.users
+    return user if user.target == torch.ops.aten.batch_norm.default and not _arguments(user)["training"] else None
+
+
+def _plain(target: Any) -> bool:
+    """Whether a node calls an ATen operation or computes with sizes."""
+    if isinstance(target, torch._ops.OpOverload):
+        return True
+    return getattr(target, "__module__", "") in ("_operator", "operator", "math", "builtins", "torch")
+
+
+def _mixes_images(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, or normalises over the batch."""
+    kind = getattr(node.target, "_schema", None)
+    name = kind.name.split("::")[-1].removesuffix("_") if kind is not None else ""
+    given = _arguments(node) if kind is not None else {}
+    if name == "batch_norm":
+        return bool(given["training"])
+    return "dropout" in name and bool(given.get("train")) and given.get("p", 0) > 0
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by name, defaults filled in."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    found: dict[str, Any] = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            found[argument.name] = node.args[position]
+        else:
+            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return found
+
+
+def _place(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0] if stack else ""
+    kind = getattr(node.target, "_schema", None)
+    name = kind.name.split("::")[-1] if kind is not None else str(node.target)
+    return f"{name} {path!r}" if path else f"{name} {node.name!r}"

@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from gitlight.architecture import Architecture
+from gitlight.config import ExactGeneratorConfig, GradientsConfig, LeNetConfig, MLPGeneratorConfig, SketchConfig
+from gitlight.errors import ConfigError
+from gitlight.generators.exact.generator import ExactGenerator
+from gitlight.generators.mlp import MLPGenerator
+from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.sketch import Sketch
+from gitlight.leaked.lenet import lenet
+
+SHAPE = (3, 16, 16)
+SETTINGS = SketchConfig(name="count", size=64)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return lenet(LeNetConfig(width=4), SHAPE, 10)
+
+
+@pytest.fixture
+def architecture(network):
+    return Architecture.of(network, SHAPE, 10)
+
+
+def drawn(architecture, n_leaks=3):
+    return {
+        name: torch.randn(n_leaks, *shape, dtype=torch.float64) for name, shape in architecture.parameter_shapes.items()
+    }
+
+
+def test_weights_are_sketched_and_the_last_layer_and_biases_are_kept(architecture):
+    shapes = Sketch(architecture, SETTINGS).shapes
+    assert list(shapes) == list(architecture.parameter_shapes)
+    for name, shape in architecture.parameter_shapes.items():
+        assert shapes[name] == ((64,) if name.startswith("conv") and name.endswith("weight") else shape)
+
+
+def test_patterns_choose_what_is_kept(architecture):
+    settings = SketchConfig(name="count", size=64, keep_exact=["conv1.*"])
+    shapes = Sketch(architecture, settings).shapes
+    assert shapes["conv1.weight"] == (4, 3, 5, 5)
+    assert shapes["linear.weight"] == (64,)
+    with pytest.raises(ConfigError, match=r"gradients.sketch.keep_exact: 'head.\*' fits no parameter.*conv1.weight"):
+        Sketch(architecture, SketchConfig(name="count", keep_exact=["head.*"]))
+
+
+def test_a_sketch_is_linear_and_keeps_the_norm_in_expectation(architecture):
+    sketch, left, right = Sketch(architecture, SETTINGS), drawn(architecture), drawn(architecture)
+    mixed = sketch({name: 2 * left[name] - right[name] for name in left})
+    for name in left:
+        torch.testing.assert_close(mixed[name], 2 * sketch(left)[name] - sketch(right)[name])
+    many = [Sketch(architecture, SketchConfig(name="count", size=64, seed=seed)) for seed in range(200)]
+    squares = torch.stack([other(left)["conv2.weight"].square().sum(1) for other in many]).mean(0)
+    torch.testing.assert_close(squares, left["conv2.weight"].flatten(1).square().sum(1), rtol=0.1, atol=0)
+
+
+def test_a_sketch_depends_on_its_seed_alone(architecture):
+    gradients = drawn(architecture)
+    first, again = Sketch(architecture, SETTINGS), Sketch(architecture, SETTINGS)
+    other = Sketch(architecture, SketchConfig(name="count", size=64, seed=1))
+    torch.manual_seed(5)
+    assert torch.equal(first(gradients)["conv2.weight"], again(gradients)["conv2.weight"])
+    assert first.digest == again.digest != other.digest
+
+
+@pytest.mark.parametrize("method", ["captured", "vmap", "loop"])
+@pytest.mark.parametrize("client_batch_size", [1, 3])
+def test_sketches_made_layer_by_layer_are_those_of_whole_gradients(network, architecture, method, client_batch_size):
+    images, labels = torch.rand(4, client_batch_size, *SHAPE), torch.randint(10, (4, client_batch_size))
+    sketch = Sketch(architecture, SETTINGS)
+    whole = GradientEngine(network, architecture, GradientsConfig(method="loop", dtype="float64"))(images, labels)
+    for dtype, tolerance in (("float64", 1e-10), ("float32", 1e-5)):
+        settings = GradientsConfig(method=method, dtype=dtype)
+        found = GradientEngine(network, architecture, settings, sketch)(images, labels)
+        assert {name: gradient.shape[1:] for name, gradient in found.items()} == dict(sketch.shapes)
+        for name, wanted in sketch(whole).items():
+            assert (found[name] - wanted).norm() / wanted.norm() < tolerance
+
+
+def test_generators_take_sketches_or_say_that_they_cannot(architecture):
+    sketch = Sketch(architecture, SETTINGS)
+    seen = sketch.seen_by_generators(architecture)
+    generator = MLPGenerator(seen, MLPGeneratorConfig(hidden_size=8))
+    gradients = {name: gradient.float() for name, gradient in sketch(drawn(architecture)).items()}
+    assert generator(gradients).shape == (3, 1, *SHAPE)
+    with pytest.raises(ConfigError, match=r"gradients.sketch.name.*whole gradients"):
+        ExactGenerator(seen, ExactGeneratorConfig())
+
+
+def test_a_generator_does_not_load_the_state_of_another_sketch(architecture):
+    made = []
+    for seed in (0, 0, 1):
+        sketch = Sketch(architecture, SketchConfig(name="count", size=64, seed=seed))
+        made.append(MLPGenerator(sketch.seen_by_generators(architecture), MLPGeneratorConfig(hidden_size=8)))
+    made[1].load_state_dict(made[0].state_dict())
+    with pytest.raises(RuntimeError, match=r"gradients.sketch is not the one"):
+        made[2].load_state_dict(made[0].state_dict())

@@ -327,7 +327,9 @@ class ExactGeneratorConfig(GeneratorConfig):
         choices=["layers", "image"],
     )
     start: str | None = setting(
-        None, "weights to start from: layerwise (fit them first), or a run's folder or checkpoint; null: none"
+        None,
+        "weights that descent and gradient matching start from: layerwise (fit them first), or a run's folder or "
+        "checkpoint; null: none",
     )
     noise: float | None = setting(
         None,

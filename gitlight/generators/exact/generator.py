@@ -1,6 +1,6 @@
 """Exact-GIT: back-propagation inverted with estimated weights, fitted layer by layer or trained by descent."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -131,12 +131,11 @@ class ExactGenerator(Generator):
 
     def _fits(self) -> Iterator[PairFit]:
         start = self._settings.start
-        if start is not None and start != "layerwise":
-            self._start_from(Path(start))
+        found = {} if start is None or start == "layerwise" else self._weights_of(Path(start))
         if self._settings.fit == "layerwise" or start == "layerwise":
-            yield from self.inversion.fits(self._settings.matching_epochs)
-            if self._settings.fit == "descent":
-                self._take(self.inversion.weights())
+            yield from self.inversion.fits(self._settings.matching_epochs, found)
+            found = self.inversion.weights()
+        self._take(found)
         yield _SecondFit(self)
         if self.ridge is not None:
             yield _FallbackFit(self, self.ridge)
@@ -225,7 +224,7 @@ class ExactGenerator(Generator):
                 status[good] = worsen(status[good], kept.structured & (kept.second > limit), Status.SEVERAL_IMAGES)
         return status
 
-    def _start_from(self, path: Path) -> None:
+    def _weights_of(self, path: Path) -> dict[str, Tensor]:
         """Weights of another run of `exact`, whichever way they were found."""
         file = checkpoint_path(path, "last") if path.is_dir() else path
         if not file.is_file():
@@ -239,10 +238,10 @@ class ExactGenerator(Generator):
             )
         if not values:
             raise CheckpointError(f"generator.start: {file} holds no weights that generator.name=exact found.")
-        self._take(values)
+        return values
 
     @torch.no_grad()
-    def _take(self, values: dict[str, Tensor]) -> None:
+    def _take(self, values: Mapping[str, Tensor]) -> None:
         for key, parameter in self.trained.items():
             name = key.replace("/", ".")
             if name in values and values[name].shape == parameter.shape:

@@ -1,6 +1,7 @@
 """`Inversion`: closed-form inversion of one architecture: its weights' estimates, priors, and the walk."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -168,8 +169,13 @@ class Inversion(nn.Module):
         self._buffer(f"{self._priors[name]}_mean").copy_(mean)
         self._buffer(f"{self._priors[name]}_precision").copy_(precision)
 
-    def fits(self, matching_epochs: int = 20) -> Iterator[PairFit]:
-        """One pass over the pairs each; to be finished before the next is asked for."""
+    def fits(self, matching_epochs: int = 20, start: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[PairFit]:
+        """One pass over the pairs each; to be finished before the next is asked for.
+
+        Args:
+            matching_epochs: passes of gradient matching for the weights that no closed form reaches.
+            start: parameter name → value that gradient matching starts from.
+        """
         for step in self.steps:
             if step.way is Way.LOGITS:
                 yield HeadFit(self, step.layer)
@@ -178,7 +184,7 @@ class Inversion(nn.Module):
             else:
                 yield OutputFit(self, step)
         if self.unreachable:
-            yield from matching_fits(self, self.unreachable, matching_epochs, seed=0)
+            yield from matching_fits(self, self.unreachable, matching_epochs, 0, start)
         if self._priors:
             yield PriorFit(self, list(self._priors))
 

@@ -1,7 +1,7 @@
 """Weights that no closed form reaches: gradient matching on pairs, all solved layers fixed."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,7 +61,9 @@ class MatchingFit:
         self._inversion.keep_matched({name: value.detach() for name, value in self._trained.items()})
 
 
-def matching_fits(inversion: "Inversion", names: Sequence[str], epochs: int, seed: int) -> Iterator[MatchingFit]:
+def matching_fits(
+    inversion: "Inversion", names: Sequence[str], epochs: int, seed: int, start: Mapping[str, Tensor]
+) -> Iterator[MatchingFit]:
     """Passes of gradient matching over the pairs.
 
     Args:
@@ -69,6 +71,7 @@ def matching_fits(inversion: "Inversion", names: Sequence[str], epochs: int, see
         names: of the layers whose weights are trained.
         epochs: number of passes.
         seed: of the random start.
+        start: parameter name → value to start from instead.
     """
     log.warning(
         "No closed form reaches the weights of %s from above or below: they are fitted by gradient matching, %d passes "
@@ -82,8 +85,9 @@ def matching_fits(inversion: "Inversion", names: Sequence[str], epochs: int, see
         for parameter in layer.parameters.values():
             shape = inversion.architecture.parameter_shapes[parameter]
             spread = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.01
-            start = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * spread
-            trained[parameter] = start.to(inversion.noise_factor.device).requires_grad_()
+            drawn = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * spread
+            value = start.get(parameter, drawn).clone()
+            trained[parameter] = value.to(inversion.noise_factor.device).requires_grad_()
     optimizer = torch.optim.Adam(trained.values(), lr=_LEARNING_RATE)
     for epoch in range(epochs):
         for group in optimizer.param_groups:

@@ -140,3 +140,15 @@ def test_weights_that_nothing_reaches_are_matched_with_a_warning(make_pairs, cap
     assert "gradient matching" in caplog.text
     assert losses[-1] < losses[0]
     assert set(inversion.weights()) == set(leaked.architecture.parameter_shapes)
+
+
+def test_matching_from_the_leaked_weights_stays_there(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=2, activation="silu", init="default"), n=40)
+    truth = {name: value.detach().double() for name, value in leaked.network.named_parameters()}
+    inversion = Inversion(leaked.architecture, None, 1)
+    for fit in inversion.fits(matching_epochs=1, start=truth):
+        add(fit, pair)
+        if hasattr(fit, "_loss"):
+            # The last layer's weight is fitted, not started from; all else begins at the truth.
+            assert fit._loss / fit._count < 1e-6
+        fit.finish()

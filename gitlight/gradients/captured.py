@@ -118,8 +118,10 @@ class CapturedGradients:
     def _backward(self, chunk: "_Chunk", images: Tensor, labels: Tensor, per_leak: int) -> None:
         logits = self._traced.body(chunk, images, chunk.prepared.externals)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / per_leak
-        if chunk.starts:
-            torch.autograd.grad(loss, chunk.starts, allow_unused=True)
+        # Hooks hold the chunk: if it held tensors in turn, all would stay until Python looks for cycles.
+        starts, chunk.starts = chunk.starts, []
+        if starts:
+            torch.autograd.grad(loss, starts, allow_unused=True)
 
     @torch.no_grad()
     def _find_layouts(self, prepared: Prepared, images: Tensor) -> None:

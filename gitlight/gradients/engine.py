@@ -12,6 +12,7 @@ from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
+from gitlight.gradients.buffers import ResultBuffers
 from gitlight.gradients.captured import CapturedGradients
 from gitlight.gradients.functional import functional
 from gitlight.gradients.layer_gradients import NoRuleError
@@ -60,6 +61,7 @@ class GradientEngine:
         self._settings = settings
         self._sketch = sketch
         self._dtype = _DTYPES[settings.dtype]
+        self._buffers = ResultBuffers()
         self._captured: dict[Hashable, CapturedGradients | None] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
@@ -93,10 +95,9 @@ class GradientEngine:
                 for name, value in tensors.items()
             }
             shapes = self._architecture.parameter_shapes if self._sketch is None else self._sketch.shapes
-            result = {
-                name: torch.empty(len(images), *shape, dtype=self._dtype, device=images.device)
-                for name, shape in shapes.items()
-            }
+            result = self._buffers.empty(
+                {name: (len(images), *shape) for name, shape in shapes.items()}, self._dtype, images.device
+            )
             make = self._functional(method, tensors) if captured is None else self._capturing(captured, tensors)
             for start in range(0, len(images), chunk):
                 part = slice(start, start + chunk)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gitlight.gradients.products import write_products
+from gitlight.gradients.products import channel_products, write_products
 
 
 class NoRuleError(Exception):
@@ -143,9 +143,8 @@ def conv2d_batch_norm(call: Call, delta: Tensor) -> None:
     outer = weight.new_empty(call.n_leaks, *weight.shape) if weight_out is None else weight_out
     write_convolution(call, delta, outer)
     if gamma_out is not None:
-        # One product per channel: (O, B, K) with (O, K, 1).
-        inner = torch.bmm(outer.flatten(2).transpose(0, 1), weight.flatten(1).unsqueeze(2))
-        torch.mul(inner.squeeze(2).t() + call.values["shift"] * sums, call.values["rstd"], out=gamma_out)
+        inner = channel_products(outer.flatten(2), weight.flatten(1))
+        torch.mul(inner + call.values["shift"] * sums, call.values["rstd"], out=gamma_out)
     outer.mul_(scale.view(-1, 1, 1, 1))
 
 

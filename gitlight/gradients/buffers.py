@@ -1,0 +1,65 @@
+"""Memory for results that is used again, once nobody holds the results that were in it."""
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+_MOST = 2
+"""Buffers kept: while one batch is trained on, the next is made."""
+
+_SMALLEST_BYTES = 32e6
+"""Up to this size, glibc keeps freed memory by itself."""
+
+
+class ResultBuffers:
+    """Buffers that are handed out again only if no other tensor shares their storage.
+
+    Whoever keeps a result, or a view of one, keeps it as it is. On CPUs the system clears every page of a large new
+    tensor, which can take longer than computing what is in it. On GPUs PyTorch itself keeps freed memory.
+
+    >>> buffers = ResultBuffers()
+    >>> first = buffers.empty({"weight": (3000, 3000)}, torch.float32, torch.device("cpu"))
+    >>> place = first["weight"].data_ptr()
+    >>> second = buffers.empty({"weight": (3000, 3000)}, torch.float32, torch.device("cpu"))
+    >>> second["weight"].data_ptr() == place
+    False
+    >>> del first
+    >>> buffers.empty({"weight": (3000, 3000)}, torch.float32, torch.device("cpu"))["weight"].data_ptr() == place
+    True
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def empty(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Tensors of these shapes, whose entries are to be written before they are read."""
+        sizes = [prod(shape) for shape in shapes.values()]
+        if device.type != "cpu" or sum(sizes) * dtype.itemsize < _SMALLEST_BYTES or not _can_count():
+            return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        whole = self._buffer(sum(sizes), dtype)
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), whole.split(sizes), strict=True)}
+
+    def _buffer(self, size: int, dtype: torch.dtype) -> Tensor:
+        fitting = [kept for kept in self._kept if kept.numel() == size and kept.dtype == dtype]
+        for kept in fitting:
+            if _n_sharing(kept) == 1:
+                return kept.view(size)  # a tensor of its own, or results could not be told from the buffer
+        buffer = torch.empty(size, dtype=dtype)
+        # Buffers of another size are of another model or batch: the memory limit is for this one.
+        self._kept = [*fitting, buffer][-_MOST:]
+        return buffer.view(size)
+
+
+def _can_count() -> bool:
+    return hasattr(torch._C, "_storage_Use_Count")
+
+
+def _n_sharing(tensor: Tensor) -> int:
+    """Tensors that share a tensor's storage, itself among them."""
+    storage = tensor.untyped_storage()
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count - 1  # one is the object that asks

@@ -1,7 +1,7 @@
 """Fits and evaluates the exact configs and prints a table: ``python benchmarks/exact.py [NAME ...]``.
 
 Needs the CIFAR-10 sample at ``data/cifar10_subset`` and, for ``vit_b16``, the ImageNet sample at
-``data/imagenet_sample`` (image folders). Seconds of a fit are those of ``train.py`` as a user waits for it, start of
+``data/imagenet_sample`` (image folders). ``hybrid_noise`` and ``descent`` train; the others are closed forms. Seconds of a fit are those of ``train.py`` as a user waits for it, start of
 Python included.
 """
 
@@ -42,11 +42,15 @@ CASES = {
         100,
         ((), ("gradients.dtype=float32",), (noise(1e-6),), (noise(1e-4),), (noise(1e-2),)),
     ),
+    "sigmoid_float32_pairs": Case("lenet_exact", ("gradients.dtype=float32",), 20),
+    "sigmoid_noisy_pairs": Case("lenet_exact", (noise(1e-6),), 20),
+    "hybrid_noise": Case("lenet_hybrid", (noise(1e-2),), 100),
+    "descent": Case("lenet_exact_descent", (), 20),
     "leaky_relu": Case("lenet_exact", ("leaked.activation=leaky_relu",), 100),
     "tanh": Case("lenet_exact", ("leaked.activation=tanh", "leaked.init=default"), 100),
     "tanh_saturated": Case("lenet_exact", ("leaked.activation=tanh",), 20),
     "relu": Case("lenet_exact", ("leaked.activation=relu",), 50),
-    "relu_default": Case("lenet_exact", ("leaked.activation=relu", "leaked.init=default"), 50),
+    "relu_default": Case("lenet_exact", ("leaked.activation=relu", "leaked.init=default"), 20),
     "mlp": Case("mlp_exact", (), 100),
     "resnet20": Case("resnet20_exact", (), 1000),
     "vit_b16": Case("vit_b16_exact", (), 20),

@@ -1,8 +1,8 @@
 """Fits and evaluates the exact configs and prints a table: ``python benchmarks/exact.py [NAME ...]``.
 
 Needs the CIFAR-10 sample at ``data/cifar10_subset`` and, for ``vit_b16``, the ImageNet sample at
-``data/imagenet_sample`` (image folders). ``hybrid_noise`` and ``descent`` train; the others are closed forms. Seconds of a fit are those of
-``train.py`` as a user waits for it, start of Python included.
+``data/imagenet_sample`` (image folders). ``hybrid_noise`` and ``descent`` train; the others are closed forms. Seconds
+of a fit are those of ``train.py`` as a user waits for it, start of Python included.
 """
 
 import csv

@@ -17,6 +17,7 @@ from gitlight.config import ChannelConfig, DataConfig, GradientsConfig
 from gitlight.data import SOURCES
 from gitlight.data.images import ImageSplits, ImageSubset, LabelledImages
 from gitlight.data.pair import GradientPair
+from gitlight.data.pair_clock import PairClock
 from gitlight.data.sampling import LeakSampler, mixed_seed, public_positions
 from gitlight.errors import CheckpointError, ConfigError, DataError
 from gitlight.gradients.channel import build_channel
@@ -215,6 +216,7 @@ class GradientPairDataModule(ImageDataModule):
             leaked_model.architecture, smallest_local_batch(gradients.updates, settings.client_batch_size)
         )
         self.leaked_model = leaked_model
+        self.clock = PairClock()
         self._channel = build_channel(channel)
         sketch = None if gradients.sketch.name == "none" else Sketch(leaked_model.architecture, gradients.sketch)
         self.architecture = (
@@ -241,7 +243,11 @@ class GradientPairDataModule(ImageDataModule):
             epoch: fixes mirroring, the order of local steps and the channel's noise of training pairs, which are fresh
                 in every epoch.
         """
-        images, labels, indices = super().prepare(batch, split, epoch)
+        with self.clock.running(batch[0].device):
+            images, labels, indices = super().prepare(batch, split, epoch)
+            return self._pair(images, labels, indices, split, epoch)
+
+    def _pair(self, images: Tensor, labels: Tensor, indices: Tensor, split: str, epoch: int) -> GradientPair:
         per_leak = self.settings.client_batch_size
         images = images.view(-1, per_leak, *images.shape[1:])
         labels, indices = labels.view(-1, per_leak), indices.view(-1, per_leak)

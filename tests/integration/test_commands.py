@@ -24,6 +24,9 @@ def check_run(run, generator):
     psnr = [float(row["val/psnr"]) for row in logged if row["val/psnr"]]
     assert len(psnr) == 2
     assert all(5 < value < 120 for value in psnr)
+    shares = [float(row["throughput/share_making_pairs"]) for row in logged if row["throughput/share_making_pairs"]]
+    assert len(shares) >= 12
+    assert all(0 < share < 1 for share in shares)
     with Image.open(run / "reconstructions" / "epoch_0001.png") as picture:
         assert picture.width > 200
 

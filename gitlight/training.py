@@ -71,9 +71,9 @@ class GITModule(LightningModule):
                 fit.finish()
             self.generator.fitted.fill_(True)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                # Equal sums need not give equal solutions on unequal devices.
-                for buffer in self.generator.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+                # Equal sums need not give equal solutions on unequal devices; fits may start what is trained, too.
+                for tensor in (*self.generator.buffers(), *self.generator.parameters()):
+                    torch.distributed.broadcast(tensor.data, src=0)
 
     def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor | None:
         """Mean squared error over the batch, or the generator's own loss; None for one with nothing to train."""

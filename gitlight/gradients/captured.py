@@ -59,13 +59,15 @@ class CapturedGradients:
         self._traced = trace(network, self._names, image_shape, images.dtype, images.device)
         tensors = {name: t.detach() for name, t in (*network.named_parameters(), *network.named_buffers())}
         tensors = {name: t.to(images) if t.is_floating_point() else t for name, t in tensors.items()}
-        prepared = self.prepare(tensors)
-        self._find_layouts(prepared, images.new_zeros(3, *image_shape))
         two = images.new_zeros(2, *image_shape)
-        trial = _Chunk(self._traced.steps, prepared, 1, None)
         try:
+            prepared = self.prepare(tensors)
+            self._find_layouts(prepared, images.new_zeros(3, *image_shape))
+            trial = _Chunk(self._traced.steps, prepared, 1, None)
             self._backward(trial, two, torch.zeros(2, dtype=torch.int64, device=images.device), 2)
-        except RuntimeError as error:
+        except NoRuleError:
+            raise
+        except Exception as error:  # a rule of the user's own may raise anything
             raise NoRuleError(f"its graph does not run: {next(iter(str(error).splitlines()), '')}") from error
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> Prepared:
@@ -127,7 +129,9 @@ class CapturedGradients:
     def _find_layouts(self, prepared: Prepared, images: Tensor) -> None:
         """See where each step has its examples, from the NaN that one of three images is made of."""
         images[1] = float("nan")
-        self._traced.body(_Probe(self._traced.steps, prepared), images, prepared.externals)
+        logits = self._traced.body(_Probe(self._traced.steps, prepared), images, prepared.externals)
+        if logits[[0, 2]].isnan().any():
+            raise NoRuleError("its output ties images together")
 
 
 def _fold(step: Step, externals: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -72,8 +72,19 @@ class Call:
         return self.per_leak(tensor.reshape(len(tensor), -1, tensor.shape[-1]))
 
     def per_leak(self, tensor: Tensor) -> Tensor:
-        """``(B · N, …)`` to ``(B, N, …)``."""
+        """``(B · N, …)``, examples first, to ``(B, N, …)``."""
         return tensor.unflatten(0, (self.n_leaks, -1))
+
+    def check_images_outermost(self) -> None:
+        """For rules that take the leading dimension for the images'.
+
+        Raises:
+            NoRuleError: another dimension is outside of it, as where a model puts two copies of a batch together.
+        """
+        for argument in ("input", "output"):
+            dim, outer, _ = self.layouts.get(argument, Layout())
+            if dim != 0 or outer != 1:
+                raise NoRuleError("its images are not in its outermost dimension")
 
 
 Rule = Callable[[Call, Tensor], None]
@@ -117,6 +128,7 @@ def matmul(call: Call, delta: Tensor) -> None:
 @gradient_rule("conv2d")
 def conv2d(call: Call, delta: Tensor) -> None:
     """A convolution of any stride, padding, dilation and groups."""
+    call.check_images_outermost()
     if (out := call.gradient("weight")) is not None:
         write_convolution(call, delta, out)
     if (out := call.gradient("bias")) is not None:
@@ -130,6 +142,7 @@ def conv2d_batch_norm(call: Call, delta: Tensor) -> None:
     With ``H = Σ δ ⊗ x`` over positions the gradients are ``s H`` for ``W``, ``s Σ δ`` for ``b``, ``Σ δ`` for ``β``, and
     for ``γ`` ``(⟨W, H⟩ + (b − μ) Σ δ) / √(σ² + ε)``: the batch norm costs no pass over activations.
     """
+    call.check_images_outermost()
     sums = call.per_leak(delta.flatten(2)).sum(dim=(1, 3))
     scale = call.values["scale"]
     if (out := call.gradient("beta")) is not None:
@@ -235,6 +248,7 @@ def _padded(x: Tensor, padding: Any, extra_rows: int, extra_columns: int) -> Ten
 @gradient_rule("batch_norm")
 def batch_norm(call: Call, delta: Tensor) -> None:
     """Batch norm in evaluation mode, an affine map of each channel."""
+    call.check_images_outermost()
     values = call.values
     if (out := call.gradient("bias")) is not None:
         torch.sum(_channels(call, delta), dim=(1, 3), out=out)
@@ -248,6 +262,7 @@ def batch_norm(call: Call, delta: Tensor) -> None:
 @gradient_rule("group_norm")
 def group_norm(call: Call, delta: Tensor) -> None:
     """Group norm: every channel's own scale and shift."""
+    call.check_images_outermost()
     if (out := call.gradient("bias")) is not None:
         torch.sum(_channels(call, delta), dim=(1, 3), out=out)
     if (out := call.gradient("weight")) is not None:

@@ -182,6 +182,53 @@ def test_batches_merged_with_another_dimension():
     check(Merged(), 2)
 
 
+class TwoViews(nn.Module):
+    """Puts two copies of the batch together, as siamese networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 16)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, N_CLASSES)
+
+    def forward(self, images):
+        both = self.norm(self.conv(torch.cat([images, images.flip(3)])))
+        views = both.view(2, images.shape[0], 4)
+        return self.head(views[0].tanh() * views[1].sigmoid())
+
+
+class Centred(nn.Module):
+    """Ties the images of a batch together by an operation without parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(768, N_CLASSES)
+
+    def forward(self, images):
+        logits = self.head(images.flatten(1))
+        return logits - logits.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("network", "problem"), [(TwoViews(), "not in its outermost dimension"), (Centred(), "ties images together")]
+)
+def test_batches_that_a_rule_would_take_apart_wrongly_are_left_to_vmap(network, problem):
+    network.eval()
+    architecture = Architecture.of(network, SHAPE, N_CLASSES)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 2, *SHAPE, generator=generator, dtype=torch.float64)
+    labels = torch.randint(N_CLASSES, (4, 2), generator=generator)
+
+    def made(method):
+        return GradientEngine(network, architecture, GradientsConfig(method=method, dtype="float64"))(images, labels)
+
+    wanted = made("loop")
+    for name, gradient in made("auto").items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=1e-14)
+    with pytest.raises(ConfigError, match=problem):
+        made("captured")
+
+
 @pytest.mark.parametrize(
     ("network", "named"),
     [

@@ -238,13 +238,20 @@ class ExactGenerator(Generator):
             )
         if not values:
             raise CheckpointError(f"generator.start: {file} holds no weights that generator.name=exact found.")
+        for name, value in values.items():
+            own = self.architecture.parameter_shapes.get(name)
+            if own != value.shape:
+                raise CheckpointError(
+                    f"generator.start: {file} is of another leaked model: its {name} has shape {tuple(value.shape)}, "
+                    f"and here {'there is none' if own is None else f'it has {tuple(own)}'}."
+                )
         return values
 
     @torch.no_grad()
     def _take(self, values: Mapping[str, Tensor]) -> None:
         for key, parameter in self.trained.items():
             name = key.replace("/", ".")
-            if name in values and values[name].shape == parameter.shape:
+            if name in values:
                 parameter.copy_(values[name])
 
 

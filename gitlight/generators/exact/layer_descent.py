@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from gitlight.generators.exact.inversion import Inversion, Leaks
     from gitlight.generators.exact.walk import Found
 
-_MEMORY = 0.97
-"""Share of the moments of a layer's inputs that a batch keeps: about 30 batches count."""
+_MEMORY = 0.7
+"""Share of the moments of a layer's inputs that a batch keeps. Inputs above the first layer change with the weights."""
 
 _MISFIT_MEMORY = 0.8
 
-_DECAY = 0.9
+_DECAY = 0.75
 """By which the damping falls from batch to batch. A layer's inputs vary most in a few directions and a million times
 less in others: those of little variance must wait until the others are fitted, or their weights are led astray."""
 
@@ -56,12 +56,12 @@ class LayerDescent(nn.Module):
     this moment: what the layers above give away of a layer's output, against what its weight makes of its input. Each
     is linear in its own layer's weight; the other weights that enter it are taken as given.
 
-    Activations are so correlated that plain descent does not arrive (after 300 steps of Adam the last layer's weight
-    was as far away as at the start). The gradient is therefore preconditioned by the inverse second moments of the
-    layer's inputs, kept over batches as in K-FAC (Martens and Grosse 2015, §5), with a damping that falls from batch to
-    batch, as in Levenberg–Marquardt. Optimise with plain gradient descent at a learning rate of one half to one, with
-    all pairs in each step (``trainer.accumulate_grad_batches``): what a small batch does not determine is moved at
-    random otherwise, and a preconditioner magnifies that.
+    Activations are so correlated that plain descent does not arrive (docs/inversion.md). The gradient is therefore
+    preconditioned by the inverse second moments of the layer's inputs, kept over batches as in K-FAC (Martens and
+    Grosse 2015, §5), with a damping that falls from batch to batch, as in Levenberg–Marquardt. Optimise with plain
+    gradient descent at a learning rate of nearly one, in batches of more pairs than the widest layer has inputs, all
+    pairs in each step (``trainer.accumulate_grad_batches``): what a small batch does not determine is moved at random,
+    and a preconditioner magnifies that.
     """
 
     def __init__(self, inversion: "Inversion") -> None:
@@ -78,8 +78,9 @@ class LayerDescent(nn.Module):
             )
         self._steps = inversion.steps
         shapes = inversion.architecture.parameter_shapes
+        trained = {name for step in self._steps for name in step.layer.parameters.values()}
         self.plan = plan_walk(
-            inversion.architecture, inversion.rules, set(shapes), 1, stacked=False, through_estimates=True
+            inversion.architecture, inversion.rules, trained, 1, stacked=False, through_estimates=True
         )
         for number, step in enumerate(self._steps):
             outputs, *inputs = shapes[step.layer.parameters["weight"]]
@@ -199,8 +200,11 @@ def _usable(rows: Tensor, targets: Tensor, weights: Tensor, up_to_constant: bool
     finite = torch.isfinite(rows).all(dim=2).T & torch.isfinite(targets)
     weights = torch.where(finite, weights, 0.0)
     counting = weights[weights > 0]
-    typical = counting.median() if counting.numel() else weights.new_ones(())
-    weights = (weights / typical).clamp_max(1)
+    typical = counting.median() if counting.numel() else weights.new_zeros(())
+    # The mean of the devices' medians: all must weigh alike.
+    n_counting = _summed((typical > 0).double()).clamp_min(1)
+    typical = _summed(typical.clone()) / n_counting
+    weights = (weights / typical.clamp_min(1e-300)).clamp_max(1)
     return _Equations(torch.nan_to_num(rows, posinf=0.0, neginf=0.0), targets.nan_to_num(), weights, up_to_constant)
 
 

@@ -49,12 +49,12 @@ def test_a_preconditioned_step_solves_least_squares():
 
 def test_from_a_random_start_the_weights_converge(make_pairs):
     torch.manual_seed(0)
-    leaked, pair = make_pairs(LeNetConfig(width=4), n=100)
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=120)
     generator = run_fits(ExactGenerator(leaked.architecture, DESCENT), [pair])
     truth = parameters_of(leaked)
     start = weight_distances(generator.estimated_parameters(), truth)
     optimizer = torch.optim.SGD(generator.parameters(), lr=0.9)
-    for _ in range(340):
+    for _ in range(150):
         optimizer.zero_grad()
         generator.training_loss(pair.gradients, pair.images).backward()
         optimizer.step()

@@ -323,7 +323,7 @@ class ExactGeneratorConfig(GeneratorConfig):
     objective: str = setting(
         "layers",
         "what descent minimises: layers: the residuals of every layer's equations (use optimizer.name=sgd, "
-        "optimizer.momentum=0, optimizer.learning_rate=1); image: the image's squared error alone, as in the paper",
+        "optimizer.momentum=0, a learning rate of nearly one); image: the image's squared error alone, as in the paper",
         choices=["layers", "image"],
     )
     start: str | None = setting(

@@ -249,7 +249,8 @@ def _changes(settings: Any, trained: Any) -> dict[str, Any]:
 def _attack_changes(config: Config, trained: Config) -> dict[str, Any]:
     """What makes an attack another one than the trained generator's best checkpoint on the run's own images."""
     changes = _changes(config.generator, trained.generator) | _changes(config.gradients, trained.gradients)
-    for key in ("memory_limit_gb", "updates"):  # how, not what; and a part of the condition of its own
+    # How, not what; updates are a part of the condition of their own, and another sketch does not load.
+    for key in ("memory_limit_gb", "method", "updates", "sketch"):
         changes.pop(key, None)
     if config.evaluation.checkpoint != EvaluationConfig().checkpoint:
         changes["checkpoint"] = config.evaluation.checkpoint

@@ -159,7 +159,7 @@ class Architecture:
                 f"{name} does not accept an image of shape {image_shape} (channels, height, width): {first_line}"
             ) from error
         shapes = {key: p.shape for key, p in model.named_parameters() if p.requires_grad or not _any_trainable(model)}
-        layers, output = _layers(exported, frozenset(shapes))
+        layers, output = _layers(exported, frozenset(shapes), _first_names(model))
         return cls(layers, output, MappingProxyType(shapes), image_shape, n_classes)
 
     def __getitem__(self, name: str) -> Layer:
@@ -236,11 +236,18 @@ def _any_trainable(model: nn.Module) -> bool:
     return any(p.requires_grad for p in model.parameters())
 
 
-def _layers(exported: Any, leaked: frozenset[str]) -> tuple[tuple[Layer, ...], str]:
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter → the one that `named_parameters` gives, for parameters that modules share."""
+    names: dict[int, str] = {}
+    return {name: names.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _layers(exported: Any, leaked: frozenset[str], first_names: Mapping[str, str]) -> tuple[tuple[Layer, ...], str]:
     """The exported graph's tensor operations as layers, and the name of the one that is put out."""
     signature = exported.graph_signature
     held = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
     held |= dict(getattr(signature, "inputs_to_lifted_tensor_constants", {}))
+    held = {node: first_names.get(name, name) for node, name in held.items()}
     nodes = [node for node in exported.graph.nodes if node.op == "call_function" and _makes_tensors(node)]
     owners = Counter(_module_path(node) for node in nodes)
     names = {node: node.name for node in exported.graph.nodes if node.name in signature.user_inputs}

@@ -195,7 +195,6 @@ def test_a_weight_of_two_layers_leaks_one_gradient():
     assert architecture["first"].parameters["weight"] == "first.weight"
 
 
-@pytest.mark.xfail(reason="the second layer's weight is taken for a constant of another name")
 def test_a_weight_of_two_layers_has_one_name():
     assert Architecture.of(Shared(), (3, 2, 2), 12)["second"].parameters["weight"] == "first.weight"
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from gitlight.generators.exact.inversion import Inversion, Leaks
     from gitlight.generators.exact.walk import Found
 
-_MEMORY = 0.7
+_MEMORY = 0.5
 """Share of the moments of a layer's inputs that a batch keeps. Inputs above the first layer change with the weights."""
 
-_MISFIT_MEMORY = 0.8
+_MISFIT_MEMORY = 0.5
 
-_DECAY = 0.75
+_DECAY = 0.6
 """By which the damping falls from batch to batch. A layer's inputs vary most in a few directions and a million times
 less in others: those of little variance must wait until the others are fitted, or their weights are led astray."""
 
@@ -59,9 +59,8 @@ class LayerDescent(nn.Module):
     Activations are so correlated that plain descent does not arrive (docs/inversion.md). The gradient is therefore
     preconditioned by the inverse second moments of the layer's inputs, kept over batches as in K-FAC (Martens and
     Grosse 2015, §5), with a damping that falls from batch to batch, as in Levenberg–Marquardt. Optimise with plain
-    gradient descent at a learning rate of nearly one, in batches of more pairs than the widest layer has inputs, all
-    pairs in each step (``trainer.accumulate_grad_batches``): what a small batch does not determine is moved at random,
-    and a preconditioner magnifies that.
+    gradient descent at a learning rate of nearly one, with all pairs in one batch, of more pairs than the widest layer
+    has inputs: what a smaller batch does not determine is moved at random, and a preconditioner magnifies that.
     """
 
     def __init__(self, inversion: "Inversion") -> None:

@@ -99,7 +99,7 @@ class LayerDescent(nn.Module):
         Args:
             inversion: holds the values of the trained weights as its estimates.
             gradients: of ``B`` leaks.
-            images: ``(B, C, H, W)``.
+            images: ``(B, 1, C, H, W)``.
             trained: parameter name → the weight that is trained.
         """
         with torch.no_grad():

@@ -16,6 +16,10 @@ _LARGEST_PRECISION = 1e8
 
 _N_PROBES = 8
 
+_SHIFTS = (1e-12, 1e-9, 1e-6)
+"""Over the mean diagonal, added in turn where rounding leaves a system without a Cholesky factor: weights that are far
+from the leaked ones, as in the middle of descent, make such systems."""
+
 
 @dataclass(frozen=True)
 class Prior:
@@ -39,7 +43,7 @@ def solve_stacked(
     weight: Tensor,
     bias: Tensor | float,
     prior: Prior | None,
-) -> tuple[Estimate, Tensor]:
+) -> tuple[Estimate, Tensor, Tensor]:
     """The most probable input.
 
     Given
@@ -63,12 +67,12 @@ def solve_stacked(
         prior: None: none; the system must then be determined.
 
     Returns:
-        the estimate, with one variance for all entries of an example (its mean, from random probes); and ``(B,)`` bool,
-        which examples' systems were not singular. Others are zero.
+        the estimate, with one variance for all entries of an example (its mean, from random probes); ``(B,)`` bool,
+        which examples could be solved (others are zero); and ``(B,)`` bool, which of them only with damping.
     """
     size = rule.n_inputs
     chunk = max(1, int(WORKSPACE_BYTES / (3 * 8 * size**2)))
-    values, variances, solved = [], [], []
+    values, variances, solved, damped = [], [], [], []
     for start in range(0, len(delta), chunk):
         part = slice(start, start + chunk)
         its_output = None
@@ -78,7 +82,8 @@ def solve_stacked(
         values.append(found[0])
         variances.append(found[1])
         solved.append(found[2])
-    return Estimate(torch.cat(values), torch.cat(variances)), torch.cat(solved)
+        damped.append(found[3])
+    return Estimate(torch.cat(values), torch.cat(variances)), torch.cat(solved), torch.cat(damped)
 
 
 def _solve(
@@ -90,7 +95,7 @@ def _solve(
     weight: Tensor,
     bias: Tensor | float,
     prior: Prior | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_examples, size = len(delta), rule.n_inputs
     # In units of δ, every example's gradient equations are of one size; all other terms are weighed against them.
     scale = delta.flatten(1).norm(dim=1)
@@ -115,10 +120,7 @@ def _solve(
     diagonal = system.diagonal(dim1=1, dim2=2)
     # Against exact singularity only: a hundred times what rounding leaves of a zero.
     diagonal += 1e-15 * diagonal.mean(dim=1, keepdim=True) + 1e-300
-    factor, failed = torch.linalg.cholesky_ex(system)
-    solved = failed == 0
-    if not bool(solved.all()):
-        factor[~solved] = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    factor, solved, damped = _factorised(system)
     found = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
     # One step of refinement, its residual from the equations themselves rather than from their squares.
     inputs = found.view(n_examples, *rule.layer.input_shape)
@@ -136,7 +138,24 @@ def _solve(
     found = torch.where(solved[:, None], found + solutions[:, :, 0], 0.0)
     variance = (probes * solutions[:, :, 1:]).mean(dim=(1, 2)).clamp_min(0) * level
     shape = rule.layer.input_shape
-    return found.view(n_examples, *shape), variance.view(-1, *[1] * len(shape)).expand(-1, *shape), solved
+    return found.view(n_examples, *shape), variance.view(-1, *[1] * len(shape)).expand(-1, *shape), solved, damped
+
+
+def _factorised(system: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cholesky factors of ``(B, n, n)``; which there are, ``(B,)`` bool, else one; and which needed damping."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    damped = failed > 0
+    for shift in _SHIFTS:
+        left = (failed > 0).nonzero().squeeze(1)
+        if len(left) == 0:
+            break
+        shifted = system[left]
+        diagonal = shifted.diagonal(dim1=1, dim2=2)
+        diagonal += shift * diagonal.mean(dim=1, keepdim=True)
+        factor[left], failed[left] = torch.linalg.cholesky_ex(shifted)
+    solved = (failed == 0) & torch.isfinite(factor.diagonal(dim1=1, dim2=2)).all(dim=1)
+    factor[~solved] = torch.eye(system.shape[1], dtype=factor.dtype, device=factor.device)
+    return factor, solved, damped & solved
 
 
 def add_gradient_equations(system: Tensor, rule: AffineRule, unit: Tensor) -> None:

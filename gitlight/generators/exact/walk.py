@@ -151,7 +151,8 @@ def _solve(
         estimate, determined = solve_bounded(*its, bounds)
         status[picked] = worsen(status[picked], ~determined, Status.ESTIMATE)
     else:
-        estimate, solved = solve_stacked(*its)
+        estimate, solved, damped = solve_stacked(*its)
+        status[picked] = worsen(status[picked], damped, Status.ESTIMATE)
         status[picked] = worsen(status[picked], ~solved, Status.SINGULAR)
     value[picked] = estimate.value
     variance[picked] = estimate.variance

@@ -71,7 +71,7 @@ class Case:
 def test_with_noise_and_a_prior_it_is_the_most_probable_input(small, noise, spread):
     case = Case(*small, noise, spread)
     prior = random_prior(case.rule.n_inputs)
-    found, solved = case.solve(prior)
+    found, solved, _ = case.solve(prior)
     assert solved.all()
     for number in range(3):
         torch.testing.assert_close(found.value[number].flatten(), case.dense(number, prior)[0], rtol=1e-6, atol=1e-7)
@@ -82,7 +82,7 @@ def test_with_noise_and_a_prior_it_is_the_most_probable_input(small, noise, spre
 def test_without_forward_equations_the_prior_fills_what_gradients_leave_open(small):
     case = Case(*small, 1e-2, 1.0)
     prior = random_prior(case.rule.n_inputs)
-    found, _ = case.solve(prior, output=False)
+    found, *_ = case.solve(prior, output=False)
     for number in range(3):
         wanted = case.dense(number, prior, output=False)[0]
         torch.testing.assert_close(found.value[number].flatten(), wanted, rtol=1e-6, atol=1e-7)
@@ -92,7 +92,7 @@ def test_determined_equations_need_no_prior_and_are_exact():
     torch.manual_seed(0)
     case = Case(nn.Conv2d(2, 6, 3, 2, 1).double(), (2, 6, 6), 1e-15, 1e-15)
     assert not case.rule.exact, "the gradient equations alone leave directions open"
-    found, solved = case.solve(None)
+    found, solved, _ = case.solve(None)
     assert solved.all()
     assert relative(found.value, case.inputs) < 1e-11
 
@@ -109,7 +109,7 @@ def test_variance_is_the_mean_of_the_dense_covariance(spread):
     torch.manual_seed(0)
     case = Case(nn.Conv2d(2, 6, 3, 2, 1).double(), (2, 6, 6), 1e-2, spread)
     prior = random_prior(72)
-    found, _ = case.solve(prior)
+    found, *_ = case.solve(prior)
     for number in range(3):
         assert found.variance[number].unique().numel() == 1
         wanted = case.dense(number, prior)[1].diagonal().mean().item()
@@ -121,7 +121,7 @@ def test_examples_that_do_not_fit_into_memory_together_are_solved_in_turn(monkey
     case = Case(nn.Linear(4, 3).double(), (4,), 1e-2, 1e-2)
     prior = random_prior(4)
     monkeypatch.setattr(posterior, "WORKSPACE_BYTES", 1.0)
-    found, solved = case.solve(prior)
+    found, solved, _ = case.solve(prior)
     assert solved.shape == (3,)
     for number in range(3):
         torch.testing.assert_close(found.value[number], case.dense(number, prior)[0])
@@ -147,3 +147,14 @@ def test_a_weight_is_applied_without_its_bias(small):
     inputs = torch.rand(2, *shape, dtype=torch.float64)
     found = rule_for(layer_of(module, shape)).forward(inputs, module.weight.detach())
     torch.testing.assert_close(found.flatten(1), inputs.flatten(1) @ forward_matrix(module, shape).T)
+
+
+def test_a_system_that_rounding_left_without_a_factor_is_damped_and_marked():
+    rounded = torch.diag(torch.tensor([1.0, 1.0, -1e-14], dtype=torch.float64))
+    hopeless = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
+    fine = torch.eye(3, dtype=torch.float64)
+    factor, solved, damped = posterior._factorised(torch.stack([rounded, hopeless, fine, fine * torch.nan]))
+    assert solved.tolist() == [True, False, True, False]
+    assert damped.tolist() == [True, False, False, False]
+    torch.testing.assert_close(factor[0] @ factor[0].T, rounded, rtol=0, atol=1e-11)
+    torch.testing.assert_close(factor[2], fine)

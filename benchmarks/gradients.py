@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,14 @@ METHODS = ("loop", "vmap", "opacus", "captured", "batched")
 class Case:
     """A leaked model, its image size, and leaks at once."""
 
-    settings: object
+    settings: Any
     image_size: int
     batch_size: int
 
 
 CASES = {
     "lenet": Case(LeNetConfig(), 32, 128),
+    "lenet_512": Case(LeNetConfig(), 32, 512),
     "resnet20": Case(ResNetConfig(), 32, 64),
     "resnet18": Case(None, 32, 16),
     "vit": Case(ViTConfig(), 32, 32),
@@ -58,7 +60,7 @@ def network(name: str) -> nn.Module:
         from torchvision.models import resnet18
 
         return resnet18(num_classes=10).eval()
-    built = LEAKED_MODELS[name].load()(case.settings, (3, case.image_size, case.image_size), 10)
+    built = LEAKED_MODELS[case.settings.name].load()(case.settings, (3, case.image_size, case.image_size), 10)
     assert isinstance(built, nn.Module)
     return built.eval()
 

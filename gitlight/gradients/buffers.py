@@ -1,4 +1,8 @@
-"""Memory for results that is used again, once nobody holds the results that were in it."""
+"""Memory that is used again: for results, once nobody holds them; for what a rule makes on its way to a result.
+
+On CPUs the system clears every page of a large new tensor, which can take longer than computing what is in it. On GPUs
+PyTorch itself keeps freed memory.
+"""
 
 from collections.abc import Mapping
 from math import prod
@@ -9,15 +13,14 @@ from torch import Tensor
 _MOST = 2
 """Buffers kept: while one batch is trained on, the next is made."""
 
-_SMALLEST_BYTES = 32e6
-"""Up to this size, glibc keeps freed memory by itself."""
+_SMALLEST_BYTES = 1e6
+"""Smaller ones cost little to clear."""
 
 
 class ResultBuffers:
     """Buffers that are handed out again only if no other tensor shares their storage.
 
-    Whoever keeps a result, or a view of one, keeps it as it is. On CPUs the system clears every page of a large new
-    tensor, which can take longer than computing what is in it. On GPUs PyTorch itself keeps freed memory.
+    Whoever keeps a result, or a view of one, keeps it as it is.
 
     >>> buffers = ResultBuffers()
     >>> first = buffers.empty({"weight": (3000, 3000)}, torch.float32, torch.device("cpu"))
@@ -52,6 +55,29 @@ class ResultBuffers:
         # Buffers of another size are of another model or batch: the memory limit is for this one.
         self._kept = [*fitting, buffer][-_MOST:]
         return buffer.view(size)
+
+
+class Scratch:
+    """Memory that rules write to one after the other, by purpose; each tensor holds until the next for its purpose.
+
+    >>> scratch = Scratch()
+    >>> like = torch.empty(0)
+    >>> place = scratch.empty("unfolded", (3, 4), like).data_ptr()
+    >>> scratch.empty("unfolded", (2, 5), like).data_ptr() == place
+    True
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def empty(self, purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A tensor of this shape, of the precision and on the device of ``like``, to be written before it is read."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        key, size = (purpose, like.dtype), prod(shape)
+        if key not in self._kept or self._kept[key].numel() < size:
+            self._kept[key] = like.new_empty(size)
+        return self._kept[key][:size].view(shape)
 
 
 def _can_count() -> bool:

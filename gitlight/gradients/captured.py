@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_arg
 
 from gitlight.architecture import ImageShape
+from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.layer_gradients import Call, Layout, NoRuleError
 from gitlight.gradients.tracing import Step, trace
 
@@ -56,6 +57,7 @@ class CapturedGradients:
             NoRuleError: a rule is missing or does not fit; the message names the operation.
         """
         self._names = frozenset(names)
+        self._scratch = Scratch()
         self._traced = trace(network, self._names, image_shape, images.dtype, images.device)
         tensors = {name: t.detach() for name, t in (*network.named_parameters(), *network.named_buffers())}
         tensors = {name: t.to(images) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -63,7 +65,7 @@ class CapturedGradients:
         try:
             prepared = self.prepare(tensors)
             self._find_layouts(prepared, images.new_zeros(3, *image_shape))
-            trial = _Chunk(self._traced.steps, prepared, 1, None)
+            trial = _Chunk(self._traced.steps, prepared, 1, None, scratch=self._scratch)
             self._backward(trial, two, torch.zeros(2, dtype=torch.int64, device=images.device), 2)
         except NoRuleError:
             raise
@@ -113,7 +115,7 @@ class CapturedGradients:
             reduce: parameter name → what its gradient ``(B, *shape)`` goes through before it is kept.
         """
         held = self._traced.held
-        chunk = _Chunk(self._traced.steps, prepared, len(images), results, reduce or {}, held)
+        chunk = _Chunk(self._traced.steps, prepared, len(images), results, reduce or {}, held, self._scratch)
         self._backward(chunk, images.flatten(0, 1), labels.flatten(), images.shape[1])
         chunk.finish()
 
@@ -205,8 +207,10 @@ class _Chunk(_Recorder):
         results: Mapping[str, Tensor] | None,
         reduce: Mapping[str, Reduction] = {},
         held: Mapping[str, str] = {},
+        scratch: Scratch | None = None,
     ) -> None:
         super().__init__(steps, prepared)
+        self._scratch = scratch or Scratch()
         self._n_leaks = n_leaks
         self._results = results
         self._reduce = reduce
@@ -237,7 +241,7 @@ class _Chunk(_Recorder):
             return made[argument]
 
         try:
-            step.rule(Call(step.kind, values, step.layouts, self._n_leaks, destination), delta)
+            step.rule(Call(step.kind, values, step.layouts, self._n_leaks, destination, self._scratch), delta)
         except NoRuleError as error:
             raise NoRuleError(f"{step.place}: {error}") from error
         for argument, gradient in made.items():

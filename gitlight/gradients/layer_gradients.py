@@ -11,13 +11,15 @@ gets a `Call` and δ, and writes ``(B, *parameter.shape)`` for each parameter th
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gitlight.gradients.buffers import Scratch
+from gitlight.gradients.convolutions import Convolution, write_weight_gradient
 from gitlight.gradients.products import channel_products, write_products
 
 
@@ -46,6 +48,7 @@ class Call:
         layouts: where the arguments that depend on the images, and ``output``, have their examples.
         n_leaks: ``B``.
         destination: argument → tensor ``(B, *shape)`` to write its gradient into; None where it does not leak.
+        scratch: memory for what is on the way there.
     """
 
     kind: str
@@ -53,6 +56,7 @@ class Call:
     layouts: Mapping[str, Layout]
     n_leaks: int
     destination: Callable[[str], Tensor | None]
+    scratch: Scratch = field(default_factory=Scratch)
 
     def gradient(self, argument: str) -> Tensor | None:
         """The tensor ``(B, *shape)`` to write an argument's gradient into; None where it does not leak."""
@@ -130,9 +134,15 @@ def conv2d(call: Call, delta: Tensor) -> None:
     """A convolution of any stride, padding, dilation and groups."""
     call.check_images_outermost()
     if (out := call.gradient("weight")) is not None:
-        write_convolution(call, delta, out)
+        write_weight_gradient(_convolution(call), delta, out)
     if (out := call.gradient("bias")) is not None:
         torch.sum(call.per_leak(delta.flatten(2)), dim=(1, 3), out=out)
+
+
+def _convolution(call: Call) -> Convolution:
+    values = call.values
+    how = (values["stride"], values["padding"], values["dilation"], values["groups"])
+    return Convolution(values["input"], values["weight"].shape, *how, call.n_leaks, call.scratch)
 
 
 @gradient_rule("conv2d_batch_norm")
@@ -154,95 +164,11 @@ def conv2d_batch_norm(call: Call, delta: Tensor) -> None:
         return
     weight = call.values["conv_weight"]
     outer = weight.new_empty(call.n_leaks, *weight.shape) if weight_out is None else weight_out
-    write_convolution(call, delta, outer)
+    write_weight_gradient(_convolution(call), delta, outer)
     if gamma_out is not None:
         inner = channel_products(outer.flatten(2), weight.flatten(1))
         torch.mul(inner + call.values["shift"] * sums, call.values["rstd"], out=gamma_out)
     outer.mul_(scale.view(-1, 1, 1, 1))
-
-
-def write_convolution(call: Call, delta: Tensor, out: Tensor) -> None:
-    """Write the gradient of a convolution's weight: by oneDNN, or as the product of δ with the unfolded input."""
-    groups = call.values["groups"]
-    if groups == 1 and _prefers_onednn(call, delta):
-        out.copy_(_grouped_weight_gradient(call, delta).view_as(out))
-        return
-    if groups == 1 and _prefers_channels_last(call, delta):
-        unfolded = call.per_leak(_unfolded_channels_last(call))
-        product = out.new_empty(call.n_leaks, delta.shape[1], unfolded.shape[3])
-        write_products(call.per_leak(delta.flatten(2)), unfolded, product)
-        height, width = out.shape[3:]
-        out.copy_(product.unflatten(2, (height, width, -1)).permute(0, 1, 4, 2, 3))
-        return
-    unfolded = call.per_leak(_unfolded(call)).unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    delta = call.per_leak(delta.flatten(2)).unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    write_products(delta, unfolded.transpose(2, 3), out.view(len(delta), delta.shape[2], -1))
-
-
-def _prefers_onednn(call: Call, delta: Tensor) -> bool:
-    """Whether channels fill the vectors of oneDNN's kernels, and there are positions enough to sum over."""
-    weight, positions = call.values["weight"], delta.shape[2] * delta.shape[3]
-    wide = min(weight.shape[:2]) >= 16 and positions >= max(64, weight.shape[0] // 2) and delta.shape[3] >= 8
-    fits = delta.device.type == "cpu" and delta.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return wide and fits and not isinstance(call.values["padding"], str)
-
-
-def _grouped_weight_gradient(call: Call, delta: Tensor) -> Tensor:
-    """All leaks as the groups of one convolution, whose weight has their gradients: ``(B · O, I, height, width)``."""
-    values = call.values
-    x, delta = (call.per_leak(part).transpose(0, 1).flatten(1, 2) for part in (values["input"], delta))
-    shape = (delta.shape[1], *values["weight"].shape[1:])
-    settings = (values["stride"], values["padding"], values["dilation"], False, [0, 0], call.n_leaks)
-    # Of the weight only the shape is read.
-    placeholder = x.new_empty(1).expand(shape)
-    wanted = [False, True, False]
-    result: Tensor = torch.ops.aten.convolution_backward(delta, x, placeholder, None, *settings, wanted)[1]
-    return result
-
-
-def _prefers_channels_last(call: Call, delta: Tensor) -> bool:
-    """Whether runs of ``kernel width · channels`` are so much longer than rows that reordering the result pays."""
-    weight, columns = call.values["weight"], delta.shape[3]
-    small = 4 * weight.shape[0] <= delta.shape[2] * columns
-    return small and columns <= 8 <= weight.shape[1] and weight.shape[3] >= 5 and call.values["dilation"][1] == 1
-
-
-def _unfolded_channels_last(call: Call) -> Tensor:
-    """A convolution's input as ``(S, positions, kernel · channels)``, channels last."""
-    values = call.values
-    (height, width), (down, right), below = values["weight"].shape[2:], values["stride"], values["dilation"][0]
-    x = _padded(values["input"], values["padding"], below * (height - 1), width - 1).permute(0, 2, 3, 1).contiguous()
-    rows = (x.shape[1] - below * (height - 1) - 1) // down + 1
-    columns = (x.shape[2] - width) // right + 1
-    image, row, column, channel = x.stride()
-    shape = (len(x), rows, columns, height, width * x.shape[3])
-    strides = (image, down * row, right * column, below * row, channel)
-    return x.as_strided(shape, strides).reshape(len(x), rows * columns, -1)
-
-
-def _unfolded(call: Call) -> Tensor:
-    """A convolution's input as ``(S, channels · kernel, positions)``: what each weight meets at each position."""
-    values = call.values
-    (height, width), (down, right), (below, beside) = values["weight"].shape[2:], values["stride"], values["dilation"]
-    x = _padded(values["input"], values["padding"], below * (height - 1), beside * (width - 1))
-    if height == width == 1:
-        return x[:, :, ::down, ::right].flatten(2)
-    # One copy of an overlapping view: two to four times as fast as `F.unfold` on a CPU.
-    rows = (x.shape[2] - below * (height - 1) - 1) // down + 1
-    columns = (x.shape[3] - beside * (width - 1) - 1) // right + 1
-    image, channel, row, column = x.stride()
-    shape = (*x.shape[:2], height, width, rows, columns)
-    strides = (image, channel, below * row, beside * column, down * row, right * column)
-    return x.as_strided(shape, strides).reshape(len(x), -1, rows * columns)
-
-
-def _padded(x: Tensor, padding: Any, extra_rows: int, extra_columns: int) -> Tensor:
-    """The padded input; ``same`` may put one more at the end than at the start."""
-    if padding == "same":
-        above, left = extra_rows // 2, extra_columns // 2
-        return F.pad(x, (left, extra_columns - left, above, extra_rows - above))
-    above, left = (0, 0) if padding == "valid" else padding
-    return F.pad(x, (left, left, above, above)) if above or left else x
 
 
 @gradient_rule("batch_norm")

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from gitlight.architecture import ImageShape
+from gitlight.gradients.convolutions import frozen_conv2d
 from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
 from gitlight.gradients.products import frozen_linear
 
@@ -73,6 +74,9 @@ class Step:
         """The operation's result."""
         if self.kind == "linear":
             return frozen_linear(values["input"], values["weight"], values["bias"])
+        if self.operation == torch.ops.aten.conv2d.default:
+            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+            return frozen_conv2d(*(values[name] for name in names))
         schema = self.operation._schema.arguments
         positional = [values[a.name] for a in schema if not a.kwarg_only]
         result: Tensor = self.operation(*positional, **{a.name: values[a.name] for a in schema if a.kwarg_only})

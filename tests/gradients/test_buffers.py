@@ -2,7 +2,7 @@
 
 import torch
 
-from gitlight.gradients.buffers import ResultBuffers
+from gitlight.gradients.buffers import ResultBuffers, Scratch
 
 SHAPES = {"weight": (3000, 2000), "bias": (3000, 1)}
 
@@ -47,3 +47,12 @@ def test_results_have_the_shapes_and_types_asked_for():
             result = made(buffers, {"a": (rows, 3000), "b": (), "c": (0, 2)}, dtype)
             assert {name: tuple(t.shape) for name, t in result.items()} == {"a": (rows, 3000), "b": (), "c": (0, 2)}
             assert {t.dtype for t in result.values()} == {dtype}
+
+
+def test_scratch_for_one_purpose_is_one_memory_and_for_two_it_is_not():
+    scratch, like = Scratch(), torch.empty(0)
+    first = scratch.empty("delta", (4, 5), like)
+    assert scratch.empty("delta", (3, 2), like).data_ptr() == first.data_ptr()
+    assert scratch.empty("input", (4, 5), like).data_ptr() != first.data_ptr()
+    assert scratch.empty("delta", (4, 5), like.double()).dtype == torch.float64
+    assert scratch.empty("delta", (40, 5), like).shape == (40, 5)

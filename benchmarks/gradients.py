@@ -30,7 +30,9 @@ from gitlight.gradients.precision import full_float32
 from gitlight.leaked import LEAKED_MODELS
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("loop", "vmap", "opacus", "captured", "batched")
+METHODS = ("loop", "vmap", "opacus", "compiled", "captured", "batched")
+OTHERS = ("loop", "vmap", "opacus")
+"""What the ratio compares with."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def ways(name: str, device: torch.device, wanted: tuple[str, ...] = METHODS) -> 
     labels = torch.randint(10, (case.batch_size, 1), device=device)
     architecture = Architecture.of(model, shape, 10)
     found: dict[str, Callable[[], object]] = {}
-    for method in ("vmap", "captured"):
+    for method in ("vmap", "captured", "compiled"):
         engine = GradientEngine(model, architecture, GradientsConfig(method=method, memory_limit_gb=64))
         found[method] = partial(engine, images, labels)
     found["loop"] = lambda: loop(model, images, labels)
@@ -225,6 +227,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(CASES))
     parser.add_argument("--seconds", type=float, default=20, help="measuring time of each model")
+    parser.add_argument(
+        "--compiled", action="store_true", help="measure gradients.method=compiled, too (slow to start)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -234,19 +239,19 @@ def main() -> None:
         return
     bandwidth, products = limits(device)
     print(f"{machine(device)}; copy {bandwidth:.1f} GB/s, matrix products {products:.0f} GFLOP/s\n")
-    print(
-        "| model, image size, batch | " + " | ".join(METHODS) + " | ours / (d) | ours / best of (a), (b), (c) | limit |"
-    )
-    print("| --- |" + " --- |" * (len(METHODS) + 3))
+    methods = tuple(method for method in METHODS if arguments.compiled or method != "compiled")
+    columns = ["model, image size, batch", *methods, "ours / (d)", "ours / best of (a), (b), (c)", "limit"]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
     for name in arguments.models:
         case = CASES[name]
-        best = fastest(ways(name, device), device, arguments.seconds)
+        best = fastest(ways(name, device, methods), device, arguments.seconds)
         rates = {method: case.batch_size / best[method] for method in best}
         cells = []
-        for method in METHODS:
+        for method in methods:
             cell = f"{rates[method]:.4g}" if method in rates else "–"
             cells.append(cell if arguments.no_memory else f"{cell} ({peak(name, method)} MB)")
-        other = max(rates[method] for method in ("loop", "vmap", "opacus") if method in rates)
+        other = max(rates[method] for method in OTHERS if method in rates)
         work, written = arithmetic(name)
         limit = 1 / max(work / products, written / (bandwidth / 2))
         cells += [f"{rates['captured'] / rates['batched']:.2f}", f"{rates['captured'] / other:.2f}", f"{limit:.3g}"]

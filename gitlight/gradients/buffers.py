@@ -5,6 +5,7 @@ PyTorch itself keeps freed memory.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 
 import torch
@@ -15,6 +16,17 @@ _MOST = 2
 
 _SMALLEST_BYTES = 1e6
 """Smaller ones cost little to clear."""
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory instead of handing it back, once a process.
+
+    glibc hands back what is free at the end of its heap beyond twice the largest block that was ever freed, 32 MB at
+    most. Until a program has freed a large one, the tensors of each call get fresh pages, which the system has to
+    clear: LeNet's gradients take half as long again.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 class ResultBuffers:

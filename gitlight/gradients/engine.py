@@ -5,16 +5,15 @@ from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
-from gitlight.gradients.buffers import ResultBuffers
+from gitlight.gradients.buffers import ResultBuffers, keep_freed_memory
 from gitlight.gradients.captured import CapturedGradients
-from gitlight.gradients.functional import functional
+from gitlight.gradients.functional_gradients import FunctionalGradients
 from gitlight.gradients.layer_gradients import NoRuleError
 from gitlight.gradients.memory import MemoryModel
 from gitlight.gradients.precision import autograd_on, plain_autograd
@@ -63,6 +62,7 @@ class GradientEngine:
         self._dtype = _DTYPES[settings.dtype]
         self._buffers = ResultBuffers()
         self._captured: dict[Hashable, CapturedGradients | None] = {}
+        self._compiled: FunctionalGradients | None = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
         """Gradients of ``B`` leaks.
@@ -79,15 +79,15 @@ class GradientEngine:
             ConfigError: one leak alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method=captured``
                 and an operation has no rule.
         """
+        if images.device.type == "cpu":
+            keep_freed_memory()
         captured = self._captured_gradients(images)
         # Lightning validates under inference mode by default; gradients need autograd, and ordinary tensors.
         with plain_autograd(images.device.type):
             images = images.clone() if images.is_inference() else images
             labels = labels.clone() if labels.is_inference() else labels
-            method = self._settings.method if captured is None else "captured"
-            memory = MemoryModel.of(
-                self._architecture, "vmap" if method == "auto" else method, self._dtype, self._sketch
-            )
+            method = self._method if captured is None else "captured"
+            memory = MemoryModel.of(self._architecture, method, self._dtype, self._sketch)
             chunk = memory.leaks_per_chunk(images, self._settings.memory_limit_gb)
             tensors = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
             tensors = {
@@ -103,6 +103,11 @@ class GradientEngine:
                 part = slice(start, start + chunk)
                 make(images[part].to(self._dtype), labels[part], {name: kept[part] for name, kept in result.items()})
         return result
+
+    @property
+    def _method(self) -> str:
+        """The one to use where `captured` is not."""
+        return "vmap" if self._settings.method in ("auto", "captured") else self._settings.method
 
     def _captured_gradients(self, images: Tensor) -> CapturedGradients | None:
         """The captured method for the network as it is now; None where another is to be used."""
@@ -125,7 +130,7 @@ class GradientEngine:
                         f"gradients.method: captured does not fit this leaked model: {error}. "
                         "Give gradients.method=vmap, or auto."
                     ) from error
-                log.info("Gradients are made by vmap: %s", error)
+                log.info("Gradients are made by %s: %s", self._method, error)
                 self._captured[key] = None
         return self._captured[key]
 
@@ -140,18 +145,12 @@ class GradientEngine:
         return make
 
     def _functional(self, method: str, tensors: dict[str, Tensor]) -> _Make:
-        attacked = {name: tensors.pop(name) for name in self._names}
-        forward = functional(self._network)
-
-        def loss(parameters: dict[str, Tensor], client_images: Tensor, client_labels: Tensor) -> Tensor:
-            logits = forward(parameters | tensors, client_images)
-            return nn.functional.cross_entropy(logits, client_labels)
-
-        gradient = grad(loss)
+        leaked = {name: tensors.pop(name) for name in self._names}
+        gradients = self._functional_gradients(method)
 
         def make(images: Tensor, labels: Tensor, results: Gradients) -> None:
             with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
-                made = (_loop if method == "loop" else _vmap)(gradient, attacked, images, labels)
+                made = gradients(leaked, tensors, images, labels)
             if self._sketch is not None:
                 made = self._sketch(made)
             for name, kept in results.items():
@@ -159,20 +158,14 @@ class GradientEngine:
 
         return make
 
+    def _functional_gradients(self, method: str) -> FunctionalGradients:
+        if method != "compiled":
+            return FunctionalGradients(self._network, method)
+        if self._compiled is None:
+            self._compiled = FunctionalGradients(self._network, method)
+        return self._compiled
+
 
 def _attention(device_type: str) -> list[SDPBackend]:
     """The attention kernels that compute in full precision: on GPUs, the fused ones may not."""
     return [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION] if device_type == "cpu" else [SDPBackend.MATH]
-
-
-_Gradient = Callable[[dict[str, Tensor], Tensor, Tensor], Gradients]
-
-
-def _vmap(gradient: _Gradient, parameters: dict[str, Tensor], images: Tensor, labels: Tensor) -> Gradients:
-    # randomness="different": a model with active dropout draws a mask per client batch, as separate clients would.
-    return vmap(gradient, in_dims=(None, 0, 0), randomness="different")(parameters, images, labels)
-
-
-def _loop(gradient: _Gradient, parameters: dict[str, Tensor], images: Tensor, labels: Tensor) -> Gradients:
-    made = [gradient(parameters, *client) for client in zip(images, labels, strict=True)]
-    return {name: torch.stack([one[name] for one in made]) for name in parameters}

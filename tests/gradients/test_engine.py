@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +119,26 @@ def test_gradients_of_a_frozen_model_and_of_trained_parameters_alone(network):
     dict(network.named_parameters())[last].requires_grad_(True)
     some = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig())(images, labels)
     assert relative_error(some, {last: wanted[last]}) < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_gradients_equal_those_of_plain_autograd_for_any_number_of_leaks():
+    torch.manual_seed(0)
+    network = fully_connected(FullyConnectedConfig(hidden_sizes=[8]), SHAPE, N_CLASSES)
+    engine = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig(method="compiled"))
+    for n_leaks in (3, 4):
+        images, labels = torch.rand(n_leaks, 2, *SHAPE), torch.randint(N_CLASSES, (n_leaks, 2))
+        assert relative_error(engine(images, labels), autograd_loop(network, images, labels)) < 1e-5
+
+
+def test_a_model_that_cannot_be_compiled_is_a_clear_error(monkeypatch):
+    network = fully_connected(FullyConnectedConfig(hidden_sizes=[8]), SHAPE, N_CLASSES)
+    engine = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), GradientsConfig(method="compiled"))
+
+    def without_compiler(*_, **__):
+        raise torch._inductor.exc.InvalidCxxCompiler()
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", without_compiler)
+    torch._dynamo.reset()
+    with pytest.raises(ConfigError, match=r"gradients.method: compiled does not work.*Give gradients.method=auto"):
+        engine(torch.rand(5, 1, *SHAPE), torch.zeros(5, 1, dtype=torch.int64))

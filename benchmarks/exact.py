@@ -64,12 +64,12 @@ def measure(name: str) -> list[str]:
     data = IMAGENET if name == "vit_b16" else DATA
     settings = [*data, *case.settings, f"output_dir={run}", "logging.quiet=true", "logging.wandb=off"]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "train.py", f"configs/{case.config}.yaml", *settings], cwd=ROOT, check=True)
+    _run("train.py", f"configs/{case.config}.yaml", *settings)
     seconds = time.perf_counter() - started
     rows = []
     for condition in case.conditions:
         shown = [f"evaluation.n_images={case.n_images}", *condition]
-        subprocess.run([sys.executable, "evaluate.py", str(run), *shown], cwd=ROOT, check=True)
+        _run("evaluate.py", str(run), *shown)
         results = json.loads((run / "evaluation" / "metrics.json").read_text())["results"]
         found = results[-1]
         psnr = found["metrics"]["psnr"]
@@ -88,6 +88,11 @@ def measure(name: str) -> list[str]:
     return rows
 
 
+def _run(*command: str) -> None:
+    """A command as a user gives it; its output goes to the standard error, and the table alone to the output."""
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=sys.stderr)
+
+
 def _largest_distance(run: Path) -> str:
     """The largest relative distance of a fitted weight to the leaked one."""
     with (run / "metrics.csv").open() as file:
@@ -102,13 +107,14 @@ def _largest_distance(run: Path) -> str:
 
 def main() -> None:
     """Measure the cases named on the command line, or all."""
-    rows = [row for name in sys.argv[1:] or CASES for row in measure(name)]
     print(f"\n{machine()}\n")
     columns = ["case", "changed for the attack", "fit, s", "largest weight distance", "PSNR, dB", "s per image"]
     columns += ["images", "verdicts"]
     print("| " + " | ".join(columns) + " |")
-    print("|" + " --- |" * len(columns))
-    print("\n".join(rows))
+    print("|" + " --- |" * len(columns), flush=True)
+    for name in sys.argv[1:] or CASES:
+        for row in measure(name):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

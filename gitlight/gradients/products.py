@@ -1,9 +1,10 @@
 """Matrix products, by the library that is fastest for their size.
 
 On CPUs, PyTorch multiplies float32 matrices by MKL and convolves by oneDNN. MKL keeps to AVX2 on processors that
-are not Intel's; oneDNN uses AVX-512 wherever there is any, and is up to twice as fast (docs/decisions.md).
+are not Intel's; oneDNN uses AVX-512 wherever there is any, and is then up to twice as fast (docs/decisions.md).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,8 +70,14 @@ class _FrozenLinear(torch.autograd.Function):
         return _onednn(delta.reshape(-1, delta.shape[-1]), weight.t(), None).view(*delta.shape[:-1], -1), None, None
 
 
+@cache
+def has_avx512() -> bool:
+    """Whether this processor, and PyTorch on it, has vectors of sixteen float32."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def _by_onednn(tensor: Tensor, work: int) -> bool:
-    fits = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and work >= _LEAST_WORK
+    fits = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and work >= _LEAST_WORK and has_avx512()
     return fits and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

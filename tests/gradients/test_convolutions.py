@@ -10,12 +10,15 @@ from gitlight.gradients import convolutions
 from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.convolutions import Convolution, carried_through_stride, frozen_conv2d, write_weight_gradient
 
-WAYS = {
-    # (input channels, output channels, kernel, stride, size) of shapes for which each way is chosen
-    convolutions._write_channels_last: (12, 12, 5, 2, 17),
-    convolutions._write_channels_first: (16, 24, 3, 1, 9),
-    None: (3, 16, 3, 1, 8),
-}
+WAYS = [
+    # how, with AVX-512 or without, (input channels, output channels, kernel, stride, size) of a shape that it is for
+    (convolutions._write_channels_last, True, (12, 12, 5, 2, 17)),
+    (convolutions._write_channels_first, True, (16, 24, 3, 1, 9)),
+    (convolutions._write_channels_first, False, (16, 24, 3, 1, 9)),
+    (None, True, (3, 16, 3, 1, 8)),
+    (None, False, (12, 12, 5, 2, 17)),
+    (None, False, (64, 40, 3, 1, 9)),
+]
 
 
 def random_case(shape, n_leaks, n_images, dtype=torch.float32):
@@ -38,10 +41,12 @@ def one_leak_at_a_time(conv, delta):
 
 
 @pytest.mark.parametrize("n_images", [1, 3])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", "unfolded"))
-def test_every_way_gives_the_gradient_of_each_leak(way, n_images, monkeypatch):
+@pytest.mark.parametrize(("way", "avx512", "shape"), WAYS)
+def test_every_way_gives_the_gradient_of_each_leak(way, avx512, shape, n_images, monkeypatch):
     monkeypatch.setattr(convolutions, "_LEAKS_AT_ONCE", 2)
-    conv, delta = random_case(WAYS[way], 5, n_images)
+    monkeypatch.setattr(convolutions, "_CACHED_PATCHES", 100_000)
+    monkeypatch.setattr(convolutions, "has_avx512", lambda: avx512)
+    conv, delta = random_case(shape, 5, n_images)
     assert convolutions._onednn_kernel(conv, delta) is way or not torch.backends.mkldnn.is_available()
     out = torch.empty(5, *conv.weight_shape)
     write_weight_gradient(conv, delta, out)
@@ -58,9 +63,10 @@ def test_an_input_is_unfolded_channels_last_where_it_is_in_float64():
     torch.testing.assert_close(out, one_leak_at_a_time(conv, delta))
 
 
+@pytest.mark.parametrize("avx512", [True, False])
 @hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(st.data())
-def test_delta_passes_a_stride_as_autograd_carries_it(data):
+@hypothesis.given(data=st.data())
+def test_delta_passes_a_stride_as_autograd_carries_it(avx512, data):
     stride = data.draw(st.integers(2, 4), "stride")
     kernel = [data.draw(st.integers(1, 6), "kernel") for _ in range(2)]
     padding = [data.draw(st.integers(0, 3), "padding") for _ in range(2)]
@@ -72,7 +78,9 @@ def test_delta_passes_a_stride_as_autograd_carries_it(data):
     made = F.conv2d(x, weight, None, stride, padding)
     delta = torch.randn_like(made)
     (wanted,) = torch.autograd.grad(made, x, delta)
-    found = carried_through_stride(delta, weight, stride, tuple(padding), x.shape[2:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolutions, "has_avx512", lambda: avx512)
+        found = carried_through_stride(delta, weight, stride, tuple(padding), x.shape[2:])
     torch.testing.assert_close(found, wanted)
 
 

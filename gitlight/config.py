@@ -289,6 +289,13 @@ class CoarseGeneratorConfig(GeneratorConfig):
 
     name: str = setting("coarse", "generator")
     hidden_size: int = setting(1000, "hidden units of each module's network", minimum=1)
+    modules: list[str] | None = setting(
+        None,
+        "patterns (with * and ?) over the leaked model's layers: neighbours that one pattern fits are one module; "
+        "null: a module for each layer, residual block or attention block",
+    )
+    averages: bool = setting(True, "let each step see the δ-weighted averages of its layers' inputs")
+    channels: int = setting(32, "maps that a step makes large estimates of", minimum=1)
 
 
 @dataclass
@@ -305,7 +312,16 @@ class HybridGeneratorConfig(GeneratorConfig):
     )
     channels: int = setting(64, "channels of the convolutional refinement", minimum=1)
     blocks: int = setting(3, "residual blocks of the refinement", minimum=0)
-    gradient_channels: int = setting(8, "feature maps learned from each gradient that no rule explains", minimum=0)
+    gradient_channels: int = setting(8, "feature maps learned from all gradients that no rule explains", minimum=0)
+    gradient_entries: int = setting(
+        16384, "entries of these gradients at most: the smallest parameters' that together have no more", minimum=0
+    )
+    gradient_hidden_size: int = setting(
+        1024,
+        "hidden units between these gradients and their maps, where a layer without them would be larger",
+        minimum=1,
+    )
+    averages: bool = setting(True, "use the δ-weighted averages of the inputs of layers that no rule explains")
     linear_start_features: int = setting(
         6144, "most features that the closed-form linear start uses (its cost grows with the cube)", minimum=1
     )

@@ -1,46 +1,61 @@
 """Coarse-GIT (Chen and Liu 2025): one learned inverse step per module of the leaked model, from the output down."""
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Iterator
+from math import isqrt, prod
 
 import torch
 from torch import Tensor, nn
 
-from gitlight.architecture import ELEMENTWISE, MOVES, Architecture, Layer
+from gitlight.architecture import Architecture
 from gitlight.config import CoarseGeneratorConfig
 from gitlight.data.pair import Gradients
-from gitlight.errors import ArchitectureError
+from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import Generator, PairFit
+from gitlight.generators.modules import divide
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 
-WITH_PARAMETERS = ("linear", "conv2d")
-WITHOUT_PARAMETERS = (*ELEMENTWISE, *MOVES, "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d")
+_MOST_ENTRIES = 4096
+"""Entries that a fully connected layer makes or takes; larger estimates are made by convolutions, and pooled."""
 
 
 class CoarseGenerator(Generator):
-    """``â_{m-1} = MLP_m(â_m, g_m)`` from the last module to the first; ``g_m`` are the module's own gradients.
+    """``â_{m-1} = Step_m(â_m, g_m)`` from the last module to the first; ``g_m`` are the module's own gradients.
 
-    A module is a layer with parameters and whatever follows it up to the next (activation, pooling, flattening), found
-    by walking the traced graph of the architecture; ``â_{m-1}`` has the shape of the module's input. The last module
-    starts from its gradients alone. The estimates of inner activations are not compared with anything: the whole is
-    trained on the images.
+    Modules are the parts that the leaked model's data passes one after the other (`gitlight.generators.modules`): a
+    layer of a chain, a residual block with both of its branches, an attention block. ``â_{m-1}`` has the shape of the
+    module's input. The last module starts from its gradients alone. The estimates of inner activations are not compared
+    with anything: the whole is trained on the images.
+
+    A step is a multilayer perceptron. Estimates of more than 4,096 entries are made of a few maps, by convolutions that
+    see the estimate above at the same resolution. Beside the scaled gradients a step sees the `WeightedAverages` of
+    its module's layers, unless ``generator.averages`` is off.
     """
 
+    accepts_sketches = True
+
     def __init__(self, architecture: Architecture, settings: CoarseGeneratorConfig, client_batch_size: int = 1) -> None:
-        """Raises: ArchitectureError, naming a module of a kind that Coarse-GIT has no step for."""
+        """Raises: ConfigError, if ``generator.modules`` fits no layer."""
         super().__init__(architecture, client_batch_size)
         self.scaling = GradientScaling(architecture)
-        self._modules_down = modules_with_parameters(architecture)[::-1]
+        self.averages = WeightedAverages(architecture, None if settings.averages else ())
+        self._modules_down = divide(architecture, settings.modules)[::-1]
+        averages = self.averages.split(torch.zeros(1, self.averages.n_entries))
+        self._parts = [
+            (module.parameters, tuple(name for name in module.parameters if name in averages))
+            for module in self._modules_down
+        ]
 
         def build(width: int) -> nn.ModuleList:
             steps = nn.ModuleList()
-            known = 0
-            for layer in self._modules_down:
-                n_gradient = sum(architecture.parameter_shapes[name].numel() for name in layer.parameters.values())
-                n_outputs = client_batch_size * prod(layer.input_shape)
-                steps.append(_Step(known + n_gradient, width, n_outputs))
-                known = n_outputs
+            known: tuple[int, int, int] | None = None
+            for module, (parameters, weights) in zip(self._modules_down, self._parts, strict=True):
+                n_gradient = sum(architecture.gradient_shapes[name].numel() for name in parameters)
+                n_gradient += sum(averages[name].shape[1] for name in weights)
+                channels, *size = _as_maps(module.input_shape)
+                wanted = (client_batch_size * channels, *size)
+                steps.append(_Step(n_gradient, known, wanted, width, settings.channels))
+                known = wanted
             return steps
 
         width = settings.hidden_size
@@ -50,46 +65,80 @@ class CoarseGenerator(Generator):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
-        own = self.scaling.split(self.scaling(gradients))
-        estimate: list[Tensor] = []
-        for layer, step in zip(self._modules_down, self.steps, strict=True):
-            estimate = [step(torch.cat([*estimate, *(own[name] for name in layer.parameters.values())], dim=1))]
-        return torch.sigmoid(estimate[0].float()).view(-1, *self.image_shape)
+        own, averages = self.scaling.split(self.scaling(gradients)), self.averages.split(self.averages(gradients))
+        estimate: Tensor | None = None
+        for (parameters, weights), step in zip(self._parts, self.steps, strict=True):
+            seen = [*(own[name] for name in parameters), *(averages[name] for name in weights)]
+            estimate = step(torch.cat(seen, dim=1), estimate)
+        assert estimate is not None
+        return torch.sigmoid(estimate.float()).view(-1, *self.image_shape)
 
-    def fits(self) -> Sequence[PairFit]:
-        """The scaling's statistics."""
-        return (self.scaling,)
+    def fits(self) -> Iterator[PairFit]:
+        """The statistics of gradients and averages."""
+        yield self.scaling
+        if self.averages.n_entries:
+            yield self.averages
+
+    def describe(self) -> str:
+        """The modules that the leaked model falls into."""
+        return f"coarse inverts {len(self._modules_down)} modules, from {self._modules_down[0].name} down."
 
 
 class _Step(nn.Module):
-    """One inverse step: one hidden layer."""
+    """One inverse step: one hidden layer; convolutions where the estimate is large.
 
-    def __init__(self, n_inputs: int, width: int, n_outputs: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(n_inputs, width)
-        self.output = nn.Linear(width, n_outputs)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.output(torch.relu(self.hidden(inputs)))
-        return outputs
-
-
-def modules_with_parameters(architecture: Architecture) -> list[Layer]:
-    """The layers with parameters, from input to output.
-
-    Raises:
-        ArchitectureError: a module is of a kind that Coarse-GIT has no step for.
+    Shapes are those of maps ``(channels, height, width)``; of the input there is none for the last module.
     """
-    found = []
-    for layer in architecture.chain():
-        if layer.kind in WITH_PARAMETERS:
-            found.append(layer)
-        elif layer.kind not in WITHOUT_PARAMETERS:
-            raise ArchitectureError(
-                f"coarse has no step for {layer.place} of the leaked model. "
-                f"It knows: {', '.join((*WITH_PARAMETERS, *WITHOUT_PARAMETERS))}. "
-                "mlp handles every leaked model: generator.name=mlp."
+
+    def __init__(
+        self, n_gradient: int, known: tuple[int, int, int] | None, wanted: tuple[int, int, int], width: int, maps: int
+    ) -> None:
+        super().__init__()
+        self._wanted = wanted
+        self._pooled = None if known is None else _pooled(known)
+        n_known = 0 if known is None or self._pooled is None else known[0] * prod(self._pooled)
+        self.hidden = nn.Linear(n_gradient + n_known, width)
+        self._drawn = wanted  # what the hidden layer's units draw
+        self.convolutions: nn.Sequential | None = None
+        if prod(wanted) > _MOST_ENTRIES:
+            self._drawn = (maps, -(-wanted[1] // 4), -(-wanted[2] // 4))
+            n_seen = maps + (0 if known is None else known[0])
+            self.convolutions = nn.Sequential(
+                nn.Conv2d(n_seen, maps, 3, padding=1), nn.ReLU(), nn.Conv2d(maps, wanted[0], 3, padding=1)
             )
-    if not found:
-        raise ArchitectureError("The leaked model has no layer with parameters, so there is no gradient to invert.")
-    return found
+        self.output = nn.Linear(width, prod(self._drawn))
+
+    def forward(self, gradient: Tensor, estimate: Tensor | None) -> Tensor:
+        """``(B, n_gradient)`` and ``(B, *known)`` to ``(B, *wanted)``."""
+        seen = [gradient]
+        if estimate is not None:
+            assert self._pooled is not None
+            seen.append(nn.functional.adaptive_avg_pool2d(estimate, self._pooled).flatten(1))
+        drawn: Tensor = self.output(torch.relu(self.hidden(torch.cat(seen, dim=1)))).unflatten(1, self._drawn)
+        if self.convolutions is None:
+            return drawn
+        size = self._wanted[1:]
+        seen = [nn.functional.interpolate(part, size=size) for part in (drawn, estimate) if part is not None]
+        result: Tensor = self.convolutions(torch.cat(seen, dim=1))
+        return result
+
+
+def _as_maps(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """A result's shape as that of maps: tokens ``(tokens, features)`` lie in a column, a vector is one point.
+
+    >>> _as_maps((65, 192)), _as_maps((512,)), _as_maps((3, 32, 32))
+    ((192, 65, 1), (512, 1, 1), (3, 32, 32))
+    """
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    return (shape[-1], prod(shape[:-1]), 1)
+
+
+def _pooled(shape: tuple[int, int, int]) -> tuple[int, int]:
+    """The size to which maps are pooled so that at most 4,096 entries are left, if one point each is not more."""
+    channels, height, width = shape
+    points = max(1, _MOST_ENTRIES // channels)
+    if width == 1:
+        return min(height, points), 1
+    side = max(1, isqrt(points))
+    return min(height, side), min(width, side)

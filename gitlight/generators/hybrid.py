@@ -10,11 +10,12 @@ from gitlight.architecture import Architecture
 from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
+from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import Generator, PairFit, ParameterEstimate
 from gitlight.generators.exact.features import ClosedFormFeatures
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
-from gitlight.generators.scaling import GradientScaling
+from gitlight.generators.scaling import GradientScaling, StandardisedFeatures
 from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
 
@@ -22,15 +23,19 @@ from gitlight.gradients.precision import full_float32
 class HybridGenerator(Generator):
     """Three stages, each built on what the one before leaves open.
 
-    1. `ClosedFormFeatures`: inputs of the leaked layers, by their gradient equations, as far down as these carry.
-    2. A linear start: ridge regression from those features to the image, fitted on the pairs in closed form; or the
-       image itself, where the walk reaches it. Neither is changed by training.
+    1. `ClosedFormFeatures`: inputs of the leaked layers, by their gradient equations, as far down as these carry; and
+       `WeightedAverages` of the inputs of all layers further down.
+    2. A linear start: ridge regression from both to the image, fitted on the pairs in closed form; or the image itself,
+       where the walk reaches it. Neither is changed by training.
     3. A convolutional `Refinement`, trained: it sees the start, the features as maps, and maps made from the gradients
        of the layers that the walk does not reach, and adds what the linear start misses.
 
     With ``N > 1`` images per leak the features are ``δ``-weighted averages, the start is the mean image, and the
-    refinement learns to tell the ``N`` images apart.
+    refinement learns to tell the ``N`` images apart. Of sketched gradients the walk makes nothing, and the refinement
+    what it can.
     """
+
+    accepts_sketches = True
 
     def __init__(self, architecture: Architecture, settings: HybridGeneratorConfig, client_batch_size: int = 1) -> None:
         """Raises: ArchitectureError, where nothing of the leaked model's activations follows from its gradients."""
@@ -38,24 +43,29 @@ class HybridGenerator(Generator):
         self.walk = ClosedFormFeatures(architecture, settings.noise, settings.exact_depth, client_batch_size)
         n_image = prod(architecture.image_shape)
         shapes = [feature.shape for feature in self.walk.features]
-        self._in_start = _deepest_that_fit(shapes, settings.linear_start_features)
         self._solved = self.walk.reaches_the_image
-        self.ridge = None if self._solved else RidgeRegression(sum(map(prod, self._in_start.values())), n_image)
         # With one image per leak even a least-norm estimate holds all that its layer's equations say; with more, an
         # average of the inputs holds a fraction of it.
         explained = {feature.layer for feature in self.walk.features if feature.exact or client_batch_size == 1}
         unexplained = [
             name for layer in architecture.layers if layer.name not in explained for name in layer.parameters.values()
         ]
-        self.scaling = GradientScaling(architecture, tuple(unexplained)) if unexplained else None
+        small = _smallest(unexplained, architecture, settings.gradient_entries)
+        self.scaling = GradientScaling(architecture, small) if small else None
+        self.averages = WeightedAverages(architecture, unexplained if settings.averages else ())
+        self._in_start = _deepest_that_fit(shapes, settings.linear_start_features)
+        n_start = sum(map(prod, self._in_start.values()))
+        self._averages_in_start = n_start + self.averages.n_entries <= settings.linear_start_features
+        n_start += self.averages.n_entries * self._averages_in_start
+        self.ridge = None if self._solved else RidgeRegression(n_start, n_image)
         self.standardisation = _FeatureStandardisation(shapes)
+        n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 
         def build(width: int) -> nn.Module:
+            # The hidden layer grows with the convolutions, so that a budget is shared out alike.
+            hidden_size = max(1, settings.gradient_hidden_size * width // settings.channels)
             maps = FeatureMaps(
-                architecture.image_shape,
-                shapes,
-                self.scaling.n_entries if self.scaling else 0,
-                settings.gradient_channels,
+                architecture.image_shape, shapes, n_gradient_entries, settings.gradient_channels, hidden_size
             )
             return Refinement(architecture.image_shape, client_batch_size, maps, width, settings.blocks)
 
@@ -69,7 +79,8 @@ class HybridGenerator(Generator):
         features, start = self._closed_form(gradients)
         if self.refinement is None:
             return start.unsqueeze(1).clamp(0, 1)
-        scaled = None if self.scaling is None else self.scaling(gradients)
+        seen = [statistics(gradients) for statistics in self.statistics()]
+        scaled = torch.cat(seen, dim=1) if seen else None
         residual = self.refinement(start, self.standardisation(features), scaled)
         # In units of the start's own error: Adam's first steps would otherwise be many times what is to be learned, and
         # the fastest way to undo them is to switch all units off.
@@ -85,6 +96,11 @@ class HybridGenerator(Generator):
         yield from self.walk.fits()
         if self.ridge is not None:
             yield _FeatureFit(self, self.ridge)
+
+    def statistics(self) -> list[StandardisedFeatures]:
+        """What is standardised over pairs, beside the walk's features."""
+        averages = [self.averages] if self.averages.n_entries else []
+        return [*averages, *([] if self.scaling is None else [self.scaling])]
 
     def describe(self) -> str:
         """What the closed form reaches, and what stops it."""
@@ -105,10 +121,10 @@ class HybridGenerator(Generator):
         first = next(iter(gradients.values()))
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False), full_float32():
             features = self.walk(gradients)
-            flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features))
+            flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features, gradients))
             return features, flat.reshape(-1, *self.architecture.image_shape).float()
 
-    def start_features(self, features: list[Tensor]) -> Tensor:
+    def start_features(self, features: list[Tensor], gradients: Gradients) -> Tensor:
         """The features that the linear start uses, flattened: ``(B, n)`` float64."""
         chosen = []
         for index, shape in self._in_start.items():
@@ -116,7 +132,22 @@ class HybridGenerator(Generator):
             if feature.shape[1:] != shape:
                 feature = nn.functional.adaptive_avg_pool2d(feature, (shape[1], shape[2]))
             chosen.append(feature.flatten(1))
+        if self._averages_in_start:
+            chosen.append(self.averages.features(gradients).double())
         return torch.cat(chosen, dim=1)
+
+
+def _smallest(names: Sequence[str], architecture: Architecture, limit: int) -> tuple[str, ...]:
+    """Of these parameters, the smallest whose gradients have at most ``limit`` entries together; in their order."""
+    shapes = architecture.gradient_shapes
+    chosen: set[str] = set()
+    total = 0
+    for name in sorted(dict.fromkeys(names), key=lambda name: shapes[name].numel()):
+        total += shapes[name].numel()
+        if total > limit:
+            break
+        chosen.add(name)
+    return tuple(name for name in dict.fromkeys(names) if name in chosen)
 
 
 def _deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int, tuple[int, ...]]:
@@ -196,21 +227,21 @@ class _FeatureFit:
         generator = self._generator
         features = generator.walk(gradients)
         mean_images = images.mean(dim=1).flatten(1)
-        self._ridge.add(generator.start_features(features), mean_images, numbers)
+        self._ridge.add(generator.start_features(features, gradients), mean_images, numbers)
         generator.standardisation.add(features)
-        if generator.scaling is not None:
-            generator.scaling.update(gradients, images, numbers)
+        for statistics in generator.statistics():
+            statistics.update(gradients, images, numbers)
 
     def sums(self) -> Sequence[Tensor]:
         generator = self._generator
-        scaling = [] if generator.scaling is None else generator.scaling.sums()
-        return [*self._ridge.sums(), *generator.standardisation.sums(), *scaling]
+        statistics = [total for its in generator.statistics() for total in its.sums()]
+        return [*self._ridge.sums(), *generator.standardisation.sums(), *statistics]
 
     def finish(self) -> None:
         self._ridge.solve()
         self._generator.standardisation.solve()
-        if self._generator.scaling is not None:
-            self._generator.scaling.finish()
+        for statistics in self._generator.statistics():
+            statistics.finish()
 
 
 def _clamp_passing_gradients(images: Tensor) -> Tensor:

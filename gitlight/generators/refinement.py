@@ -1,6 +1,7 @@
 """The learned stage of Hybrid-GIT: a convolutional network that sees features as maps."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ _STRIDE = 2  # the refinement works at half the image's resolution: four times l
 class FeatureMaps(nn.Module):
     """Brings features of any shape, and flat gradients, to maps of the refinement's resolution.
 
-    Maps are resized; vectors and gradients pass one linear layer to ``gradient_channels`` maps each.
+    Maps are resized. Vectors, tokens and gradients become ``gradient_channels`` maps each, by a linear layer, or two
+    with a hidden layer between where that takes fewer parameters.
     """
 
     def __init__(
@@ -22,22 +24,23 @@ class FeatureMaps(nn.Module):
         shapes: Sequence[tuple[int, ...]],
         n_gradient_entries: int,
         gradient_channels: int,
+        hidden_size: int,
     ) -> None:
         super().__init__()
         self.size = (-(-image_shape[1] // _STRIDE), -(-image_shape[2] // _STRIDE))
         self._vector_channels = gradient_channels
-        n_pixels = self.size[0] * self.size[1]
+        n_drawn = gradient_channels * self.size[0] * self.size[1]
         self.n_channels = 0
         self.from_vectors = nn.ModuleDict()
         for index, shape in enumerate(shapes):
             if len(shape) == 3:
                 self.n_channels += shape[0]
             elif gradient_channels > 0:
-                self.from_vectors[str(index)] = nn.Linear(shape[0], gradient_channels * n_pixels)
+                self.from_vectors[str(index)] = _narrowed(prod(shape), n_drawn, hidden_size)
                 self.n_channels += gradient_channels
-        self.from_gradients: nn.Linear | None = None
+        self.from_gradients: nn.Module | None = None
         if n_gradient_entries > 0 and gradient_channels > 0:
-            self.from_gradients = nn.Linear(n_gradient_entries, gradient_channels * n_pixels)
+            self.from_gradients = _narrowed(n_gradient_entries, n_drawn, hidden_size)
             self.n_channels += gradient_channels
 
     def forward(self, features: Sequence[Tensor], gradients: Tensor | None) -> Tensor:
@@ -47,13 +50,19 @@ class FeatureMaps(nn.Module):
             if feature.dim() == 4:
                 maps.append(nn.functional.interpolate(feature, size=self.size, mode="nearest"))
             elif str(index) in self.from_vectors:
-                maps.append(self._as_map(self.from_vectors[str(index)](feature)))
+                maps.append(self._as_map(self.from_vectors[str(index)](feature.flatten(1))))
         if self.from_gradients is not None and gradients is not None:
             maps.append(self._as_map(self.from_gradients(gradients)))
         return torch.cat(maps, dim=1)
 
     def _as_map(self, flat: Tensor) -> Tensor:
         return flat.view(-1, self._vector_channels, *self.size)
+
+
+def _narrowed(n_inputs: int, n_outputs: int, hidden_size: int) -> nn.Module:
+    if n_inputs * n_outputs <= hidden_size * (n_inputs + n_outputs):
+        return nn.Linear(n_inputs, n_outputs)
+    return nn.Sequential(nn.Linear(n_inputs, hidden_size), nn.ReLU(), nn.Linear(hidden_size, n_outputs))
 
 
 class Refinement(nn.Module):

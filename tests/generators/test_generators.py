@@ -1,5 +1,7 @@
 """What every generator must do, and what is particular to each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from closed_form import add, run_fits
@@ -9,19 +11,26 @@ from gitlight.architecture import Architecture
 from gitlight.config import (
     CoarseGeneratorConfig,
     FullyConnectedConfig,
+    GradientsConfig,
     HybridGeneratorConfig,
     LeNetConfig,
     MLPGeneratorConfig,
+    ResNetConfig,
+    SketchConfig,
+    ViTConfig,
 )
-from gitlight.errors import ArchitectureError
-from gitlight.generators import GENERATORS
+from gitlight.data.pair import GradientPair
+from gitlight.generators import GENERATORS, coarse
 from gitlight.generators.width import n_trainable
+from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.sketch import Sketch
 
 SMALL = {
     "mlp": {"hidden_size": 20},
-    "coarse": {"hidden_size": 20},
+    "coarse": {"hidden_size": 20, "channels": 4},
     "hybrid": {"channels": 8, "blocks": 1, "gradient_channels": 2},
 }
+DEEP = [ResNetConfig(width=4), ViTConfig(patch_size=4, hidden_size=12, depth=1, heads=2, mlp_size=16)]
 
 
 def build(name, architecture, client_batch_size=1, **changed):
@@ -126,17 +135,60 @@ def test_lti_has_its_published_size_by_default(lenet_architecture):
 
 
 def test_coarse_has_one_step_per_module_with_the_shapes_of_the_trace(lenet_architecture):
-    generator = GENERATORS["coarse"].load()(lenet_architecture, CoarseGeneratorConfig(hidden_size=7))
+    generator = GENERATORS["coarse"].load()(lenet_architecture, CoarseGeneratorConfig(hidden_size=7, averages=False))
     shapes = [(step.hidden.in_features, step.output.out_features) for step in generator.steps]
     linear, conv, first = 64 * 5 + 5, 4 * 4 * 25 + 4, 4 * 3 * 25 + 4
     assert shapes == [(linear, 64), (64 + conv, 64), (64 + conv, 256), (256 + first, 768)]
 
 
-def test_coarse_names_a_module_that_it_has_no_step_for():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
-    architecture = Architecture.of(model, (3, 8, 8), 2)
-    with pytest.raises(ArchitectureError, match=r"no step for batch_norm '1'.*linear, conv2d.*mlp"):
-        GENERATORS["coarse"].load()(architecture, CoarseGeneratorConfig())
+def test_a_coarse_step_sees_the_averages_of_its_own_layers(lenet_architecture):
+    with_them, without = (
+        GENERATORS["coarse"].load()(lenet_architecture, CoarseGeneratorConfig(hidden_size=7, averages=averages))
+        for averages in (True, False)
+    )
+    more = [a.hidden.in_features - b.hidden.in_features for a, b in zip(with_them.steps, without.steps, strict=True)]
+    assert more == [64, 4 * 25, 4 * 25, 3 * 25]
+
+
+@pytest.mark.parametrize("deep_name", ["coarse", "hybrid"])
+@pytest.mark.parametrize("settings", DEEP)
+@pytest.mark.parametrize("client_batch_size", [1, 2])
+@pytest.mark.parametrize("sketched", [False, True])
+def test_branches_attention_and_sketches_become_images(
+    make_pairs, monkeypatch, deep_name, settings, client_batch_size, sketched
+):
+    monkeypatch.setattr(coarse, "_MOST_ENTRIES", 600)  # so that small models have large estimates, too
+    leaked, pair = make_pairs(settings, n=60, client_batch_size=client_batch_size, dtype="float32")
+    architecture, gradients = leaked.architecture, pair.gradients
+    if sketched:
+        sketch = Sketch(architecture, SketchConfig(name="count", size=50))
+        architecture, gradients = sketch.seen_by_generators(architecture), sketch(gradients)
+    generator = run_fits(build(deep_name, architecture, client_batch_size), [replace(pair, gradients=gradients)])
+    images = generator(gradients)
+    assert images.shape == pair.images.shape
+    if n_trainable(generator) == 0:
+        torch.testing.assert_close(images, pair.images, rtol=0, atol=1e-2)  # by the position embedding's gradient
+        return
+    optimizer = torch.optim.SGD(generator.parameters(), lr=1e-3)
+    for _ in range(2):  # hybrid's last layer starts at zero, and lets no gradient pass in the first step
+        optimizer.zero_grad()
+        (generator(gradients) - pair.images).square().mean().backward()
+        without = [key for key, p in generator.named_parameters() if p.grad is None or not p.grad.any()]
+        optimizer.step()
+    assert not without
+
+
+def test_large_estimates_of_coarse_are_made_by_convolutions(make_pairs, monkeypatch):
+    monkeypatch.setattr(coarse, "_MOST_ENTRIES", 600)
+    leaked, _ = make_pairs(DEEP[0])
+    generator = build("coarse", leaked.architecture)
+    # The image, 768 entries, and the four estimates of 4 × 16 × 16.
+    assert [step.convolutions is not None for step in generator.steps] == [False] * 6 + [True] * 5
+
+
+def test_coarse_of_one_module_is_a_multilayer_perceptron(lenet_architecture):
+    generator = build("coarse", lenet_architecture, modules=["*"])
+    assert len(generator.steps) == 1
 
 
 def test_hybrid_is_exact_for_fully_connected_networks_with_nothing_to_train(make_pairs):
@@ -153,6 +205,22 @@ def test_hybrid_starts_from_its_closed_form(make_pairs):
     error = (generator(pair.gradients) - pair.images).square().mean()
     spread = (pair.images.mean(dim=0) - pair.images).square().mean()
     assert error < 0.01 * spread, "the closed form alone must be far better than the mean image"
+
+
+def test_hybrids_start_uses_the_averages_of_deeper_layers():
+    # A convolution with one position: its average is the image. No walk passes the GELU above it.
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 6), nn.GELU(), nn.Flatten(), nn.Linear(8, 5)).double()
+    architecture = Architecture.of(network, (3, 6, 6), 5)
+    images, labels = torch.rand(400, 1, 3, 6, 6), torch.randint(5, (400, 1))
+    gradients = GradientEngine(network, architecture, GradientsConfig(dtype="float64"))(images, labels)
+    pair = GradientPair(gradients, images, labels, torch.arange(400).unsqueeze(1))
+    errors = {}
+    for averages in (True, False):
+        generator = run_fits(build("hybrid", architecture, averages=averages), [pair])
+        errors[averages] = (generator.start(gradients) - images).square().mean()
+    assert errors[True] < 1e-6
+    assert errors[False] > 1e-2
 
 
 def test_hybrid_holds_the_same_share_of_pairs_out_for_any_client_batch(make_pairs):
@@ -179,6 +247,16 @@ def test_hybrid_uses_the_gradients_of_layers_that_its_walk_does_not_reach(make_p
     leaked, _ = make_pairs(LeNetConfig(width=12), shape=(3, 32, 32))
     generator = build("hybrid", leaked.architecture)
     assert generator.scaling.n_entries == sum(p.numel() for p in leaked.network.conv1.parameters())
+
+
+def test_hybrid_learns_from_the_smallest_gradients_that_fit(make_pairs):
+    leaked, _ = make_pairs(DEEP[0])
+    shapes = leaked.architecture.parameter_shapes
+    generator = build("hybrid", leaked.architecture, gradient_entries=2000)
+    assert 1500 < generator.scaling.n_entries <= 2000
+    left_out = sum(shape.numel() for shape in shapes.values()) - generator.scaling.n_entries
+    assert left_out > 2000
+    assert build("hybrid", leaked.architecture, gradient_entries=0).scaling is None
 
 
 @pytest.mark.parametrize("size", [(3, 15, 17), (1, 9, 9)])

@@ -57,9 +57,11 @@ def plan_fits(
 
     head = architecture[architecture.output]
     rule = rules[head.name]
-    if isinstance(rule, AffineRule) and rule.reveals_delta() in architecture.parameter_shapes:
+    whole = set(architecture.parameter_shapes) - set(architecture.sketched)
+    if isinstance(rule, AffineRule) and rule.reveals_delta() in whole and rule.weight in whole:
         take(Way.LOGITS, head)
-    if not steps or architecture.chain_break is not None:
+    # A sketch of a weight's gradient neither solves for the layer's input nor obeys a conservation law.
+    if not steps or architecture.chain_break is not None or architecture.sketched:
         return tuple(steps), ()
     affine = [layer for layer in architecture.layers if isinstance(rules[layer.name], AffineRule)]
     remaining = [layer for layer in affine if layer.name != head.name and layer.parameters]

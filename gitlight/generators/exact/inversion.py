@@ -210,6 +210,8 @@ class Inversion(nn.Module):
         rule = self.rules[head.name]
         if not isinstance(rule, AffineRule) or rule.reveals_delta() is None or rule.weight is None:
             return rounding
+        if rule.weight in self.architecture.sketched:
+            return rounding
         return torch.maximum(rounding, rank_one(gradients[rule.weight]).noise) * self.noise_factor
 
     def imbalance(self, gradients: Gradients) -> Tensor:

@@ -122,6 +122,7 @@ def plan_walk(
         if (
             revealed is not None
             and uses[revealed] == 1
+            and revealed not in architecture.sketched
             and architecture.parameter_shapes[revealed].numel() == prod(layer.output_shape)
         ):
             deltas.add(layer.name)
@@ -133,6 +134,8 @@ def plan_walk(
         if isinstance(rule, AffineRule) and rule.weight is not None:
             if uses[rule.weight] > 1:
                 obstacles[layer.name] = f"{rule.weight} is used {uses[rule.weight]} times, and its gradient is a sum"
+            elif rule.weight in architecture.sketched:
+                obstacles[layer.name] = f"of the gradient of {rule.weight} there is only a sketch"
             elif has_delta:
                 if stacked and n_images == 1:
                     after_relu = _produced_by_relu(layer, architecture)

@@ -52,8 +52,8 @@ class CoarseGenerator(Generator):
             for module, (parameters, weights) in zip(self._modules_down, self._parts, strict=True):
                 n_gradient = sum(architecture.gradient_shapes[name].numel() for name in parameters)
                 n_gradient += sum(averages[name].shape[1] for name in weights)
-                channels, *size = _as_maps(module.input_shape)
-                wanted = (client_batch_size * channels, *size)
+                channels, height, columns = _as_maps(module.input_shape)
+                wanted = (client_batch_size * channels, height, columns)
                 steps.append(_Step(n_gradient, known, wanted, width, settings.channels))
                 known = wanted
             return steps

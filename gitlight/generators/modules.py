@@ -117,10 +117,10 @@ def _merged(pieces: list[list[Layer]]) -> list[list[Layer]]:
 
 def _joined(pieces: list[list[Layer]], architecture: Architecture, patterns: Sequence[str]) -> list[list[Layer]]:
     names = [layer.name for layer in architecture.layers]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+    for one in patterns:
+        if not fnmatch.filter(names, one):
             raise ConfigError(
-                f"generator.modules: {pattern!r} fits no layer of the leaked model. "
+                f"generator.modules: {one!r} fits no layer of the leaked model. "
                 f"Its layers: {', '.join(names[:50])}{', …' if len(names) > 50 else ''}."
             )
 

@@ -1,12 +1,13 @@
 """δ-weighted averages: what a layer's weight and bias gradients together say of its input, without any weight."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gitlight.architecture import Architecture, Layer
+from gitlight.architecture import IMAGE, MOVES, Architecture, Layer
 from gitlight.data.pair import Gradients
 from gitlight.generators.scaling import StandardisedFeatures
 
@@ -14,12 +15,27 @@ _LARGEST = 10.0
 """Standard deviations beyond which an average is cut off: where ``Σ δ`` nearly vanishes it says nothing."""
 
 
+_INVERSES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": lambda a: torch.logit(a, eps=1e-7),
+    "tanh": lambda a: torch.atanh(a.clamp(-1 + 1e-7, 1 - 1e-7)),
+}
+"""Of activations that squash: units near their bounds differ in what the activation was made of."""
+
+
 class _Pair(NamedTuple):
-    """A weight, and the parameter whose gradient is ``Σ δ`` of its outputs, up to a factor for each."""
+    """A weight, and the parameter whose gradient is ``Σ δ`` of its outputs, up to a factor for each.
+
+    Attributes:
+        weight: its name.
+        bias: the other's.
+        n_entries: entries of the average.
+        activation: kind of the activation that the average is taken back through: where it is exact, and that squashes.
+    """
 
     weight: str
     bias: str
     n_entries: int
+    activation: str
 
 
 class WeightedAverages(StandardisedFeatures):
@@ -28,7 +44,8 @@ class WeightedAverages(StandardisedFeatures):
     ``∂L/∂W_o = Σ_p δ_o(p) patch_p`` and ``∂L/∂b_o = Σ_p δ_o(p)`` (Eqs. (1) and (2) of docs/inversion.md), so ``c`` is
     an average of the patches that the layer saw, weighed by ``δ``. Where the layer has one position, as the last one
     has, ``c`` is its input itself; that the quotient of both gradients is, was seen by Phong et al. 2017 (§3). A
-    convolution without a bias takes that of the batch norm behind it. Networks do not learn quotients easily.
+    convolution without a bias takes that of the batch norm behind it. Networks do not learn quotients easily. An input
+    that a sigmoid or tanh has made is taken back through it.
     """
 
     def __init__(self, architecture: Architecture, names: Sequence[str] | None = None) -> None:
@@ -60,7 +77,10 @@ class WeightedAverages(StandardisedFeatures):
             size = delta.norm(dim=1, keepdim=True).clamp_min(1e-300)
             delta = delta / size
             weight = gradients[pair.weight].flatten(2).double()
-            found.append((torch.einsum("bo,boi->bi", delta, weight) / size).float())
+            average = torch.einsum("bo,boi->bi", delta, weight) / size
+            if pair.activation:
+                average = _INVERSES[pair.activation](average)
+            found.append(torch.where(size > 1e-300, average, 0.0).float())
         return torch.nan_to_num(torch.cat(found, dim=1))
 
 
@@ -77,8 +97,22 @@ def _pairs(architecture: Architecture) -> list[_Pair]:
         if not plain or weight is None or bias is None or uses[weight] > 1 or uses[bias] > 1:
             continue
         if weight not in architecture.sketched and bias not in architecture.sketched:
-            found.append(_Pair(weight, bias, architecture.parameter_shapes[weight][1:].numel()))
+            shape = architecture.parameter_shapes[weight]
+            one_position = prod(layer.output_shape) == shape[0]
+            activation = _activation_below(architecture, layer) if one_position else ""
+            found.append(_Pair(weight, bias, shape[1:].numel(), activation))
     return found
+
+
+def _activation_below(architecture: Architecture, layer: Layer) -> str:
+    """The kind of the activation whose output is a layer's input; empty if it has no inverse here."""
+    name = layer.inputs[0]
+    while name != IMAGE:
+        producer = architecture[name]
+        if producer.kind not in MOVES or len(producer.inputs) != 1:
+            return producer.kind if producer.kind in _INVERSES else ""
+        name = producer.inputs[0]
+    return ""
 
 
 def _bias(layer: Layer, norms: Mapping[str, Layer]) -> str | None:

@@ -1,5 +1,6 @@
 """δ-weighted averages: what a layer's weight and bias gradients together say of its input, without any weight."""
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from gitlight.generators.scaling import StandardisedFeatures
 
 _LARGEST = 10.0
 """Standard deviations beyond which an average is cut off: where ``Σ δ`` nearly vanishes it says nothing."""
+
+_ROUNDING = 100.0
+"""``‖∂L/∂b‖ / ‖∂L/∂W‖``, in units of the gradients' precision, up to which ``Σ δ`` is taken for rounding: some biases
+have no gradient at all, such as those of attention's keys."""
 
 
 _INVERSES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -44,21 +49,46 @@ class WeightedAverages(StandardisedFeatures):
     ``∂L/∂W_o = Σ_p δ_o(p) patch_p`` and ``∂L/∂b_o = Σ_p δ_o(p)`` (Eqs. (1) and (2) of docs/inversion.md), so ``c`` is
     an average of the patches that the layer saw, weighed by ``δ``. Where the layer has one position, as the last one
     has, ``c`` is its input itself; that the quotient of both gradients is, was seen by Phong et al. 2017 (§3). A
-    convolution without a bias takes that of the batch norm behind it. Networks do not learn quotients easily. An input
-    that a sigmoid or tanh has made is taken back through it.
+    convolution without a bias takes that of the batch norm behind it (with running statistics), which is right up to a
+    factor for each output. Networks do not learn quotients easily. An input of one image that a sigmoid or tanh has
+    made is taken back through it.
     """
 
-    def __init__(self, architecture: Architecture, names: Sequence[str] | None = None) -> None:
-        """``names``: averages of layers with these weights alone; None: of all. Sketched weights have none."""
-        pairs = _pairs(architecture)
-        if names is not None:
-            pairs = [pair for pair in pairs if pair.weight in names]
-        super().__init__(sum(pair.n_entries for pair in pairs))
+    def __init__(
+        self,
+        architecture: Architecture,
+        client_batch_size: int,
+        names: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        """Find the layers.
+
+        Args:
+            architecture: the leaked model's. Sketched weights have no average.
+            client_batch_size: images per leak.
+            names: weights whose layers alone are wanted; None: all.
+            limit: entries at most, those of the smallest layers first; None: no limit.
+        """
+        pairs = [pair for pair in _pairs(architecture, client_batch_size) if names is None or pair.weight in names]
+        if limit is not None:
+            fitting, total = set(), 0
+            for pair in sorted(pairs, key=lambda pair: pair.n_entries):
+                total += pair.n_entries
+                if total <= limit:
+                    fitting.add(pair.weight)
+            pairs = [pair for pair in pairs if pair.weight in fitting]
+        sizes = [pair.n_entries for pair in pairs]
+        super().__init__(sum(sizes), sizes)
         self._pairs = pairs
 
-    def forward(self, gradients: Gradients) -> Tensor:
-        """``(B, …)`` per parameter to ``(B, n_entries)``, standardised, float32."""
-        return super().forward(gradients).clamp(-_LARGEST, _LARGEST)
+    @property
+    def n_layers(self) -> int:
+        """How many layers have an average."""
+        return len(self._pairs)
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Averages to mean 0 and standard deviation 1, cut off where they are far away."""
+        return super().standardise(features).clamp(-_LARGEST, _LARGEST)
 
     def split(self, standardised: Tensor) -> dict[str, Tensor]:
         """The result of `forward` by layer: name of the weight → ``(B, entries)``."""
@@ -66,7 +96,7 @@ class WeightedAverages(StandardisedFeatures):
         return {pair.weight: part for pair, part in zip(self._pairs, parts, strict=True)}
 
     def features(self, gradients: Gradients) -> Tensor:
-        """The averages, ``(B, n_entries)``; zero where ``Σ δ`` is zero for all outputs."""
+        """The averages, ``(B, n_entries)``; zero where ``Σ δ`` is zero for all outputs, but for rounding."""
         if not self._pairs:
             first = next(iter(gradients.values()))
             return first.new_zeros(len(first), 0, dtype=torch.float32)
@@ -77,30 +107,33 @@ class WeightedAverages(StandardisedFeatures):
             size = delta.norm(dim=1, keepdim=True).clamp_min(1e-300)
             delta = delta / size
             weight = gradients[pair.weight].flatten(2).double()
+            least = _ROUNDING * torch.finfo(gradients[pair.weight].dtype).eps * weight.flatten(1).norm(dim=1)
             average = torch.einsum("bo,boi->bi", delta, weight) / size
             if pair.activation:
                 average = _INVERSES[pair.activation](average)
-            found.append(torch.where(size > 1e-300, average, 0.0).float())
+            says_something = size > least.unsqueeze(1).clamp_min(1e-300)
+            found.append(torch.where(says_something, average, 0.0).float())
         return torch.nan_to_num(torch.cat(found, dim=1))
 
 
-def _pairs(architecture: Architecture) -> list[_Pair]:
-    norms = {layer.inputs[0]: layer for layer in architecture.layers if layer.kind == "batch_norm"}
-    uses: dict[str, int] = {}
+def _pairs(architecture: Architecture, client_batch_size: int) -> list[_Pair]:
+    consumers: dict[str, list[Layer]] = defaultdict(list)
     for layer in architecture.layers:
-        for name in layer.parameters.values():
-            uses[name] = uses.get(name, 0) + 1
+        for name in layer.inputs:
+            consumers[name].append(layer)
+    uses = Counter(name for layer in architecture.layers for name in layer.parameters.values())
     found = []
     for layer in architecture.layers:
-        weight, bias = layer.parameters.get("weight"), _bias(layer, norms)
+        weight, bias = layer.parameters.get("weight"), _bias(layer, consumers[layer.name])
         plain = layer.kind in ("linear", "conv2d") and layer.arguments.get("groups", 1) == 1
         if not plain or weight is None or bias is None or uses[weight] > 1 or uses[bias] > 1:
             continue
         if weight not in architecture.sketched and bias not in architecture.sketched:
             shape = architecture.parameter_shapes[weight]
-            one_position = prod(layer.output_shape) == shape[0]
-            activation = _activation_below(architecture, layer) if one_position else ""
-            found.append(_Pair(weight, bias, shape[1:].numel(), activation))
+            exact = client_batch_size == 1 and prod(layer.output_shape) == shape[0]
+            found.append(
+                _Pair(weight, bias, shape[1:].numel(), _activation_below(architecture, layer) if exact else "")
+            )
     return found
 
 
@@ -115,6 +148,11 @@ def _activation_below(architecture: Architecture, layer: Layer) -> str:
     return ""
 
 
-def _bias(layer: Layer, norms: Mapping[str, Layer]) -> str | None:
-    norm = norms.get(layer.name)
-    return layer.parameters.get("bias") or (None if norm is None else norm.parameters.get("bias"))
+def _bias(layer: Layer, consumers: Sequence[Layer]) -> str | None:
+    """The parameter whose gradient is ``Σ δ`` of a layer's outputs, up to a factor for each."""
+    norms = [consumer for consumer in consumers if consumer.kind == "batch_norm"]
+    if any(norm.arguments["training"] for norm in norms):
+        return None  # batch statistics take the mean out of δ: the bias' gradient is rounding, the norm's another sum
+    if "bias" in layer.parameters:
+        return layer.parameters["bias"]
+    return norms[0].parameters.get("bias") if len(norms) == len(consumers) == 1 else None

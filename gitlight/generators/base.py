@@ -86,7 +86,7 @@ class Generator(nn.Module, ABC):
         if architecture.sketched and not self.accepts_sketches:
             raise ConfigError(
                 "gradients.sketch.name: this generator needs whole gradients, and cannot use sketches. "
-                "Give gradients.sketch.name=none, or generator.name=mlp."
+                "Give gradients.sketch.name=none, or a generator that learns from sketches, such as mlp or coarse."
             )
         self.architecture = architecture
         self.client_batch_size = client_batch_size

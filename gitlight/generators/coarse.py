@@ -16,7 +16,10 @@ from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 
 _MOST_ENTRIES = 4096
-"""Entries that a fully connected layer makes or takes; larger estimates are made by convolutions, and pooled."""
+"""Entries that a fully connected layer makes or takes of maps; larger ones are made by convolutions, and pooled."""
+
+_LEAST_POSITIONS = 64
+"""Positions of maps from which convolutions make them."""
 
 
 class CoarseGenerator(Generator):
@@ -27,9 +30,9 @@ class CoarseGenerator(Generator):
     module's input. The last module starts from its gradients alone. The estimates of inner activations are not compared
     with anything: the whole is trained on the images.
 
-    A step is a multilayer perceptron. Estimates of more than 4,096 entries are made of a few maps, by convolutions that
-    see the estimate above at the same resolution. Beside the scaled gradients a step sees the `WeightedAverages` of
-    its module's layers, unless ``generator.averages`` is off.
+    A step is a multilayer perceptron with a linear path past its hidden layer. Maps of more than 4,096 entries are made
+    of a few smaller ones, by convolutions that see the estimate above at the same resolution. Beside the scaled
+    gradients a step sees the `WeightedAverages` of its module's layers, unless ``generator.averages`` is off.
     """
 
     accepts_sketches = True
@@ -38,7 +41,7 @@ class CoarseGenerator(Generator):
         """Raises: ConfigError, if ``generator.modules`` fits no layer."""
         super().__init__(architecture, client_batch_size)
         self.scaling = GradientScaling(architecture)
-        self.averages = WeightedAverages(architecture, None if settings.averages else ())
+        self.averages = WeightedAverages(architecture, client_batch_size, None if settings.averages else ())
         self._modules_down = divide(architecture, settings.modules)[::-1]
         averages = self.averages.split(torch.zeros(1, self.averages.n_entries))
         self._parts = [
@@ -51,10 +54,10 @@ class CoarseGenerator(Generator):
             known: tuple[int, int, int] | None = None
             for module, (parameters, weights) in zip(self._modules_down, self._parts, strict=True):
                 n_gradient = sum(architecture.gradient_shapes[name].numel() for name in parameters)
-                n_gradient += sum(averages[name].shape[1] for name in weights)
+                n_averages = sum(averages[name].shape[1] for name in weights)
                 channels, height, columns = _as_maps(module.input_shape)
                 wanted = (client_batch_size * channels, height, columns)
-                steps.append(_Step(n_gradient, known, wanted, width, settings.channels))
+                steps.append(_Step(n_gradient, n_averages, known, wanted, width, settings.channels))
                 known = wanted
             return steps
 
@@ -66,10 +69,13 @@ class CoarseGenerator(Generator):
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
         own, averages = self.scaling.split(self.scaling(gradients)), self.averages.split(self.averages(gradients))
+        first = next(iter(gradients.values()))
         estimate: Tensor | None = None
         for (parameters, weights), step in zip(self._parts, self.steps, strict=True):
-            seen = [*(own[name] for name in parameters), *(averages[name] for name in weights)]
-            estimate = step(torch.cat(seen, dim=1), estimate)
+            none = self.scaling.mean[:0].expand(len(first), 0)  # a module may have neither
+            gradient = torch.cat([none, *(own[name] for name in parameters)], dim=1)
+            its_averages = torch.cat([none, *(averages[name] for name in weights)], dim=1)
+            estimate = step(gradient, its_averages, estimate)
         assert estimate is not None
         return torch.sigmoid(estimate.float()).view(-1, *self.image_shape)
 
@@ -85,42 +91,75 @@ class CoarseGenerator(Generator):
 
 
 class _Step(nn.Module):
-    """One inverse step: one hidden layer; convolutions where the estimate is large.
+    """One inverse step: one hidden layer, and a linear path past it; convolutions where the estimate is large.
 
     Shapes are those of maps ``(channels, height, width)``; of the input there is none for the last module.
     """
 
     def __init__(
-        self, n_gradient: int, known: tuple[int, int, int] | None, wanted: tuple[int, int, int], width: int, maps: int
+        self,
+        n_gradient: int,
+        n_averages: int,
+        known: tuple[int, int, int] | None,
+        wanted: tuple[int, int, int],
+        width: int,
+        maps: int,
     ) -> None:
         super().__init__()
         self._wanted = wanted
         self._pooled = None if known is None else _pooled(known)
-        n_known = 0 if known is None or self._pooled is None else known[0] * prod(self._pooled)
+        n_known = n_averages
+        if known is not None and self._pooled is not None:
+            n_known += known[0] * prod(self._pooled)
         self.hidden = nn.Linear(n_gradient + n_known, width)
         self._drawn = wanted  # what the hidden layer's units draw
         self.convolutions: nn.Sequential | None = None
-        if prod(wanted) > _MOST_ENTRIES:
+        if prod(wanted) > _MOST_ENTRIES and min(wanted[1:]) > 1 and wanted[1] * wanted[2] >= _LEAST_POSITIONS:
             self._drawn = (maps, -(-wanted[1] // 4), -(-wanted[2] // 4))
             n_seen = maps + (0 if known is None else known[0])
             self.convolutions = nn.Sequential(
                 nn.Conv2d(n_seen, maps, 3, padding=1), nn.ReLU(), nn.Conv2d(maps, wanted[0], 3, padding=1)
             )
         self.output = nn.Linear(width, prod(self._drawn))
+        # What is known of a module's output tells most of its input linearly, and would drown among few units that bend
+        # it. Convolutions see it anyway.
+        straight = n_known > 0 and self.convolutions is None
+        self.past = linear_of_rank(width, n_known, prod(self._drawn)) if straight else None
 
-    def forward(self, gradient: Tensor, estimate: Tensor | None) -> Tensor:
-        """``(B, n_gradient)`` and ``(B, *known)`` to ``(B, *wanted)``."""
-        seen = [gradient]
+    def forward(self, gradient: Tensor, averages: Tensor, estimate: Tensor | None) -> Tensor:
+        """``(B, n_gradient)``, ``(B, n_averages)`` and ``(B, *known)`` to ``(B, *wanted)``."""
+        known = averages
         if estimate is not None:
             assert self._pooled is not None
-            seen.append(nn.functional.adaptive_avg_pool2d(estimate, self._pooled).flatten(1))
-        drawn: Tensor = self.output(torch.relu(self.hidden(torch.cat(seen, dim=1)))).unflatten(1, self._drawn)
+            if estimate.shape[2:] != self._pooled:
+                pooled = nn.functional.adaptive_avg_pool2d(estimate, self._pooled)
+            else:
+                pooled = estimate
+            known = torch.cat([averages, pooled.flatten(1)], dim=1)
+        drawn: Tensor = self.output(torch.relu(self.hidden(torch.cat([gradient, known], dim=1))))
+        if self.past is not None:
+            drawn = drawn + self.past(known)
+        drawn = drawn.unflatten(1, self._drawn)
         if self.convolutions is None:
             return drawn
         size = self._wanted[1:]
         seen = [nn.functional.interpolate(part, size=size) for part in (drawn, estimate) if part is not None]
         result: Tensor = self.convolutions(torch.cat(seen, dim=1))
         return result
+
+
+def linear_of_rank(rank: int, n_inputs: int, n_outputs: int) -> nn.Module:
+    """A linear map without offset, of at most this rank if that takes fewer parameters than any map does.
+
+    >>> linear_of_rank(3, 10, 20), linear_of_rank(8, 10, 20)
+    (Sequential(
+      (0): Linear(in_features=10, out_features=3, bias=False)
+      (1): Linear(in_features=3, out_features=20, bias=False)
+    ), Linear(in_features=10, out_features=20, bias=False))
+    """
+    if n_inputs * n_outputs <= rank * (n_inputs + n_outputs):
+        return nn.Linear(n_inputs, n_outputs, bias=False)
+    return nn.Sequential(nn.Linear(n_inputs, rank, bias=False), nn.Linear(rank, n_outputs, bias=False))
 
 
 def _as_maps(shape: tuple[int, ...]) -> tuple[int, int, int]:

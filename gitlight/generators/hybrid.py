@@ -15,7 +15,7 @@ from gitlight.generators.base import Generator, PairFit, ParameterEstimate
 from gitlight.generators.exact.features import ClosedFormFeatures
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
-from gitlight.generators.scaling import GradientScaling, StandardisedFeatures
+from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
 
@@ -32,7 +32,7 @@ class HybridGenerator(Generator):
 
     With ``N > 1`` images per leak the features are ``δ``-weighted averages, the start is the mean image, and the
     refinement learns to tell the ``N`` images apart. Of sketched gradients the walk makes nothing, and the refinement
-    what it can.
+    what it can; the last layer's must be whole.
     """
 
     accepts_sketches = True
@@ -52,13 +52,16 @@ class HybridGenerator(Generator):
         ]
         small = _smallest(unexplained, architecture, settings.gradient_entries)
         self.scaling = GradientScaling(architecture, small) if small else None
-        self.averages = WeightedAverages(architecture, unexplained if settings.averages else ())
         self._in_start = _deepest_that_fit(shapes, settings.linear_start_features)
         n_start = sum(map(prod, self._in_start.values()))
-        self._averages_in_start = n_start + self.averages.n_entries <= settings.linear_start_features
-        n_start += self.averages.n_entries * self._averages_in_start
+        left = settings.linear_start_features - n_start
+        self.averages = WeightedAverages(
+            architecture, client_batch_size, unexplained if settings.averages else (), left
+        )
+        n_start += self.averages.n_entries
         self.ridge = None if self._solved else RidgeRegression(n_start, n_image)
         self.standardisation = _FeatureStandardisation(shapes)
+        self._learns_maps = settings.gradient_channels > 0
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 
         def build(width: int) -> nn.Module:
@@ -76,19 +79,20 @@ class HybridGenerator(Generator):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
-        features, start = self._closed_form(gradients)
+        features, averages, start = self._closed_form(gradients)
         if self.refinement is None:
             return start.unsqueeze(1).clamp(0, 1)
-        seen = [statistics(gradients) for statistics in self.statistics()]
-        scaled = torch.cat(seen, dim=1) if seen else None
-        residual = self.refinement(start, self.standardisation(features), scaled)
+        seen = [self.averages.standardise(averages)]
+        if self.scaling is not None and self._learns_maps:
+            seen.append(self.scaling(gradients))
+        residual = self.refinement(start, self.standardisation(features), torch.cat(seen, dim=1))
         # In units of the start's own error: Adam's first steps would otherwise be many times what is to be learned, and
         # the fastest way to undo them is to switch all units off.
         return _clamp_passing_gradients(start.unsqueeze(1) + residual.float() * self._residual_scale)
 
     def start(self, gradients: Gradients) -> Tensor:
         """What stages 1 and 2 alone give: ``(B, N, C, H, W)`` in [0, 1], the same image ``N`` times."""
-        _, start = self._closed_form(gradients)
+        _, _, start = self._closed_form(gradients)
         return start.unsqueeze(1).clamp(0, 1).expand(-1, *self.image_shape)
 
     def fits(self) -> Iterator[PairFit]:
@@ -97,15 +101,13 @@ class HybridGenerator(Generator):
         if self.ridge is not None:
             yield _FeatureFit(self, self.ridge)
 
-    def statistics(self) -> list[StandardisedFeatures]:
-        """What is standardised over pairs, beside the walk's features."""
-        averages = [self.averages] if self.averages.n_entries else []
-        return [*averages, *([] if self.scaling is None else [self.scaling])]
-
     def describe(self) -> str:
         """What the closed form reaches, and what stops it."""
         reached = ", ".join(f"{f.name} ({'exact' if f.exact else 'estimate'})" for f in self.walk.features)
-        return f"hybrid inverts in closed form: {reached}; it ends there because {self.walk.end}"
+        averages = (
+            f", and uses averages of the inputs of {self.averages.n_layers} layers" if self.averages.n_layers else ""
+        )
+        return f"hybrid inverts in closed form: {reached}; it ends there because {self.walk.end}{averages}"
 
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
         """The leaked weights that the walk has fitted."""
@@ -116,25 +118,23 @@ class HybridGenerator(Generator):
         assert self.ridge is not None
         return self.ridge.error.float()
 
-    def _closed_form(self, gradients: Gradients) -> tuple[list[Tensor], Tensor]:
-        """Features, and the start ``(B, C, H, W)``; in full precision whatever that of the trained layers."""
+    def _closed_form(self, gradients: Gradients) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Features, averages, and the start ``(B, C, H, W)``; in full precision whatever that of the trained layers."""
         first = next(iter(gradients.values()))
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False), full_float32():
-            features = self.walk(gradients)
-            flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features, gradients))
-            return features, flat.reshape(-1, *self.architecture.image_shape).float()
+            features, averages = self.walk(gradients), self.averages.features(gradients)
+            flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features, averages))
+            return features, averages, flat.reshape(-1, *self.architecture.image_shape).float()
 
-    def start_features(self, features: list[Tensor], gradients: Gradients) -> Tensor:
-        """The features that the linear start uses, flattened: ``(B, n)`` float64."""
+    def start_features(self, features: list[Tensor], averages: Tensor) -> Tensor:
+        """What the linear start uses, flattened: ``(B, n)`` float64."""
         chosen = []
         for index, shape in self._in_start.items():
             feature = features[index]
             if feature.shape[1:] != shape:
                 feature = nn.functional.adaptive_avg_pool2d(feature, (shape[1], shape[2]))
             chosen.append(feature.flatten(1))
-        if self._averages_in_start:
-            chosen.append(self.averages.features(gradients).double())
-        return torch.cat(chosen, dim=1)
+        return torch.cat([*chosen, averages.double()], dim=1)
 
 
 def _smallest(names: Sequence[str], architecture: Architecture, limit: int) -> tuple[str, ...]:
@@ -225,23 +225,25 @@ class _FeatureFit:
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         generator = self._generator
-        features = generator.walk(gradients)
+        features, averages = generator.walk(gradients), generator.averages.features(gradients)
         mean_images = images.mean(dim=1).flatten(1)
-        self._ridge.add(generator.start_features(features, gradients), mean_images, numbers)
+        self._ridge.add(generator.start_features(features, averages), mean_images, numbers)
         generator.standardisation.add(features)
-        for statistics in generator.statistics():
-            statistics.update(gradients, images, numbers)
+        generator.averages.add(averages)
+        if generator.scaling is not None:
+            generator.scaling.update(gradients, images, numbers)
 
     def sums(self) -> Sequence[Tensor]:
         generator = self._generator
-        statistics = [total for its in generator.statistics() for total in its.sums()]
-        return [*self._ridge.sums(), *generator.standardisation.sums(), *statistics]
+        scaling = [] if generator.scaling is None else generator.scaling.sums()
+        return [*self._ridge.sums(), *generator.standardisation.sums(), *generator.averages.sums(), *scaling]
 
     def finish(self) -> None:
         self._ridge.solve()
         self._generator.standardisation.solve()
-        for statistics in self._generator.statistics():
-            statistics.finish()
+        self._generator.averages.finish()
+        if self._generator.scaling is not None:
+            self._generator.scaling.finish()
 
 
 def _clamp_passing_gradients(images: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def _pieces(architecture: Architecture) -> Iterator[list[Layer]]:
         if layer.name in from_image:
             needed.add(layer.name)
         needed = {name for name in needed if last_use.get(name, -1) > number}
-        if needed == {layer.name} or layer.name == architecture.output:
+        one_result = bool(layer.output_shape)  # a split has several
+        if (needed == {layer.name} and one_result) or layer.name == architecture.output:
             yield piece
             piece = []
 

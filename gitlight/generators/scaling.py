@@ -1,6 +1,7 @@
 """Input scaling: what makes gradients, which vary over orders of magnitude, learnable."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ class StandardisedFeatures(nn.Module, ABC):
     Before `finish` they are the features as they are.
     """
 
-    def __init__(self, n_entries: int) -> None:
+    def __init__(self, n_entries: int, groups: Sequence[int] | None = None) -> None:
+        """``groups``: numbers of neighbouring entries that are of one kind; None: all are."""
         super().__init__()
         self.n_entries = n_entries
+        self._groups = [n_entries] if groups is None else list(groups)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.zeros(n_entries))
@@ -32,11 +35,19 @@ class StandardisedFeatures(nn.Module, ABC):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, …)`` per parameter to ``(B, n_entries)`` of mean 0 and standard deviation 1, float32."""
-        return (self.features(gradients) - self.mean) / self.std
+        return self.standardise(self.features(gradients))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Features to mean 0 and standard deviation 1."""
+        return (features - self.mean) / self.std
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch to the sums (a `PairFit`)."""
-        features = self.features(gradients).double()
+        self.add(self.features(gradients))
+
+    def add(self, features: Tensor) -> None:
+        """Add the features of a batch to the sums."""
+        features = features.double()
         if not self._sums:
             zeros = torch.zeros(self.n_entries, dtype=torch.float64, device=features.device)
             self._sums = [zeros, zeros.clone(), torch.zeros((), dtype=torch.float64, device=features.device)]
@@ -57,9 +68,10 @@ class StandardisedFeatures(nn.Module, ABC):
         std = variance.sqrt()
         # An entry that never varies (a dead unit) carries nothing; dividing by its tiny deviation would blow up
         # rounding errors and, at attack time, any deviation from the pairs.
-        floor = 1e-6 * std.max().clamp_min(_TINY) if std.numel() else std
+        parts = [part for part in std.split(self._groups) if part.numel()]
+        floors = [torch.full_like(part, 1e-6 * float(part.max().clamp_min(_TINY))) for part in parts]
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > floor, std, torch.full_like(std, float("inf"))))
+        self.std.copy_(torch.where(std > torch.cat(floors), std, float("inf")) if floors else std)
         self._sums = []
 
 

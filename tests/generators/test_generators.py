@@ -20,6 +20,7 @@ from gitlight.config import (
     ViTConfig,
 )
 from gitlight.data.pair import GradientPair
+from gitlight.errors import ArchitectureError
 from gitlight.generators import GENERATORS, coarse
 from gitlight.generators.width import n_trainable
 from gitlight.gradients.engine import GradientEngine
@@ -157,7 +158,7 @@ def test_a_coarse_step_sees_the_averages_of_its_own_layers(lenet_architecture):
 def test_branches_attention_and_sketches_become_images(
     make_pairs, monkeypatch, deep_name, settings, client_batch_size, sketched
 ):
-    monkeypatch.setattr(coarse, "_MOST_ENTRIES", 600)  # so that small models have large estimates, too
+    monkeypatch.setattr(coarse, "_MOST_ENTRIES", 600)  # so that small models have large maps, too
     leaked, pair = make_pairs(settings, n=60, client_batch_size=client_batch_size, dtype="float32")
     architecture, gradients = leaked.architecture, pair.gradients
     if sketched:
@@ -184,6 +185,21 @@ def test_large_estimates_of_coarse_are_made_by_convolutions(make_pairs, monkeypa
     generator = build("coarse", leaked.architecture)
     # The image, 768 entries, and the four estimates of 4 × 16 × 16.
     assert [step.convolutions is not None for step in generator.steps] == [False] * 6 + [True] * 5
+
+
+def test_coarse_takes_a_module_whose_parameters_are_an_earlier_ones():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(12, 12), nn.Linear(12, 2)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.inner(torch.relu(self.inner(x.flatten(1))))))
+
+    network = Tied()
+    generator = build("coarse", Architecture.of(network, (3, 2, 2), 2))
+    gradients = {name: torch.randn(4, *p.shape) for name, p in network.named_parameters()}
+    assert generator(gradients).shape == (4, 1, 3, 2, 2)
 
 
 def test_coarse_of_one_module_is_a_multilayer_perceptron(lenet_architecture):
@@ -261,6 +277,12 @@ def test_hybrid_learns_from_the_smallest_gradients_that_fit(make_pairs):
     left_out = sum(shape.numel() for shape in shapes.values()) - generator.scaling.n_entries
     assert left_out > 2000
     assert build("hybrid", leaked.architecture, gradient_entries=0).scaling is None
+
+
+def test_hybrid_names_the_sketch_that_hides_its_start(lenet_architecture):
+    sketch = Sketch(lenet_architecture, SketchConfig(name="count", size=50, keep_exact=["*.bias"]))
+    with pytest.raises(ArchitectureError, match=r"of linear.weight there is only a sketch.*keep_exact"):
+        build("hybrid", sketch.seen_by_generators(lenet_architecture))
 
 
 @pytest.mark.parametrize("size", [(3, 15, 17), (1, 9, 9)])

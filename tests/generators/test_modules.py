@@ -59,6 +59,20 @@ def test_attention_and_perceptron_of_a_transformer_are_modules_of_their_own():
     assert not any(a and b for a, b in itertools.pairwise(with_attention))
 
 
+def test_a_model_that_splits_channels_is_cut_where_they_are_together_again():
+    class Shuffle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.branch, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 2, 1), nn.Linear(64, 2)
+
+        def forward(self, x):
+            left, right = self.first(x).chunk(2, dim=1)
+            return self.last(torch.cat([left, self.branch(right)], dim=1).flatten(1))
+
+    modules = divide(Architecture.of(Shuffle(), (3, 4, 4), 2))
+    assert [module.input_shape for module in modules] == [(3, 4, 4), (4, 4, 4), (4, 4, 4)]
+
+
 def test_patterns_join_neighbours():
     architecture = architecture_of(RESNET)
     modules = divide(architecture, ["stage1_*", "stage2_*"])

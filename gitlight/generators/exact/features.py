@@ -59,6 +59,11 @@ class ClosedFormFeatures(nn.Module):
         features = _features(self.inversion, architecture)
         if not features:
             last = architecture[architecture.output]
+            if sketched := [name for name in last.parameters.values() if name in architecture.sketched]:
+                raise ArchitectureError(
+                    f"hybrid starts from the whole gradient of the last layer, and of {', '.join(sketched)} there is "
+                    "only a sketch. Keep it whole (gradients.sketch.keep_exact), or give generator.name=mlp."
+                )
             raise ArchitectureError(
                 f"hybrid starts from the bias gradient of a last linear layer, but the leaked model ends in "
                 f"{last.place} (parameters: {', '.join(last.parameters.values()) or 'none'}). "

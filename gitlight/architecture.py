@@ -105,7 +105,7 @@ class Architecture:
     >>> architecture = Architecture.of(model, image_shape=(3, 2, 2), n_classes=2)
     >>> dict(architecture.parameter_shapes)["1.weight"]
     torch.Size([5, 12])
-    >>> [layer.kind for layer in architecture.chain()]
+    >>> [layer.kind for layer in architecture.layers]
     ['flatten', 'linear', 'sigmoid', 'linear']
 
     Attributes:
@@ -194,23 +194,6 @@ class Architecture:
                 return layer
             before = layer.name
         return None
-
-    def chain(self) -> tuple[Layer, ...]:
-        """The model's layers from input to output, if it is a chain: each takes the one before as its only input.
-
-        Raises:
-            ArchitectureError: a layer joins or splits branches (a residual sum, attention, a concatenation); the
-                message names it and its place.
-        """
-        layer = self.chain_break
-        if layer is not None:
-            raise ArchitectureError(
-                f"{layer.place}, step {self.layers.index(layer) + 1} of the leaked model, does not take the step "
-                f"before it as its only input: inputs {list(layer.inputs)}. "
-                "This generator handles models whose layers follow one another; "
-                "mlp handles every leaked model: generator.name=mlp."
-            )
-        return self.layers
 
 
 def _without_hooks(model: nn.Module) -> nn.Module:

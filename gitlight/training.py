@@ -119,7 +119,7 @@ def build_generator(config: Config, architecture: Architecture) -> Generator:
     if component.one_gradient and leak != "gradient":
         raise ConfigError(
             f"gradients.updates: {config.generator.name} inverts one gradient, and an update of several local steps, "
-            f"{leak}, is not one. mlp and hybrid learn from updates (generator.name=mlp); for one step in all give "
+            f"{leak}, is not one. mlp, coarse and hybrid learn from updates (generator.name=mlp); for one step give "
             "gradients.updates.epochs=1 gradients.updates.batch_size=null."
         )
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from closed_form import add
+from tied import Tied
 from torch import nn
 
 from gitlight.architecture import Architecture
@@ -117,14 +118,6 @@ def test_sketched_weights_have_no_average():
 
 
 def test_a_weight_that_is_used_twice_has_no_average():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.last = nn.Linear(12, 12), nn.Linear(12, 2)
-
-        def forward(self, x):
-            return self.last(torch.relu(self.inner(torch.relu(self.inner(x.flatten(1))))))
-
     averages = WeightedAverages(Architecture.of(Tied(), (3, 2, 2), 2), 1)
     assert list(averages.split(torch.zeros(1, averages.n_entries))) == ["last.weight"]
 

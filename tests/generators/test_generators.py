@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from closed_form import add, run_fits
+from tied import Tied
 from torch import nn
 
 from gitlight.architecture import Architecture
@@ -188,14 +189,6 @@ def test_large_estimates_of_coarse_are_made_by_convolutions(make_pairs, monkeypa
 
 
 def test_coarse_takes_a_module_whose_parameters_are_an_earlier_ones():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.last = nn.Linear(12, 12), nn.Linear(12, 2)
-
-        def forward(self, x):
-            return self.last(torch.relu(self.inner(torch.relu(self.inner(x.flatten(1))))))
-
     network = Tied()
     generator = build("coarse", Architecture.of(network, (3, 2, 2), 2))
     gradients = {name: torch.randn(4, *p.shape) for name, p in network.named_parameters()}

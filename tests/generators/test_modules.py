@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from tied import Tied
 from torch import nn
 
 from gitlight.architecture import IMAGE, Architecture
@@ -88,14 +89,6 @@ def test_a_pattern_that_fits_nothing_is_named():
 
 
 def test_a_parameter_of_two_modules_is_the_first_ones():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.last = nn.Linear(12, 12), nn.Linear(12, 2)
-
-        def forward(self, x):
-            return self.last(torch.relu(self.inner(torch.relu(self.inner(x.flatten(1))))))
-
     modules = divide(Architecture.of(Tied(), (3, 2, 2), 2))
     assert [module.parameters for module in modules] == [
         ("inner.weight", "inner.bias"),

@@ -51,7 +51,7 @@ class HybridGenerator(Generator):
             name for layer in architecture.layers if layer.name not in explained for name in layer.parameters.values()
         ]
         small = _smallest(unexplained, architecture, settings.gradient_entries)
-        self.scaling = GradientScaling(architecture, small) if small else None
+        self.scaling = GradientScaling(architecture, small) if small and settings.gradient_channels else None
         self._in_start = _deepest_that_fit(shapes, settings.linear_start_features)
         n_start = sum(map(prod, self._in_start.values()))
         left = settings.linear_start_features - n_start
@@ -61,7 +61,6 @@ class HybridGenerator(Generator):
         n_start += self.averages.n_entries
         self.ridge = None if self._solved else RidgeRegression(n_start, n_image)
         self.standardisation = _FeatureStandardisation(shapes)
-        self._learns_maps = settings.gradient_channels > 0
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 
         def build(width: int) -> nn.Module:
@@ -83,7 +82,7 @@ class HybridGenerator(Generator):
         if self.refinement is None:
             return start.unsqueeze(1).clamp(0, 1)
         seen = [self.averages.standardise(averages)]
-        if self.scaling is not None and self._learns_maps:
+        if self.scaling is not None:
             seen.append(self.scaling(gradients))
         residual = self.refinement(start, self.standardisation(features), torch.cat(seen, dim=1))
         # In units of the start's own error: Adam's first steps would otherwise be many times what is to be learned, and

@@ -175,7 +175,7 @@ def _whole_pixels(conv: Convolution) -> Tensor:
 def _pixels(x: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
     """``(S, C, H, W)`` with margins (above, under, left, right), channels last."""
     above, under, left, right = margins
-    # A transposed matrix first, then whole rows: four times as fast as moving the dimensions of a padded image.
+    # A transposed matrix first, then whole rows: faster than moving the dimensions of a padded image.
     moved = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, x.shape[2:])
     return F.pad(moved, (0, 0, left, right, above, under)).contiguous()
 

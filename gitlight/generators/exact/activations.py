@@ -17,6 +17,10 @@ _CLOSEST = 1e-12
 # solves gives outputs to about 1e-13. What noise does to an output is in its variance, not here.
 
 
+_SURE = 4.0
+"""Standard deviations from zero beyond which a value's sign is not in doubt."""
+
+
 class _InvertibleActivation(InverseRule):
     """One to one: ``z = σ⁻¹(a)``, and ``σ'(z)`` follows from ``a``."""
 
@@ -98,13 +102,17 @@ class TanhRule(_InvertibleActivation):
 
 @register_rule("leaky_relu")
 class LeakyReLURule(_InvertibleActivation):
-    """``z = a`` or ``a / slope``, ``σ' = 1`` or ``slope``, by the sign of ``a``."""
+    """``z = a`` or ``a / slope``, ``σ' = 1`` or ``slope``, by the sign of ``a``.
+
+    Where an error may have changed that sign, one layer's equations settle it: `gitlight.generators.exact.signs`.
+    """
 
     homogeneous = True
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self.slope = float(layer.arguments["negative_slope"])
+        self.slopes = (1.0, self.slope)
         if self.slope <= 0:
             raise ArchitectureError(
                 f"{layer.place} has negative_slope={self.slope:g}: its input does not follow from its output, as "
@@ -118,6 +126,13 @@ class LeakyReLURule(_InvertibleActivation):
     @override
     def derivative(self, outputs: Tensor) -> Tensor:
         return torch.where(outputs > 0, 1.0, self.slope).to(outputs.dtype)
+
+    @override
+    def invert(self, output: Estimate, position: int, others: Sequence[Estimate | None], weights: Weights) -> Estimate:
+        """By the sign; where that is not sure, with the larger of the two errors."""
+        found = super().invert(output, position, others, weights)
+        unsure = output.value.square() < _SURE**2 * output.variance
+        return Estimate(found.value, torch.where(unsure, output.variance / min(1.0, self.slope) ** 2, found.variance))
 
 
 @register_rule("relu")

@@ -140,6 +140,11 @@ class AffineRule(InverseRule, ABC):
     def outputs(self, outputs: Tensor) -> Tensor:
         """Outputs in the order of `patches`: ``(B, *output_shape)`` to ``(B, positions, outputs)``."""
 
+    def from_outputs(self, outputs: Tensor) -> Tensor:
+        """The inverse of `outputs`."""
+        moved = outputs.transpose(1, 2) if self.channels_first else outputs
+        return moved.reshape(-1, *self.layer.output_shape)
+
     def bias_of(self, weights: Weights) -> Tensor | float:
         """The bias, in a shape that adds to outputs; 0 where there is none."""
         if self.bias is None:
@@ -148,6 +153,12 @@ class AffineRule(InverseRule, ABC):
         return bias.view(-1, *[1] * (len(self.layer.output_shape) - 1)) if self.channels_first else bias
 
     channels_first: bool = False
+
+    def by_output(self, values: Tensor) -> Tensor:
+        """One value for each output channel or unit, ``(B, outputs)``, in a shape that multiplies outputs."""
+        inner = len(self.layer.output_shape) - 1
+        shape = (values.shape[1], *[1] * inner) if self.channels_first else (*[1] * inner, values.shape[1])
+        return values.view(len(values), *shape)
 
     def carry(
         self,

@@ -1,6 +1,8 @@
 """A layer's input from everything that is known of it: gradient equations, forward equations and a prior, stacked."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ WORKSPACE_BYTES = 512e6
 _LARGEST_PRECISION = 1e8
 """Of an output against the gradient's: beyond, its equations would push those of the gradient below rounding."""
 
-_N_PROBES = 8
+N_DEVIATIONS = 16
+"""Samples that stand for the distribution of an estimate's error."""
 
 _SHIFTS = (1e-12, 1e-9, 1e-6)
 """Over the mean diagonal, added in turn where rounding leaves a system without a Cholesky factor: weights that are far
@@ -33,6 +36,28 @@ class Prior:
     mean: Tensor
     precision: Tensor
 
+    @cached_property
+    def deviations(self) -> Tensor:
+        """``(N_DEVIATIONS, n)``: samples from it, less the mean."""
+        factor = torch.linalg.cholesky(self.precision)
+        return torch.linalg.solve_triangular(factor.T, _normal(len(self.mean), self.mean), upper=True).T
+
+
+class Stacked(NamedTuple):
+    """What stacked equations give.
+
+    Attributes:
+        estimate: the most probable input, with one variance for all entries of an example, their mean.
+        solved: ``(B,)`` bool, which examples could be solved; others are zero.
+        damped: ``(B,)`` bool, which of them only with damping.
+        deviations: ``(B, N_DEVIATIONS, *input_shape)``, samples of the error as the equations leave it.
+    """
+
+    estimate: Estimate
+    solved: Tensor
+    damped: Tensor
+    deviations: Tensor
+
 
 def solve_stacked(
     rule: AffineRule,
@@ -43,12 +68,13 @@ def solve_stacked(
     weight: Tensor,
     bias: Tensor | float,
     prior: Prior | None,
-) -> tuple[Estimate, Tensor, Tensor]:
+    row_noise: Tensor | None = None,
+) -> Stacked:
     """The most probable input.
 
     Given
 
-    - ``K(δ) a = g``, errors of standard deviation ``noise``;
+    - ``K(δ) a = g``, errors of standard deviation ``noise``, or ``row_noise`` by output;
     - ``W * a + b = z``, errors as ``output`` says, entries of infinite variance left out;
     - the prior.
 
@@ -65,25 +91,25 @@ def solve_stacked(
         weight: ``(*weight.shape)``.
         bias: in a shape that adds to outputs.
         prior: None: none; the system must then be determined.
-
-    Returns:
-        the estimate, with one variance for all entries of an example (its mean, from random probes); ``(B,)`` bool,
-        which examples could be solved (others are zero); and ``(B,)`` bool, which of them only with damping.
+        row_noise: ``(B, outputs)``, of the equations of each output (a channel, or a unit of a linear layer), where
+            ``δ`` itself has errors; None: ``noise`` for all.
     """
     size = rule.n_inputs
+    if row_noise is not None:
+        shares = noise.unsqueeze(1) / row_noise
+        delta = delta * rule.by_output(shares)
+        weight_gradient = weight_gradient * shares.view(*shares.shape, *[1] * (weight_gradient.dim() - 2))
     chunk = max(1, int(WORKSPACE_BYTES / (3 * 8 * size**2)))
-    values, variances, solved, damped = [], [], [], []
+    parts = []
     for start in range(0, len(delta), chunk):
         part = slice(start, start + chunk)
         its_output = None
         if output is not None:
             its_output = Estimate(output.value[part], output.variance.expand_as(output.value)[part])
-        found = _solve(rule, delta[part], weight_gradient[part], noise[part], its_output, weight, bias, prior)
-        values.append(found[0])
-        variances.append(found[1])
-        solved.append(found[2])
-        damped.append(found[3])
-    return Estimate(torch.cat(values), torch.cat(variances)), torch.cat(solved), torch.cat(damped)
+        parts.append(_solve(rule, delta[part], weight_gradient[part], noise[part], its_output, weight, bias, prior))
+    values, solved, damped, deviations = (torch.cat(part) for part in zip(*parts, strict=True))
+    variance = deviations.flatten(1).square().mean(dim=1)
+    return Stacked(Estimate(values, _expand(variance, values).expand_as(values)), solved, damped, deviations)
 
 
 def _solve(
@@ -129,16 +155,18 @@ def _solve(
         missing = missing + rule.adjoint(precision * (wanted - rule.forward(inputs, weight)), weight).flatten(1)
     if prior is not None:
         missing = missing + level[:, None] * ((prior.mean - found) @ prior.precision)
-    # With it Hutchinson's estimate of the covariance's trace: a solve costs a pass over the factor, whatever is solved.
-    probes = torch.randn(
-        (size, _N_PROBES), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
-    ).to(delta)
-    rights = torch.cat([missing.unsqueeze(2), probes.expand(n_examples, -1, -1)], dim=2)
-    solutions = torch.cholesky_solve(rights, factor)
-    found = torch.where(solved[:, None], found + solutions[:, :, 0], 0.0)
-    variance = (probes * solutions[:, :, 1:]).mean(dim=(1, 2)).clamp_min(0) * level
-    shape = rule.layer.input_shape
-    return found.view(n_examples, *shape), variance.view(-1, *[1] * len(shape)).expand(-1, *shape), solved, damped
+    step = torch.cholesky_solve(missing.unsqueeze(2), factor).squeeze(2)
+    found = torch.where(solved[:, None], found + step, 0.0)
+    # Half a solve, of white noise, has the covariance of the error.
+    deviations = torch.linalg.solve_triangular(factor.mT, _normal(size, delta).expand(n_examples, -1, -1), upper=True)
+    deviations = (deviations * level.sqrt()[:, None, None]).mT.reshape(n_examples, -1, *rule.layer.input_shape)
+    return found.view(n_examples, *rule.layer.input_shape), solved, damped, deviations
+
+
+def _normal(size: int, like: Tensor) -> Tensor:
+    """White noise ``(size, N_DEVIATIONS)``, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((size, N_DEVIATIONS), generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 def _factorised(system: Tensor) -> tuple[Tensor, Tensor, Tensor]:

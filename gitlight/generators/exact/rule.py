@@ -53,6 +53,7 @@ class InverseRule:
         carry_exact: whether `carry` is exact, given exactly what it needs.
         homogeneous: whether ``f(t·x) = t·f(x)`` for ``t > 0`` and all that it computes with are its inputs; such
             operations conserve ``Σ δ·x`` (`gitlight.generators.exact.conservation`).
+        slopes: of an activation with two, above and below zero, that its value alone may not tell apart under noise.
         loses: in words, what cannot be exact, for the report; empty if nothing is lost.
     """
 
@@ -60,6 +61,7 @@ class InverseRule:
     carry_needs: ClassVar[Literal["nothing", "output", "input"]] = "input"
     carry_exact: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = False
+    slopes: tuple[float, float] | None = None
     loses: str = ""
 
     def __init__(self, layer: Layer) -> None:

@@ -11,9 +11,13 @@ from gitlight.data.pair import Gradients
 from gitlight.generators.exact.activations import SigmoidRule, TanhRule
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.bounded import solve_bounded
+from gitlight.generators.exact.errors import Noise, carry_errors, row_noise
+from gitlight.generators.exact.head import solve_head
+from gitlight.generators.exact.linear import LinearRule
 from gitlight.generators.exact.plan import Action, Do, Plan
-from gitlight.generators.exact.posterior import Prior, solve_stacked
+from gitlight.generators.exact.posterior import Prior, Stacked, solve_stacked
 from gitlight.generators.exact.rule import Estimate, InverseRule, Weights
+from gitlight.generators.exact.signs import TwoSlopes, expected_outputs, solve_with_signs, unsure
 from gitlight.generators.exact.status import Status, worsen
 
 _OPEN = 1e-10
@@ -61,35 +65,13 @@ def walk(
         priors: name of a layer, or `IMAGE` → what is known beforehand of its result.
         until: stop before the first action for which this holds.
     """
-    values: dict[str, Estimate] = {}
-    deltas: dict[str, Tensor] = {}
-    status = torch.full((len(noise),), int(Status.EXACT), dtype=torch.int64, device=noise.device)
+    walker = _Walk(architecture, rules, gradients, noise, weights, priors)
+    steps = {Do.REVEAL: walker.reveal, Do.INVERT: walker.invert, Do.CARRY: walker.carry}
     for action in plan.actions:
         if until is not None and until(action):
             break
-        layer, rule = action.layer, rules[action.layer.name]
-        below = layer.inputs[action.position] if layer.inputs else ""
-        if action.do is Do.REVEAL:
-            name = rule.reveals_delta()
-            assert name is not None
-            deltas[layer.name] = gradients[name].reshape(len(noise), *layer.output_shape)
-        elif action.do is Do.INVERT:
-            others = [values.get(name) for name in layer.inputs]
-            values[below] = rule.invert(values[layer.name], action.position, others, weights)
-        elif action.do is Do.CARRY:
-            inputs = [values.get(name) for name in layer.inputs]
-            output = values.get(layer.name)
-            passed = rule.carry(deltas[layer.name], action.position, inputs, output, weights)
-            deltas[below] = deltas[below] + passed if below in deltas else passed
-            if isinstance(rule, SigmoidRule | TanhRule) and output is not None:
-                status = worsen(status, rule.saturated(output) > _MOST_SATURATED, Status.SATURATED)
-        else:
-            assert isinstance(rule, AffineRule)
-            values[below], status = _solve(
-                action, rule, gradients, noise, weights, priors.get(below), values.get(layer.name),
-                deltas[layer.name], status, bounds_of(architecture, below),
-            )  # fmt: skip
-    return Found(values, deltas, status)
+        steps.get(action.do, walker.solve)(action)
+    return Found(walker.values, walker.deltas, walker.status)
 
 
 def bounds_of(architecture: Architecture, name: str) -> tuple[float | None, float | None]:
@@ -103,57 +85,179 @@ def bounds_of(architecture: Architecture, name: str) -> tuple[float | None, floa
     return kinds.get(layer.kind, (None, None))
 
 
-def _solve(
-    action: Action,
-    rule: AffineRule,
-    gradients: Gradients,
-    noise: Tensor,
-    weights: Weights,
-    prior: Prior | None,
-    output: Estimate | None,
-    delta: Tensor,
-    status: Tensor,
-    bounds: tuple[float | None, float | None],
-) -> tuple[Estimate, Tensor]:
-    """An affine layer's input, and the statuses after it."""
-    assert rule.weight is not None
-    gradient = gradients[rule.weight]
-    size = delta.flatten(1).norm(dim=1)
-    usable = (size > 0) & torch.isfinite(size)
-    status = worsen(status, ~usable, Status.SINGULAR)
-    if action.do is Do.SOLVE:
+class _Walk:
+    """What has been found so far, and the steps that find more."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        rules: Mapping[str, InverseRule],
+        gradients: Gradients,
+        noise: Tensor,
+        weights: Weights,
+        priors: Mapping[str, Prior],
+    ) -> None:
+        self._architecture, self._rules, self._priors = architecture, rules, priors
+        self._gradients, self._noise, self._weights = gradients, noise, weights
+        self._samples = Noise()
+        self._errors: dict[str, Tensor] = {}
+        self._two_slopes: dict[str, TwoSlopes] = {}  # layer that an activation with two slopes, and nothing else, takes
+        self.values: dict[str, Estimate] = {}
+        self.deltas: dict[str, Tensor] = {}
+        self.status = torch.full((len(noise),), int(Status.EXACT), dtype=torch.int64, device=noise.device)
+
+    def reveal(self, action: Action) -> None:
+        """``δ`` is the gradient of a parameter."""
+        layer = action.layer
+        name = self._rules[layer.name].reveals_delta()
+        assert name is not None
+        delta = self._gradients[name].reshape(len(self._noise), *layer.output_shape)
+        self._keep_delta(layer.name, delta, self._samples.normal(delta) * _like(self._noise, delta).unsqueeze(1))
+
+    def invert(self, action: Action) -> None:
+        """An operation's input from its output."""
+        layer = action.layer
+        others = [self.values.get(name) for name in layer.inputs]
+        inverted = self._rules[layer.name].invert(self.values[layer.name], action.position, others, self._weights)
+        self.values[layer.inputs[action.position]] = inverted
+
+    def carry(self, action: Action) -> None:
+        """``δ``, and what may be wrong with it, to an operation's input."""
+        layer, rule, position = action.layer, self._rules[action.layer.name], action.position
+        below = layer.inputs[position]
+        inputs = [self.values.get(name) for name in layer.inputs]
+        output = self.values.get(layer.name)
+        delta, errors = self.deltas[layer.name], self._errors[layer.name]
+        passed = rule.carry(delta, position, inputs, output, self._weights)
+        its_errors = carry_errors(rule, delta, errors, position, inputs, output, self._weights, self._samples)
+        alone = below not in self.deltas
+        if not alone:
+            passed, its_errors = self.deltas[below] + passed, self._errors[below] + its_errors
+        self._keep_delta(below, passed, its_errors)
+        if alone and rule.slopes is not None and output is not None:
+            self._two_slopes[below] = TwoSlopes(output, delta, errors, rule.slopes)
+        if isinstance(rule, SigmoidRule | TanhRule) and output is not None:
+            self.status = worsen(self.status, rule.saturated(output) > _MOST_SATURATED, Status.SATURATED)
+
+    def solve(self, action: Action) -> None:
+        """An affine layer's input from its gradients, and from whatever else is known."""
+        layer, rule = action.layer, self._rules[action.layer.name]
+        assert isinstance(rule, AffineRule)
+        assert rule.weight is not None
+        delta = self.deltas[layer.name]
+        size = delta.flatten(1).norm(dim=1)
+        usable = (size > 0) & torch.isfinite(size)
+        self.status = worsen(self.status, ~usable, Status.SINGULAR)
+        if action.do is Do.SOLVE:
+            found = self._by_gradients_alone(rule, delta, size)
+        else:
+            found = Estimate(delta.new_zeros(len(delta), *layer.input_shape), delta.new_tensor(torch.inf))
+            found = Estimate(found.value, found.variance.expand_as(found.value).clone())
+            picked = usable.nonzero().squeeze(1)
+            if len(picked):
+                self._with_outputs(action.do, rule, picked, found)
+        self.values[layer.inputs[0]] = found
+
+    def _by_gradients_alone(self, rule: AffineRule, delta: Tensor, size: Tensor) -> Estimate:
+        layer = rule.layer
+        assert rule.weight is not None
+        if layer.name == self._architecture.output and self._head_is_known(rule):
+            return self._head(rule)
         # Damped by what noise there is against a spread of about one, the prior of those who know nothing else.
-        damping = (noise / size.clamp_min(1e-300)).square() / 0.1 + (0.0 if rule.exact else _OPEN)
-        level = rule.normal(delta[:1] / size[:1].clamp_min(1e-300).view(-1, *[1] * (delta.dim() - 1)))
+        damping = (self._noise / size.clamp_min(1e-300)).square() / 0.1 + (0.0 if rule.exact else _OPEN)
+        level = rule.normal(delta[:1] / _like(size[:1].clamp_min(1e-300), delta))
         mean_diagonal = level.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-300)
-        value, variance, solved = rule.solve(delta, gradient, damping / mean_diagonal)
-        variance = variance * noise.square().view(-1, *[1] * (value.dim() - 1))
+        value, variance, solved = rule.solve(delta, self._gradients[rule.weight], damping / mean_diagonal)
+        rows = row_noise(rule, self._errors[layer.name], self._noise, self._priors.get(layer.inputs[0]))
+        variance = variance * _like(rows.square().mean(dim=1), value)
         if rule.determined is not None and not rule.exact:
             # Of what no equation meets, the solution of least norm says nothing.
             open_entries = ~rule.determined.to(value.device).expand_as(rule.columns(value))
             variance = torch.where(rule.from_columns(open_entries.double()) > 0, torch.inf, variance)
-        return Estimate(value, variance), worsen(status, ~solved, Status.SINGULAR)
-    assert output is not None
-    weight, bias = weights[rule.weight], rule.bias_of(weights)
-    shape = rule.layer.input_shape
-    value = delta.new_zeros(len(delta), *shape)
-    variance = torch.full_like(value, torch.inf)
-    picked = usable.nonzero().squeeze(1)
-    if len(picked) == 0:
-        return Estimate(value, variance), status
-    its_output = Estimate(
-        output.value[picked],
-        output.variance.expand_as(output.value)[picked],
-        None if output.at_most is None else output.at_most[picked],
-    )
-    its = (rule, delta[picked], gradient[picked], noise[picked], its_output, weight, bias, prior)
-    if action.do is Do.BOUND:
-        estimate, determined = solve_bounded(*its, bounds)
-        status[picked] = worsen(status[picked], ~determined, Status.ESTIMATE)
-    else:
-        estimate, solved, damped = solve_stacked(*its)
-        status[picked] = worsen(status[picked], damped, Status.ESTIMATE)
-        status[picked] = worsen(status[picked], ~solved, Status.SINGULAR)
-    value[picked] = estimate.value
-    variance[picked] = estimate.variance
-    return Estimate(value, variance), status
+        self.status = worsen(self.status, ~solved, Status.SINGULAR)
+        return Estimate(value, variance)
+
+    def _with_outputs(self, do: Do, rule: AffineRule, picked: Tensor, found: Estimate) -> None:
+        """Fill in the examples that are picked."""
+        name, below = rule.layer.name, rule.layer.inputs[0]
+        assert rule.weight is not None
+        output, prior = self.values[name], self._priors.get(below)
+        weight, bias = self._weights[rule.weight], rule.bias_of(self._weights)
+        gradient = self._gradients[rule.weight]
+        if do is Do.BOUND:
+            its = (rule, self.deltas[name][picked], gradient[picked], self._noise[picked], _of(output, picked))
+            estimate, determined = solve_bounded(*its, weight, bias, prior, bounds_of(self._architecture, below))
+            self.status[picked] = worsen(self.status[picked], ~determined, Status.ESTIMATE)
+            found.value[picked], found.variance[picked] = estimate.value, estimate.variance
+            return
+        activation = self._two_slopes.get(name)
+        settled = torch.zeros_like(picked, dtype=torch.bool)
+        if activation is not None and prior is not None:
+            expected = expected_outputs(rule, weight, bias, prior, len(picked))
+            settled = unsure(activation.of(picked), expected)
+            self._settle(rule, activation, picked[settled], prior, found)
+        rest = picked[~settled]
+        if len(rest):
+            rows = row_noise(rule, self._errors[name][rest], self._noise[rest], prior)
+            its = (rule, self.deltas[name][rest], gradient[rest], self._noise[rest], _of(output, rest))
+            self._keep_stacked(solve_stacked(*its, weight, bias, prior, row_noise=rows), rest, found)
+
+    def _settle(self, rule: AffineRule, activation: TwoSlopes, which: Tensor, prior: Prior, found: Estimate) -> None:
+        if len(which) == 0:
+            return
+        name = rule.layer.name
+        assert rule.weight is not None
+        settled = solve_with_signs(
+            rule,
+            activation.of(which),
+            self._gradients[rule.weight][which],
+            None if rule.bias is None else self._gradients[rule.bias][which],
+            self._noise[which],
+            self._weights[rule.weight],
+            rule.bias_of(self._weights),
+            prior,
+        )
+        self._keep_stacked(settled.stacked, which, found)
+        self.deltas[name] = self.deltas[name].index_copy(0, which, settled.delta)
+        self._errors[name] = self._errors[name].index_copy(0, which, settled.errors)
+        output = self.values[name]
+        self.values[name] = Estimate(
+            output.value.index_copy(0, which, settled.output.value),
+            output.variance.expand_as(output.value).index_copy(0, which, settled.output.variance),
+        )
+
+    def _keep_stacked(self, stacked: Stacked, which: Tensor, found: Estimate) -> None:
+        found.value[which], found.variance[which] = stacked.estimate.value, stacked.estimate.variance
+        self.status[which] = worsen(self.status[which], stacked.damped, Status.ESTIMATE)
+        self.status[which] = worsen(self.status[which], ~stacked.solved, Status.SINGULAR)
+
+    def _head_is_known(self, rule: AffineRule) -> bool:
+        known = rule.weight in self._weights and rule.bias in self._weights
+        return known and isinstance(rule, LinearRule) and rule.reveals_delta() is not None
+
+    def _head(self, rule: AffineRule) -> Estimate:
+        """The last layer's input, and its ``δ`` once more: what the cross-entropy says of both."""
+        assert rule.weight is not None
+        assert rule.bias is not None
+        head = solve_head(
+            self._gradients[rule.weight], self._gradients[rule.bias], self._noise,
+            self._weights[rule.weight], self._weights[rule.bias],
+        )  # fmt: skip
+        own = self._samples.normal(head.delta) * head.delta_variance.sqrt().unsqueeze(1)
+        shared = self._samples.normal(head.scale_variance) * head.scale_variance.sqrt().unsqueeze(1)
+        self._keep_delta(rule.layer.name, head.delta, own + shared.unsqueeze(2) * head.delta.unsqueeze(1))
+        return Estimate(head.inputs.view(-1, *rule.layer.input_shape), head.inputs_variance)
+
+    def _keep_delta(self, name: str, delta: Tensor, errors: Tensor) -> None:
+        self.deltas[name], self._errors[name] = delta, errors
+        self._two_slopes.pop(name, None)
+
+
+def _of(estimate: Estimate, which: Tensor) -> Estimate:
+    variance = estimate.variance.expand_as(estimate.value)[which]
+    return Estimate(estimate.value[which], variance, None if estimate.at_most is None else estimate.at_most[which])
+
+
+def _like(per_example: Tensor, tensor: Tensor) -> Tensor:
+    """``(B,)`` in a shape that broadcasts with ``(B, …)``."""
+    return per_example.view(-1, *[1] * (tensor.dim() - 1))

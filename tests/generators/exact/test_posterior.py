@@ -53,12 +53,12 @@ class Case:
         self.variance.flatten()[::3] = torch.inf
         self.value.flatten()[::3] = 1e9
 
-    def solve(self, prior, output=True):
+    def solve(self, prior, output=True, row_noise=None):
         weights = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
         known = Estimate(self.value, self.variance) if output else None
         bias = self.rule.bias_of(weights)
         its = (self.rule, self.delta, self.gradient, self.noise, known, weights["weight"], bias, prior)
-        return solve_stacked(*its)
+        return solve_stacked(*its, row_noise=row_noise)
 
     def dense(self, number, prior, output=True):
         variance = self.variance if output else torch.full_like(self.variance, torch.inf)
@@ -71,7 +71,7 @@ class Case:
 def test_with_noise_and_a_prior_it_is_the_most_probable_input(small, noise, spread):
     case = Case(*small, noise, spread)
     prior = random_prior(case.rule.n_inputs)
-    found, solved, _ = case.solve(prior)
+    found, solved, *_ = case.solve(prior)
     assert solved.all()
     for number in range(3):
         torch.testing.assert_close(found.value[number].flatten(), case.dense(number, prior)[0], rtol=1e-6, atol=1e-7)
@@ -92,7 +92,7 @@ def test_determined_equations_need_no_prior_and_are_exact():
     torch.manual_seed(0)
     case = Case(nn.Conv2d(2, 6, 3, 2, 1).double(), (2, 6, 6), 1e-15, 1e-15)
     assert not case.rule.exact, "the gradient equations alone leave directions open"
-    found, solved, _ = case.solve(None)
+    found, solved, *_ = case.solve(None)
     assert solved.all()
     assert relative(found.value, case.inputs) < 1e-11
 
@@ -113,7 +113,61 @@ def test_variance_is_the_mean_of_the_dense_covariance(spread):
     for number in range(3):
         assert found.variance[number].unique().numel() == 1
         wanted = case.dense(number, prior)[1].diagonal().mean().item()
-        assert found.variance[number].mean().item() == pytest.approx(wanted, rel=0.5), "from eight random probes"
+        assert found.variance[number].mean().item() == pytest.approx(wanted, rel=0.5), "from sixteen samples"
+
+
+def test_deviations_have_the_dense_covariance():
+    torch.manual_seed(0)
+    case = Case(nn.Linear(4, 3).double(), (4,), 1e-1, 1e-1)
+    prior = random_prior(4)
+    many = case.solve(prior).deviations
+    assert many.shape == (3, posterior.N_DEVIATIONS, 4)
+    for number in range(3):
+        covariance = case.dense(number, prior)[1]
+        factor = torch.linalg.cholesky(torch.linalg.inv(covariance))
+        white = many[number] @ factor
+        assert white.square().mean().item() == pytest.approx(1, rel=0.35)
+
+
+@quick
+@given(affine_layers)
+def test_equations_of_an_output_count_by_their_own_noise(small):
+    case = Case(*small, 1e-2, 1.0)
+    prior = random_prior(case.rule.n_inputs)
+    n_outputs = case.gradient.shape[1]
+    factors = 1 + torch.rand(3, n_outputs, dtype=torch.float64) * 9
+    found = case.solve(prior, row_noise=case.noise[:, None] * factors).estimate
+    for number in range(3):
+        rows = gradient_matrix(case.module, case.delta[number], case.shape)
+        each = (case.noise[number] * factors[number]).repeat_interleave(len(rows) // n_outputs)
+        outputs = torch.isfinite(case.variance[number]).flatten()
+        spread = case.variance[number].flatten()[outputs].sqrt()
+        constant = case.module(torch.zeros(1, *case.shape, dtype=torch.float64)).detach()[0]
+        root = torch.linalg.cholesky(prior.precision).T
+        matrix = torch.cat(
+            [rows / each[:, None], forward_matrix(case.module, case.shape)[outputs] / spread[:, None], root]
+        )
+        wanted = torch.cat(
+            [
+                case.gradient[number].flatten() / each,
+                (case.value[number] - constant).flatten()[outputs] / spread,
+                root @ prior.mean,
+            ]
+        )
+        torch.testing.assert_close(
+            found.value[number].flatten(),
+            torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0],
+            rtol=1e-6,
+            atol=1e-7,
+        )
+
+
+def test_a_priors_deviations_have_its_covariance():
+    torch.manual_seed(0)
+    prior = random_prior(40)
+    white = prior.deviations @ torch.linalg.cholesky(prior.precision)
+    assert prior.deviations.shape == (posterior.N_DEVIATIONS, 40)
+    assert white.square().mean().item() == pytest.approx(1, rel=0.15)
 
 
 def test_examples_that_do_not_fit_into_memory_together_are_solved_in_turn(monkeypatch):
@@ -121,7 +175,7 @@ def test_examples_that_do_not_fit_into_memory_together_are_solved_in_turn(monkey
     case = Case(nn.Linear(4, 3).double(), (4,), 1e-2, 1e-2)
     prior = random_prior(4)
     monkeypatch.setattr(posterior, "WORKSPACE_BYTES", 1.0)
-    found, solved, _ = case.solve(prior)
+    found, solved, *_ = case.solve(prior)
     assert solved.shape == (3,)
     for number in range(3):
         torch.testing.assert_close(found.value[number], case.dense(number, prior)[0])

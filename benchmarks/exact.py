@@ -36,16 +36,22 @@ class Case(NamedTuple):
     conditions: tuple[tuple[str, ...], ...] = ((),)
 
 
+CLEAN = ((), ("gradients.dtype=float32",))
+NOISY = ((noise(1e-6),), (noise(1e-4),), (noise(1e-2),))
+TANH = ("leaked.activation=tanh", "leaked.init=default")
+
 CASES = {
-    "sigmoid": Case("lenet_exact", (), 100, ((), ("gradients.dtype=float32",))),
-    "sigmoid_noise": Case("lenet_exact", (), 100, ((noise(1e-6),), (noise(1e-4),), (noise(1e-2),))),
+    "sigmoid": Case("lenet_exact", (), 100, CLEAN),
+    "sigmoid_noise": Case("lenet_exact", (), 100, NOISY),
     "sigmoid_float32_pairs": Case("lenet_exact", ("gradients.dtype=float32",), 20),
     "sigmoid_noisy_pairs": Case("lenet_exact", (noise(1e-6),), 20),
     "hybrid_noise": Case("lenet_hybrid", (noise(1e-2),), 100),
     "descent": Case("lenet_exact_descent", (), 20),
-    "leaky_relu": Case("lenet_exact", ("leaked.activation=leaky_relu",), 100),
-    "tanh": Case("lenet_exact", ("leaked.activation=tanh", "leaked.init=default"), 100),
-    "tanh_saturated": Case("lenet_exact", ("leaked.activation=tanh",), 20),
+    "leaky_relu": Case("lenet_exact", ("leaked.activation=leaky_relu",), 100, CLEAN),
+    "leaky_relu_noise": Case("lenet_exact", ("leaked.activation=leaky_relu",), 50, NOISY),
+    "tanh": Case("lenet_exact", TANH, 100, CLEAN),
+    "tanh_noise": Case("lenet_exact", TANH, 50, NOISY),
+    "tanh_saturated": Case("lenet_exact", ("leaked.activation=tanh",), 20, CLEAN),
     "relu": Case("lenet_exact", ("leaked.activation=relu",), 50),
     "relu_default": Case("lenet_exact", ("leaked.activation=relu", "leaked.init=default"), 20),
     "mlp": Case("mlp_exact", (), 100),

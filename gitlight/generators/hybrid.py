@@ -6,13 +6,13 @@ from math import isqrt, prod
 import torch
 from torch import Tensor, nn
 
-from gitlight.architecture import Architecture
+from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
 from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import Generator, PairFit, ParameterEstimate
-from gitlight.generators.exact.features import ClosedFormFeatures
+from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
@@ -27,8 +27,9 @@ class HybridGenerator(Generator):
        `WeightedAverages` of the inputs of all layers further down.
     2. A linear start: ridge regression from both to the image, fitted on the pairs in closed form; or the image itself,
        where the walk reaches it. Neither is changed by training.
-    3. A convolutional `Refinement`, trained: it sees the start, the features as maps, and maps made from the gradients
-       of the layers that the walk does not reach, and adds what the linear start misses.
+    3. A convolutional `Refinement`, trained: it sees the start, the features as maps, how sure each of them is, how
+       noisy the leak, and maps made from the gradients of the layers that the walk does not reach; it adds what the
+       start misses.
 
     With ``N > 1`` images per leak the features are ``δ``-weighted averages, the start is the mean image, and the
     refinement learns to tell the ``N`` images apart. Of sketched gradients the walk makes nothing, and the refinement
@@ -40,10 +41,18 @@ class HybridGenerator(Generator):
     def __init__(self, architecture: Architecture, settings: HybridGeneratorConfig, client_batch_size: int = 1) -> None:
         """Raises: ArchitectureError, where nothing of the leaked model's activations follows from its gradients."""
         super().__init__(architecture, client_batch_size)
-        self.walk = ClosedFormFeatures(architecture, settings.noise, settings.exact_depth, client_batch_size)
+        if settings.forward_equations and client_batch_size > 1:
+            raise ConfigError(
+                "generator.forward_equations: with data.client_batch_size above 1 a leak is an average, which forward "
+                "equations say nothing of. Give generator.forward_equations=false."
+            )
+        self.walk = ClosedFormFeatures(
+            architecture, settings.noise, settings.exact_depth, client_batch_size, settings.forward_equations
+        )
         n_image = prod(architecture.image_shape)
         shapes = [feature.shape for feature in self.walk.features]
-        self._solved = self.walk.reaches_the_image
+        # What gradient equations alone give exactly needs no more; what rests on forward equations, noise may reach.
+        self._solved = self.walk.reaches_the_image and not settings.forward_equations
         # With one image per leak even a least-norm estimate holds all that its layer's equations say; with more, an
         # average of the inputs holds a fraction of it.
         explained = {feature.layer for feature in self.walk.features if feature.exact or client_batch_size == 1}
@@ -52,14 +61,19 @@ class HybridGenerator(Generator):
         ]
         small = _smallest(unexplained, architecture, settings.gradient_entries)
         self.scaling = GradientScaling(architecture, small) if small and settings.gradient_channels else None
+        reached = self.walk.features[-1].result == IMAGE and settings.forward_equations
         self._in_start = _deepest_that_fit(shapes, settings.linear_start_features)
+        if reached:
+            self._in_start = {len(shapes) - 1: shapes[-1]}
         n_start = sum(map(prod, self._in_start.values()))
         left = settings.linear_start_features - n_start
         self.averages = WeightedAverages(
-            architecture, client_batch_size, unexplained if settings.averages else (), left
+            architecture, client_batch_size, unexplained if settings.averages and not reached else (), left
         )
         n_start += self.averages.n_entries
-        self.ridge = None if self._solved else RidgeRegression(n_start, n_image)
+        self.ridge: RidgeRegression | _AsItIs | None = None
+        if not self._solved:
+            self.ridge = _AsItIs() if reached else RidgeRegression(n_start, n_image)
         self.standardisation = _FeatureStandardisation(shapes)
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 
@@ -67,7 +81,12 @@ class HybridGenerator(Generator):
             # The hidden layer grows with the convolutions, so that a budget is shared out alike.
             hidden_size = max(1, settings.gradient_hidden_size * width // settings.channels)
             maps = FeatureMaps(
-                architecture.image_shape, shapes, n_gradient_entries, settings.gradient_channels, hidden_size
+                architecture.image_shape,
+                shapes,
+                n_gradient_entries,
+                settings.gradient_channels,
+                hidden_size,
+                n_levels=1 + len(shapes),
             )
             return Refinement(architecture.image_shape, client_batch_size, maps, width, settings.blocks)
 
@@ -84,7 +103,8 @@ class HybridGenerator(Generator):
         seen = [self.averages.standardise(averages)]
         if self.scaling is not None:
             seen.append(self.scaling(gradients))
-        residual = self.refinement(start, self.standardisation(features), torch.cat(seen, dim=1))
+        levels = (features.levels.float() - LEVELS[0]) / (LEVELS[1] - LEVELS[0])
+        residual = self.refinement(start, self.standardisation(features.values), torch.cat(seen, dim=1), levels)
         # In units of the start's own error: Adam's first steps would otherwise be many times what is to be learned, and
         # the fastest way to undo them is to switch all units off.
         return _clamp_passing_gradients(start.unsqueeze(1) + residual.float() * self._residual_scale)
@@ -117,12 +137,14 @@ class HybridGenerator(Generator):
         assert self.ridge is not None
         return self.ridge.error.float()
 
-    def _closed_form(self, gradients: Gradients) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _closed_form(self, gradients: Gradients) -> tuple[FeatureValues, Tensor, Tensor]:
         """Features, averages, and the start ``(B, C, H, W)``; in full precision whatever that of the trained layers."""
         first = next(iter(gradients.values()))
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False), full_float32():
             features, averages = self.walk(gradients), self.averages.features(gradients)
-            flat = features[-1] if self.ridge is None else self.ridge(self.start_features(features, averages))
+            flat = features.values[-1]
+            if self.ridge is not None:
+                flat = self.ridge(self.start_features(features.values, averages))
             return features, averages, flat.reshape(-1, *self.architecture.image_shape).float()
 
     def start_features(self, features: list[Tensor], averages: Tensor) -> Tensor:
@@ -215,16 +237,48 @@ class _FeatureStandardisation(nn.Module):
         self._sums = []
 
 
+class _AsItIs(nn.Module):
+    """In the place of a regression, where the walk gives an image: that image, and how large its error is.
+
+    Attributes:
+        error: root mean square over the pairs.
+    """
+
+    error: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("error", torch.ones((), dtype=torch.float64))
+        self._sums: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().clamp(0, 1)
+
+    def add(self, images: Tensor, wanted: Tensor, numbers: Tensor) -> None:
+        if not self._sums:
+            self._sums = [images.new_zeros(2)]
+        missing = (images.clamp(0, 1) - wanted).square()
+        self._sums[0] += torch.stack([missing.sum(), missing.new_tensor(missing.numel())])
+
+    def sums(self) -> Sequence[Tensor]:
+        return self._sums
+
+    def solve(self) -> None:
+        # Below one thousandth of a grey level there is nothing to learn, and a step of zero would never end.
+        self.error.copy_((self._sums[0][0] / self._sums[0][1]).sqrt().clamp_min(1e-6))
+        self._sums = []
+
+
 class _FeatureFit:
     """The `PairFit` of all that stands on the walk's features: computed once, they cost more than the sums."""
 
-    def __init__(self, generator: HybridGenerator, ridge: RidgeRegression) -> None:
+    def __init__(self, generator: HybridGenerator, ridge: "RidgeRegression | _AsItIs") -> None:
         self._generator = generator
         self._ridge = ridge
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         generator = self._generator
-        features, averages = generator.walk(gradients), generator.averages.features(gradients)
+        features, averages = generator.walk(gradients).values, generator.averages.features(gradients)
         mean_images = images.mean(dim=1).flatten(1)
         self._ridge.add(generator.start_features(features, averages), mean_images, numbers)
         generator.standardisation.add(features)

@@ -15,7 +15,7 @@ class FeatureMaps(nn.Module):
     """Brings features of any shape, and flat gradients, to maps of the refinement's resolution.
 
     Maps are resized. Vectors, tokens and gradients become ``gradient_channels`` maps each, by a linear layer, or two
-    with a hidden layer between where that takes fewer parameters.
+    with a hidden layer between where that takes fewer parameters. Levels, single numbers, become constant maps.
     """
 
     def __init__(
@@ -25,12 +25,13 @@ class FeatureMaps(nn.Module):
         n_gradient_entries: int,
         gradient_channels: int,
         hidden_size: int,
+        n_levels: int = 0,
     ) -> None:
         super().__init__()
         self.size = (-(-image_shape[1] // _STRIDE), -(-image_shape[2] // _STRIDE))
         self._vector_channels = gradient_channels
         n_drawn = gradient_channels * self.size[0] * self.size[1]
-        self.n_channels = 0
+        self.n_channels = n_levels
         self.from_vectors = nn.ModuleDict()
         for index, shape in enumerate(shapes):
             if len(shape) == 3:
@@ -43,9 +44,9 @@ class FeatureMaps(nn.Module):
             self.from_gradients = _narrowed(n_gradient_entries, n_drawn, hidden_size)
             self.n_channels += gradient_channels
 
-    def forward(self, features: Sequence[Tensor], gradients: Tensor | None) -> Tensor:
-        """Standardised features and scaled gradients ``(B, entries)`` to ``(B, n_channels, h, w)``."""
-        maps = []
+    def forward(self, features: Sequence[Tensor], gradients: Tensor | None, levels: Tensor) -> Tensor:
+        """Standardised features, gradients ``(B, entries)`` and levels ``(B, n)`` to ``(B, n_channels, h, w)``."""
+        maps = [levels[:, :, None, None].expand(-1, -1, *self.size)]
         for index, feature in enumerate(features):
             if feature.dim() == 4:
                 maps.append(nn.functional.interpolate(feature, size=self.size, mode="nearest"))
@@ -87,12 +88,12 @@ class Refinement(nn.Module):
         if client_batch_size == 1:
             nn.init.zeros_(self.leave.weight)
 
-    def forward(self, start: Tensor, features: Sequence[Tensor], gradients: Tensor | None) -> Tensor:
-        """Start ``(B, C, H, W)`` and features to what is to be added: ``(B, N, C, H, W)``."""
+    def forward(self, start: Tensor, features: Sequence[Tensor], gradients: Tensor | None, levels: Tensor) -> Tensor:
+        """Start ``(B, C, H, W)``, and what `FeatureMaps` takes, to what is to be added: ``(B, N, C, H, W)``."""
         height, width = self._image_shape[1:]
         padded = nn.functional.pad(start, (0, -width % _STRIDE, 0, -height % _STRIDE))
         folded = nn.functional.pixel_unshuffle(padded, _STRIDE) - 0.5
-        hidden = self.enter(torch.cat([folded, self.maps(features, gradients)], dim=1))
+        hidden = self.enter(torch.cat([folded, self.maps(features, gradients, levels)], dim=1))
         for block in self.blocks:
             hidden = block(hidden)
         residual = nn.functional.pixel_shuffle(self.leave(torch.relu(hidden)), _STRIDE)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gitlight.config import ChannelConfig, GaussianNoiseConfig, PruningConfig
 from gitlight.data.pair import Gradients
+from gitlight.errors import ConfigError
 from gitlight.gradients import CHANNELS
 
 
@@ -23,16 +24,27 @@ class GaussianNoise:
     """Adds white noise whose standard deviation is a share of the leak's root-mean-square gradient entry."""
 
     def __init__(self, settings: GaussianNoiseConfig) -> None:
-        self._relative_std = settings.relative_std
+        """Raises: ConfigError, if the range of levels is empty."""
+        self._highest = settings.relative_std
+        self._lowest = settings.relative_std if settings.lowest_std is None else settings.lowest_std
+        if self._lowest > self._highest:
+            raise ConfigError(
+                f"channel: gaussian_noise: lowest_std={self._lowest:g} is above relative_std={self._highest:g}, the "
+                "highest level. Give a smaller lowest_std."
+            )
 
     def __call__(self, gradients: Gradients, seeds: Tensor) -> Gradients:
-        """Noisy copies; each leak's noise depends on its seed alone."""
+        """Noisy copies; each leak's noise and its level depend on its seed alone."""
         flat = torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
         noise = torch.empty_like(flat)
         generator = torch.Generator(flat.device)
-        for row, seed in zip(noise, seeds.tolist(), strict=True):
+        levels = torch.full((len(flat), 1), self._highest, dtype=flat.dtype)
+        for number, (row, seed) in enumerate(zip(noise, seeds.tolist(), strict=True)):
             row.normal_(generator=generator.manual_seed(seed))
-        noise *= self._relative_std * flat.square().mean(dim=1, keepdim=True).sqrt()
+            if self._lowest < self._highest:
+                share = torch.rand((), generator=torch.Generator().manual_seed(seed), device="cpu")
+                levels[number] = self._lowest ** (1 - share) * self._highest**share
+        noise *= levels.to(flat) * flat.square().mean(dim=1, keepdim=True).sqrt()
         parts = (flat + noise).split([gradient[0].numel() for gradient in gradients.values()], dim=1)
         return {name: part.view_as(gradient) for (name, gradient), part in zip(gradients.items(), parts, strict=True)}
 
@@ -67,6 +79,8 @@ def describe_channel(stages: Sequence[ChannelConfig]) -> str:
     """
     described = []
     for stage in stages:
-        values = ", ".join(f"{key}={value}" for key, value in vars(stage).items() if key != "name")
+        values = ", ".join(
+            f"{key}={value}" for key, value in vars(stage).items() if key != "name" and value is not None
+        )
         described.append(f"{stage.name}({values})")
     return " + ".join(described) or "none"

@@ -8,10 +8,11 @@ from closed_form import add, run_fits
 from tied import Tied
 from torch import nn
 
-from gitlight.architecture import Architecture
+from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import (
     CoarseGeneratorConfig,
     FullyConnectedConfig,
+    GaussianNoiseConfig,
     GradientsConfig,
     HybridGeneratorConfig,
     LeNetConfig,
@@ -21,9 +22,10 @@ from gitlight.config import (
     ViTConfig,
 )
 from gitlight.data.pair import GradientPair
-from gitlight.errors import ArchitectureError
+from gitlight.errors import ArchitectureError, ConfigError
 from gitlight.generators import GENERATORS, coarse
 from gitlight.generators.width import n_trainable
+from gitlight.gradients.channel import GaussianNoise
 from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.sketch import Sketch
 
@@ -205,6 +207,46 @@ def test_hybrid_is_exact_for_fully_connected_networks_with_nothing_to_train(make
     generator = run_fits(build("hybrid", leaked.architecture), [])
     assert n_trainable(generator) == 0
     torch.testing.assert_close(generator(pair.gradients), pair.images, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def fully_solved():
+    """A small convolutional model whose image forward equations reach, and 300 noisy pairs of it."""
+    torch.manual_seed(4)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3, 2, 1), nn.Sigmoid(), nn.Conv2d(6, 6, 3, 1, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(96, 6)
+    ).requires_grad_(False)
+    architecture = Architecture.of(network, (1, 8, 8), 6)
+    images, labels = torch.rand(300, 1, 1, 8, 8), torch.randint(6, (300, 1))
+    gradients = GradientEngine(network, architecture, GradientsConfig(dtype="float64"))(images, labels)
+    return architecture, gradients, images
+
+
+def test_hybrid_with_forward_equations_starts_from_exact_inversion(fully_solved):
+    architecture, gradients, images = fully_solved
+    pair = GradientPair(gradients, images, torch.zeros(300, 1), torch.arange(300).view(300, 1))
+    generator = run_fits(build("hybrid", architecture, forward_equations=True), [pair])
+    assert generator.walk.features[-1].result == IMAGE
+    assert generator.ridge.error < 1e-4
+    some = {name: gradient[:4] for name, gradient in gradients.items()}
+    torch.testing.assert_close(generator.start(some), images[:4], rtol=0, atol=1e-3)
+    assert any(parameter.requires_grad for parameter in generator.parameters()), "what noise leaves is learned"
+
+
+def test_hybrid_takes_forward_equations_of_one_image_per_leak_only(lenet_architecture):
+    with pytest.raises(ConfigError, match=r"generator\.forward_equations: .*client_batch_size above 1"):
+        build("hybrid", lenet_architecture, client_batch_size=2, forward_equations=True)
+
+
+def test_hybrid_sees_how_noisy_a_leak_is(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=60, dtype="float32")
+    generator = run_fits(build("hybrid", leaked.architecture), [pair])
+    clean = generator.walk(pair.gradients).levels
+    channel = GaussianNoise(GaussianNoiseConfig(relative_std=1e-3))
+    noisy = generator.walk(channel(pair.gradients, torch.arange(len(pair)))).levels
+    torch.testing.assert_close(noisy[:, 0], torch.full_like(noisy[:, 0], -3.0), rtol=0, atol=0.15)
+    assert (clean[:, 0] < -5.5).all()
+    assert (noisy[:, 1] > clean[:, 1] + 1).all(), "the first feature's error grows with it"
 
 
 def test_hybrid_starts_from_its_closed_form(make_pairs):

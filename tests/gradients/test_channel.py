@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gitlight.config import GaussianNoiseConfig, PruningConfig
+from gitlight.errors import ConfigError
 from gitlight.gradients.channel import GaussianNoise, Pruning, build_channel
 
 
@@ -38,6 +39,22 @@ def test_noise_leaves_its_input_alone(gradients):
     before = flat(gradients).clone()
     GaussianNoise(GaussianNoiseConfig(relative_std=1.0))(gradients, torch.arange(4))
     assert torch.equal(flat(gradients), before)
+
+
+def test_levels_fill_their_range_evenly_in_the_logarithm():
+    gradients = {"weight": torch.ones(300, 200)}
+    channel = GaussianNoise(GaussianNoiseConfig(relative_std=0.1, lowest_std=1e-4))
+    levels = (channel(gradients, torch.arange(300))["weight"] - 1).square().mean(dim=1).sqrt().log10()
+    assert -4.1 < levels.min() < -3.9
+    assert -1.1 < levels.max() < -0.9
+    assert ((levels - levels.mean()).square().mean() * 12).sqrt().item() == pytest.approx(3, rel=0.1)
+    again = channel(gradients, torch.arange(300))["weight"]
+    assert torch.equal(channel({"weight": torch.ones(1, 200)}, torch.tensor([7]))["weight"], again[7:8])
+
+
+def test_an_empty_range_of_levels_is_named():
+    with pytest.raises(ConfigError, match=r"lowest_std=0\.1 is above relative_std=0\.01"):
+        build_channel([GaussianNoiseConfig(relative_std=0.01, lowest_std=0.1)])
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.9, 1.0])

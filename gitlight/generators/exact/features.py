@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,24 +39,54 @@ class Feature:
         return f"input of {self.layer}"
 
 
-class ClosedFormFeatures(nn.Module):
-    """Layer inputs from the output down, in thousands of leaks a second: no forward equations, no priors.
+class FeatureValues(NamedTuple):
+    """The features of ``B`` leaks.
 
-    Ends with the first layer whose input is not determined (its least-norm estimate is still a feature), or below which
-    ``δ`` cannot be carried. With more than one image per leak it ends with the last layer, whose solve gives a
-    ``δ``-weighted average of the inputs.
+    Attributes:
+        values: one tensor ``(B, *feature.shape)`` per feature, float64; zero for leaks that are zero or not finite.
+        levels: ``(B, 1 + features)`` float64: the decimal logarithms of the leak's relative noise and of each feature's
+            standard deviation, as the equations state it; between `LEVELS`.
+    """
+
+    values: list[Tensor]
+    levels: Tensor
+
+
+LEVELS = (-16.0, 2.0)
+"""Smallest and largest level: rounding of float64, and errors beyond which a feature says nothing."""
+
+
+class ClosedFormFeatures(nn.Module):
+    """Layer inputs from the output down.
+
+    By gradient equations alone, in thousands of leaks a second; or with forward equations and priors, which reach
+    further, at a second a leak. The walk ends with the first layer whose input is not determined (its estimate is still
+    a feature), or below which ``δ`` cannot be carried. With more than one image per leak it ends with the last layer,
+    whose solve gives a ``δ``-weighted average of the inputs.
     """
 
     def __init__(
-        self, architecture: Architecture, noise: float | None, depth: int | None, client_batch_size: int
+        self,
+        architecture: Architecture,
+        noise: float | None,
+        depth: int | None,
+        client_batch_size: int,
+        forward_equations: bool = False,
     ) -> None:
-        """Args: the architecture, relative noise (None: estimated), the most features (None: all), images per leak.
+        """Plan the walk.
+
+        Args:
+            architecture: the leaked model's.
+            noise: relative noise of the gradients; None: estimated leak by leak.
+            depth: the most features; None: all.
+            client_batch_size: images per leak.
+            forward_equations: whether to use them, and priors.
 
         Raises:
             ArchitectureError: nothing is found, for want of a ``δ`` to start from.
         """
         super().__init__()
-        self.inversion = Inversion(architecture, noise, client_batch_size, strict=False, stacked=False)
+        self.inversion = Inversion(architecture, noise, client_batch_size, strict=False, stacked=forward_equations)
         features = _features(self.inversion, architecture)
         if not features:
             last = architecture[architecture.output]
@@ -77,19 +108,26 @@ class ClosedFormFeatures(nn.Module):
         """Whether the walk gives the model's input itself, exactly."""
         return self.features[-1].result == IMAGE and self.features[-1].exact
 
-    def forward(self, gradients: Gradients) -> list[Tensor]:
-        """One tensor ``(B, *feature.shape)`` per feature, float64; zero for leaks that are zero or not finite."""
+    def forward(self, gradients: Gradients) -> FeatureValues:
+        """What the equations give of each leak."""
         n_leaks = len(next(iter(gradients.values())))
         leaks = self.inversion.usable(gradients)
         found = self.inversion.find(leaks)
-        features = []
+        features, levels = [], [leaks.relative_noise]
         for feature in self.features:
             whole = leaks.noise.new_zeros(n_leaks, *feature.shape)
+            level = torch.full_like(leaks.noise, torch.inf)
             if feature.result in found.values:  # not before the weights above it are fitted
-                value = torch.nan_to_num(found.values[feature.result].value, posinf=0.0, neginf=0.0)
+                estimate = found.values[feature.result]
+                value = torch.nan_to_num(estimate.value, posinf=0.0, neginf=0.0)
                 whole = whole.index_copy(0, leaks.which, value.reshape(-1, *feature.shape))
+                # The median: an entry that is not known at all says nothing of the others.
+                level = estimate.variance.expand_as(estimate.value).flatten(1).median(dim=1).values.sqrt()
             features.append(whole)
-        return features
+            levels.append(level)
+        logarithms = torch.stack(levels, dim=1).clamp_min(1e-300).log10().clamp(*LEVELS)
+        whole = logarithms.new_full((n_leaks, logarithms.shape[1]), LEVELS[1])
+        return FeatureValues(features, whole.index_copy(0, leaks.which, torch.nan_to_num(logarithms, nan=LEVELS[1])))
 
     def fits(self) -> Iterable[PairFit]:
         """One pass over the pairs per weight that carries ``δ``, from the last layer down."""

@@ -49,6 +49,14 @@ class Leaks(NamedTuple):
     which: Tensor
     dtype: torch.dtype
 
+    @property
+    def relative_noise(self) -> Tensor:
+        """``(B,)``: over the root mean square of the leak's entries."""
+        total = sum(gradient.flatten(1).square().sum(dim=1) for gradient in self.gradients.values())
+        count = sum(gradient[0].numel() for gradient in self.gradients.values())
+        assert isinstance(total, Tensor)
+        return self.noise / (total / count).sqrt()
+
 
 def _seen(key: str) -> str:
     return key.replace("weight", "seen")
@@ -115,6 +123,7 @@ class Inversion(nn.Module):
         self._found: set[str] = set()
         self._plan = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked)
         self._priors: dict[str, str] = {}
+        self._made_priors: dict[str, tuple[tuple[int, int, int], Prior]] = {}
         for action in self._plan.actions:
             if action.do in (Do.STACK, Do.BOUND):
                 size = torch.Size(action.layer.input_shape).numel()
@@ -265,9 +274,14 @@ class Inversion(nn.Module):
             return {}
         priors = {}
         for name, key in self._priors.items():
-            precision = self._buffer(f"{key}_precision")
-            if bool(precision[0, 0] > 0):
-                priors[name] = Prior(self._buffer(f"{key}_mean"), precision.double())
+            mean, precision = self._buffer(f"{key}_mean"), self._buffer(f"{key}_precision")
+            if not bool(precision[0, 0] > 0):
+                continue
+            # Its factorisation takes as long as an image: once, as long as the buffers are what they were.
+            state = (id(precision), precision._version, mean._version)
+            if name not in self._made_priors or self._made_priors[name][0] != state:
+                self._made_priors[name] = (state, Prior(mean, precision.double()))
+            priors[name] = self._made_priors[name][1]
         return priors
 
     def _buffer(self, name: str) -> Tensor:

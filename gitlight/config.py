@@ -255,8 +255,8 @@ class GaussianNoiseConfig(ChannelConfig):
     )
     lowest_std: float | None = setting(
         None,
-        "draw each leak's level between this and relative_std, uniformly in its logarithm, so that one generator learns "
-        "the whole range; null: relative_std for all",
+        "draw each leak's level between this and relative_std, uniformly in its logarithm: one generator then learns the "
+        "whole range; null: relative_std for all",
         minimum=1e-12,
     )
 

@@ -30,7 +30,14 @@ class Head(NamedTuple):
     scale_variance: Tensor
 
 
-def solve_head(weight_gradient: Tensor, bias_gradient: Tensor, noise: Tensor, weight: Tensor, bias: Tensor) -> Head:
+def solve_head(
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    noise: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rounding: float = torch.finfo(torch.float64).eps,
+) -> Head:
     """Input and output error of a last linear layer whose weights are known.
 
     Weight and bias gradient together are ``δ ⊗ [a; 1]``, of rank one: their leading singular vectors average the noise
@@ -43,6 +50,7 @@ def solve_head(weight_gradient: Tensor, bias_gradient: Tensor, noise: Tensor, we
         noise: ``(B,)``, standard deviation of the error of an entry, above zero.
         weight: ``(classes, features)``, up to a row common to all classes.
         bias: ``(classes,)``, likewise.
+        rounding: relative error of the leaked model's own probabilities, that of its precision.
     """
     joined = torch.cat([weight_gradient, bias_gradient.unsqueeze(2)], dim=2)
     left, values, right = torch.linalg.svd(joined, full_matrices=False)
@@ -69,8 +77,13 @@ def solve_head(weight_gradient: Tensor, bias_gradient: Tensor, noise: Tensor, we
         # Errors of the gradient, of size noise / t, and those that the direction's own errors make of probabilities.
         moved = probabilities.unsqueeze(2) * (weight - (probabilities @ weight).unsqueeze(1))
         covariance = own(scale)[:, None, None] * (moved @ moved.mT)
-        covariance.diagonal(dim1=1, dim2=2).add_((noise / scale).square()[:, None])
-        weighed = torch.linalg.solve(covariance, torch.stack([slope, missing], dim=2))
+        diagonal = covariance.diagonal(dim1=1, dim2=2)
+        diagonal += (noise / scale).square()[:, None] + (rounding * probabilities).square()
+        # In units of its own size, from which no tiny gradient underflows. Where rounding has left it singular the
+        # answer is not finite, and the bias gradient's scale stays.
+        size = diagonal.mean(dim=1).clamp_min(1e-300)
+        weighed, _ = torch.linalg.solve_ex(covariance / size[:, None, None], torch.stack([slope, missing], dim=2))
+        weighed = weighed / size[:, None, None]
         of_bias = 1 / (relative * first).square()
         precision = (slope * weighed[:, :, 0]).sum(dim=1) + of_bias
         step = ((slope * weighed[:, :, 1]).sum(dim=1) + of_bias * (scale - first)) / precision

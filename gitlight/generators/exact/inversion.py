@@ -33,6 +33,9 @@ from gitlight.generators.exact.walk import Found, walk
 _MOST_IMBALANCED = 0.1
 """Share of ``δ`` that may fail to add up to zero: what rounding of a probability near one, or strong noise, leaves."""
 
+_SUMMED = 4.0
+"""Rounding of one entry, which the sums of a forward and a backward pass through several layers multiply."""
+
 
 class Leaks(NamedTuple):
     """Leaks that can be inverted.
@@ -212,9 +215,10 @@ class Inversion(nn.Module):
 
     def noise_of(self, gradients: Gradients, dtype: torch.dtype) -> Tensor:
         """``(B,)``: the given relative noise, or what the last layer's gradient shows; rounding at least."""
-        rounding = rounding_level(gradients, dtype)
+        of_an_entry = rounding_level(gradients, dtype)
+        rounding = _SUMMED * of_an_entry
         if self._noise is not None:
-            return torch.maximum(rounding, self._noise / torch.finfo(dtype).eps * rounding)
+            return torch.maximum(rounding, self._noise / torch.finfo(dtype).eps * of_an_entry)
         head = self.architecture[self.architecture.output]
         rule = self.rules[head.name]
         if not isinstance(rule, AffineRule) or rule.reveals_delta() is None or rule.weight is None:
@@ -252,7 +256,14 @@ class Inversion(nn.Module):
         if len(weights) < len(self._estimated):
             plan = plan_walk(self.architecture, self.rules, set(weights), self.n_images, stacked=False)
         found = walk(
-            self.architecture, self.rules, plan, leaks.gradients, leaks.noise, weights, self._current_priors(plan)
+            self.architecture,
+            self.rules,
+            plan,
+            leaks.gradients,
+            leaks.noise,
+            weights,
+            self._current_priors(plan),
+            leaks.dtype,
         )
         for step in self.steps if len(weights) == len(self._estimated) else ():
             unseen = self.unseen_acts(step.layer, leaks.gradients).any(dim=1)

@@ -51,6 +51,7 @@ def walk(
     noise: Tensor,
     weights: Weights,
     priors: Mapping[str, Prior],
+    dtype: torch.dtype = torch.float64,
     until: Callable[[Action], bool] | None = None,
 ) -> Found:
     """Carry out a plan.
@@ -63,9 +64,10 @@ def walk(
         noise: ``(B,)``, standard deviation of the error of a gradient's entries, above zero.
         weights: estimates of the leaked parameters, float64.
         priors: name of a layer, or `IMAGE` → what is known beforehand of its result.
+        dtype: precision that the gradients were made in.
         until: stop before the first action for which this holds.
     """
-    walker = _Walk(architecture, rules, gradients, noise, weights, priors)
+    walker = _Walk(architecture, rules, gradients, noise, weights, priors, dtype)
     steps = {Do.REVEAL: walker.reveal, Do.INVERT: walker.invert, Do.CARRY: walker.carry}
     for action in plan.actions:
         if until is not None and until(action):
@@ -96,7 +98,9 @@ class _Walk:
         noise: Tensor,
         weights: Weights,
         priors: Mapping[str, Prior],
+        dtype: torch.dtype,
     ) -> None:
+        self._rounding = torch.finfo(dtype).eps
         self._architecture, self._rules, self._priors = architecture, rules, priors
         self._gradients, self._noise, self._weights = gradients, noise, weights
         self._samples = Noise()
@@ -130,6 +134,10 @@ class _Walk:
         delta, errors = self.deltas[layer.name], self._errors[layer.name]
         passed = rule.carry(delta, position, inputs, output, self._weights)
         its_errors = carry_errors(rule, delta, errors, position, inputs, output, self._weights, self._samples)
+        if layer.name == self._architecture.output and isinstance(rule, LinearRule) and rule.weight is not None:
+            # The row that no fit sees, common to all classes, drops out as far as δ adds up to zero.
+            row = self._samples.normal(passed) * self._weights[rule.weight].square().mean().sqrt()
+            its_errors = its_errors + _like(delta.flatten(1).sum(dim=1), passed).unsqueeze(1) * row
         alone = below not in self.deltas
         if not alone:
             passed, its_errors = self.deltas[below] + passed, self._errors[below] + its_errors
@@ -241,7 +249,7 @@ class _Walk:
         assert rule.bias is not None
         head = solve_head(
             self._gradients[rule.weight], self._gradients[rule.bias], self._noise,
-            self._weights[rule.weight], self._weights[rule.bias],
+            self._weights[rule.weight], self._weights[rule.bias], self._rounding,
         )  # fmt: skip
         own = self._samples.normal(head.delta) * head.delta_variance.sqrt().unsqueeze(1)
         shared = self._samples.normal(head.scale_variance) * head.scale_variance.sqrt().unsqueeze(1)

@@ -64,6 +64,22 @@ def test_weights_that_do_not_fit_leave_the_scale_to_the_bias_gradient(leaks):
     assert ((head.inputs - inputs).square() / head.inputs_variance).mean() < 3
 
 
+def test_probabilities_rounded_to_zero_and_one_end_no_batch(leaks):
+    """Of a leak whose covariance is singular the bias gradient's scale is kept; the others are as before."""
+    weight, bias, inputs, delta = (part.clone() for part in leaks)
+    inputs[0] *= 1e4
+    rounded = torch.softmax(inputs[:1] @ weight.T + bias, dim=1)
+    assert (rounded == 0).any()
+    delta[0] = rounded - torch.nn.functional.one_hot(rounded.argmin(dim=1), N_CLASSES)
+    gradient = delta.unsqueeze(2) * inputs.unsqueeze(1)
+    for size in (1e-30, 1e-8):
+        noise = size * delta.norm(dim=1)
+        head = solve_head(gradient, delta, noise, weight, bias)
+        torch.testing.assert_close(head.inputs[1:], inputs[1:], rtol=1e-6, atol=1e-8)
+        assert torch.isfinite(head.inputs).all()
+        assert torch.isfinite(head.delta).all()
+
+
 def test_a_saturated_probability_leaves_finite_estimates(leaks):
     weight, bias, inputs, _ = leaks
     gradient = torch.zeros(1, N_CLASSES, N_FEATURES, dtype=torch.float64)

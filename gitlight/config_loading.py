@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from gitlight.attacks import ATTACKS
 from gitlight.config import Config
 from gitlight.data import SOURCES
 from gitlight.errors import ConfigError
@@ -17,7 +18,7 @@ from gitlight.gradients import CHANNELS
 from gitlight.leaked import LEAKED_MODELS
 from gitlight.registry import Registry, did_you_mean
 
-COMPONENTS: dict[str, Registry] = {"data": SOURCES, "leaked": LEAKED_MODELS, "generator": GENERATORS}
+COMPONENTS: dict[str, Registry] = {"data": SOURCES, "leaked": LEAKED_MODELS, "generator": GENERATORS, "attack": ATTACKS}
 """Sections of `Config` whose settings depend on their ``name``."""
 
 _COMMAND_LINE = "the command line"
@@ -111,8 +112,14 @@ def _parse_overrides(overrides: Sequence[str]) -> Values:
             raise ConfigError(
                 f"{override!r} on the command line: expected key.path=value, such as trainer.max_epochs=3."
             )
+    # `attack=ig` before `attack.iterations=300` must not be lost in it.
+    named = [
+        f"{key}.name={value}" if key in COMPONENTS and not value.lstrip().startswith("{") else override
+        for override in overrides
+        for key, _, value in [override.partition("=")]
+    ]
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(named))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(overrides)} on the command line: {error}") from error
     assert isinstance(parsed, dict)
@@ -122,10 +129,12 @@ def _parse_overrides(overrides: Sequence[str]) -> Values:
 def _merge_layer(values: Values, layer: Values) -> None:
     """Lay ``layer`` over ``values``, in place.
 
-    Where it names another component for a section, settings that only the former one has are dropped: they said
-    nothing about this one.
+    A component given by a word alone, as in ``attack=ig``, is its name. Where it names another component for a section,
+    settings that only the former one has are dropped: they said nothing about this one.
     """
     for section, registry in COMPONENTS.items():
+        if isinstance(layer.get(section), str):
+            layer[section] = {"name": layer[section]}
         former, chosen = values.get(section), layer.get(section)
         if isinstance(former, dict) and isinstance(chosen, dict) and chosen.get("name") in registry.names():
             known = {field.name for field in dataclasses.fields(registry[chosen["name"]].settings)}

@@ -12,22 +12,28 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from gitlight.architecture import Architecture
+from gitlight.attacks.labels import in_the_order_of, labels_from_leak
+from gitlight.attacks.private import attack_iteratively, check_attack, forget_parts, knowledge_of
 from gitlight.callbacks.reconstructions import draw_grid
-from gitlight.config import Config, EvaluationConfig, GivenConfig, TrainerConfig
-from gitlight.config_loading import load_config
+from gitlight.config import Config, EvaluationConfig, GivenConfig, MatchingConfig, TrainerConfig
+from gitlight.config_loading import load_config, save_config
 from gitlight.data.datamodule import GradientPairDataModule
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import GradientPair, Gradients
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.base import Generator, Reconstruction
 from gitlight.generators.exact.labels import labels_from_bias_gradient, output_bias
 from gitlight.gradients.channel import describe_channel
 from gitlight.gradients.updates import describe_leak
+from gitlight.loggers import log_curve
 from gitlight.lpips import load_lpips
-from gitlight.metrics import SMALLEST_LPIPS_IMAGE, bootstrap_interval, match
+from gitlight.metrics import SMALLEST_LPIPS_IMAGE, PerceptualDistance, bootstrap_interval, match
 from gitlight.report.attacked import AttackedImages, measure, to_bytes, write_per_image
 from gitlight.report.html import render_report
 from gitlight.report.results import METRICS, Estimate, Result, merge_results, read_results, write_results, write_text
-from gitlight.runs import checkpoint_path, load_checkpoint, run_folder
+from gitlight.report.trajectories import draw_trajectories, mean_curve, read_trajectories, write_trajectories
+from gitlight.runs import checkpoint_path, run_folder
+from gitlight.trained import load_generator_weights, trained_checkpoint
 from gitlight.training import accelerator, build_generator, build_pairs, with_network
 
 log = logging.getLogger(__name__)
@@ -92,6 +98,7 @@ def evaluate(config: Config, network: nn.Module | None = None) -> Evaluation:
     """
     config = with_network(config, network)
     settings, folder = config.evaluation, run_folder(config)
+    iterative = isinstance(config.attack, MatchingConfig)
     if config.task != "generator":
         raise ConfigError(
             f"task: {config.task}: an evaluation attacks with a trained generator, and this config trains a leaked "
@@ -102,19 +109,52 @@ def evaluate(config: Config, network: nn.Module | None = None) -> Evaluation:
             f"evaluation.n_images: {settings.n_images} is less than one client batch "
             f"(data.client_batch_size: {config.data.client_batch_size})."
         )
-    checkpoint = _checkpoint(config)
+    checkpoint = {} if iterative else trained_checkpoint(config)
     read_results(folder / "evaluation" / "metrics.json")  # unreadable: stop now, not after the attack
     trained = load_config(folder) if (folder / "config.yaml").is_file() else config
+    device = _device(config.trainer)
+    if iterative:
+        return _evaluate_search(config, trained, build_pairs(config, network), device)
     datamodule = build_pairs(config, network)
     _check_leaked_model(config, trained, datamodule, checkpoint)
     generator = build_generator(config, datamodule.architecture)
-    _load_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, settings.checkpoint))
-    device = _device(config.trainer)
+    load_generator_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, settings.checkpoint))
     images, seconds = attack(generator, datamodule, datamodule.class_names, device, settings.n_images)
     if len(images) < settings.n_images:
         log.warning("evaluation.n_images: %d, but the private images make up %d", settings.n_images, len(images))
-    evaluation = Evaluation(_result(config, trained, images, seconds), folder / "evaluation")
+    name = _described(config.generator.name, _attack_changes(config, trained))
+    evaluation = Evaluation(_result(config, trained, images, seconds, name, KNOWLEDGE), folder / "evaluation")
     _write(evaluation, config, trained, images, device)
+    return evaluation
+
+
+def _evaluate_search(
+    config: Config, trained: Config, datamodule: GradientPairDataModule, device: torch.device
+) -> Evaluation:
+    """An iterative attack on private images, with its trajectories."""
+    settings, folder = check_attack(config), run_folder(config)
+    knowledge = knowledge_of(config, datamodule, device)
+    name = _described(settings.name, _search_changes(settings))
+    lpips = _lpips(datamodule.architecture)
+    parts: list[AttackedImages] = []
+    seconds, points = 0.0, []
+    for attacked in attack_iteratively(config, datamodule, knowledge, device, config.evaluation.n_images):
+        parts.append(_measured(attacked.pair, attacked.found, datamodule, datamodule.class_names, lpips))
+        seconds += attacked.seconds
+        points += attacked.points
+    images = AttackedImages.joined(parts)
+    result = _result(config, trained, images, seconds, name, knowledge.items)
+    evaluation = Evaluation(result, folder / "evaluation")
+    if not (folder / "config.yaml").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    _write(evaluation, config, trained, images, device)
+    curves = evaluation.folder / "trajectories"
+    condition = name if not config.channel else f"{name}, {describe_channel(config.channel)}"
+    write_trajectories(points, curves / f"{condition.replace('/', '_')}.csv")
+    draw_trajectories({path.stem: read_trajectories(path) for path in sorted(curves.glob("*.csv"))}, curves / "all.png")
+    log_curve(config, evaluation.folder, condition, mean_curve(points))
+    forget_parts(config, datamodule)
     return evaluation
 
 
@@ -139,9 +179,7 @@ def attack(
         pass through the generator once more before the clock starts, to leave out one-off set-up costs.
     """
     generator.to(device).eval()
-    bias = output_bias(generator.architecture) if generator.client_batch_size == 1 else None
-    lpips = load_lpips() if min(generator.image_shape[-2:]) >= SMALLEST_LPIPS_IMAGE else None
-    identifiers = datamodule.split("test").identifiers
+    lpips = _lpips(generator.architecture)
     parts: list[AttackedImages] = []
     seconds = 0.0
     for pair in datamodule.private_pairs(device, n_images):
@@ -149,25 +187,51 @@ def attack(
             _timed_forward(generator, {name: g[:_WARM_UP] for name, g in pair.gradients.items()}, device)
         found, elapsed = _timed_forward(generator, pair.gradients, device)
         seconds += elapsed
-        reconstructions = match(found.images, pair.images)
-        metrics, failed = measure(reconstructions, pair.images, lpips)
-        positions = torch.arange(pair.images.shape[1]).expand(len(pair), -1)
-        parts.append(
-            AttackedImages(
-                indices=pair.indices.flatten().cpu(),
-                identifiers=tuple(identifiers[index] for index in pair.indices.flatten().tolist()),
-                positions=positions.flatten(),
-                labels=pair.labels.flatten().cpu(),
-                class_names=class_names,
-                recovered_labels=labels_from_bias_gradient(pair.gradients[bias]).cpu() if bias is not None else None,
-                metrics={name: values.flatten() for name, values in metrics.items()},
-                failed=failed.flatten(),
-                verdicts=tuple(verdict for verdict in found.verdicts for _ in range(pair.images.shape[1])),
-                truth=to_bytes(pair.images.flatten(0, 1)),
-                reconstructions=to_bytes(reconstructions.flatten(0, 1)),
-            )
-        )
+        parts.append(_measured(pair, found, datamodule, class_names, lpips))
     return AttackedImages.joined(parts), seconds
+
+
+def _measured(
+    pair: GradientPair,
+    found: Reconstruction,
+    datamodule: GradientPairDataModule,
+    class_names: tuple[str, ...],
+    lpips: PerceptualDistance | None,
+) -> AttackedImages:
+    """A batch's reconstructions beside the truth."""
+    reconstructions = match(found.images, pair.images)
+    metrics, failed = measure(reconstructions, pair.images, lpips)
+    per_leak = pair.images.shape[1]
+    positions = torch.arange(per_leak).expand(len(pair), -1)
+    identifiers = datamodule.split("test").identifiers
+    return AttackedImages(
+        indices=pair.indices.flatten().cpu(),
+        identifiers=tuple(identifiers[index] for index in pair.indices.flatten().tolist()),
+        positions=positions.flatten(),
+        labels=pair.labels.flatten().cpu(),
+        class_names=class_names,
+        recovered_labels=_recovered_labels(pair, datamodule.architecture),
+        metrics={name: values.flatten() for name, values in metrics.items()},
+        failed=failed.flatten(),
+        verdicts=tuple(verdict for verdict in found.verdicts for _ in range(per_leak)),
+        truth=to_bytes(pair.images.flatten(0, 1)),
+        reconstructions=to_bytes(reconstructions.flatten(0, 1)),
+    )
+
+
+def _recovered_labels(pair: GradientPair, architecture: Architecture) -> Tensor | None:
+    """``(B · N,)``: read off the leaks, each beside an equal true one where there is one; None where none can be."""
+    bias = output_bias(architecture)
+    if bias is None or bias in architecture.sketched:
+        return None
+    if pair.images.shape[1] == 1:
+        return labels_from_bias_gradient(pair.gradients[bias]).cpu()
+    found = labels_from_leak(architecture, pair.gradients, pair.images.shape[1])
+    return in_the_order_of(found.cpu(), pair.labels.cpu()).flatten()
+
+
+def _lpips(architecture: Architecture) -> PerceptualDistance | None:
+    return load_lpips() if min(architecture.image_shape[-2:]) >= SMALLEST_LPIPS_IMAGE else None
 
 
 def _timed_forward(generator: Generator, gradients: Gradients, device: torch.device) -> tuple[Reconstruction, float]:
@@ -188,35 +252,6 @@ def _device(settings: TrainerConfig) -> torch.device:
     """One device of the kind that training would use; the CPU where the machine has none."""
     on_gpu = accelerator(settings) != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
-
-
-def _checkpoint(config: Config) -> dict[str, Any]:
-    folder, which = run_folder(config), config.evaluation.checkpoint
-    path = checkpoint_path(folder, which)
-    if not path.is_file():
-        others = [name for name in ("best", "last") if checkpoint_path(folder, name).is_file()]
-        advice = (
-            f"There is evaluation.checkpoint={others[0]}."
-            if others
-            else "Train the generator first: `python train.py CONFIG`, then evaluate that config or its run folder."
-        )
-        raise CheckpointError(f"{folder} holds no trained generator: {path} does not exist. {advice}")
-    return dict(load_checkpoint(path))
-
-
-def _load_weights(generator: Generator, state: dict[str, Tensor], path: Path) -> None:
-    own = {name.removeprefix("generator."): value for name, value in state.items() if name.startswith("generator.")}
-    if not own:
-        raise CheckpointError(f"{path} holds no generator; was it made with task=leaked?")
-    try:
-        generator.load_state_dict(own)
-    except RuntimeError as error:
-        problems = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
-        raise CheckpointError(
-            f"{path} does not fit the settings: they differ from those that the generator was trained with. Evaluate "
-            f"the run's folder without changing data, leaked or generator settings. {' '.join(problems[:2])}{more}"
-        ) from error
 
 
 def _check_leaked_model(
@@ -261,6 +296,17 @@ def _attack_changes(config: Config, trained: Config) -> dict[str, Any]:
     return changes
 
 
+def _search_changes(settings: MatchingConfig) -> dict[str, Any]:
+    """What an iterative attack does otherwise than by default."""
+    changes = _changes(settings, type(settings)())
+    for key in ("memory_limit_gb", "record_every"):
+        changes.pop(key, None)
+    for key in ("prior", "recovered_from"):
+        if changes.get(key) is not None:
+            changes[key] = Path(os.path.abspath(changes[key])).name
+    return changes
+
+
 def _leaked_changes(config: Config, trained: Config) -> dict[str, Any]:
     """What makes the leaked model another one than that of training, beside what its title says."""
     changes = _changes(config.leaked, trained.leaked)
@@ -273,17 +319,24 @@ def _described(name: str, changes: dict[str, Any]) -> str:
     return f"{name}({values})" if values else name
 
 
-def _result(config: Config, trained: Config, images: AttackedImages, seconds: float) -> Result:
+def _result(
+    config: Config,
+    trained: Config,
+    images: AttackedImages,
+    seconds: float,
+    name: str,
+    knowledge: tuple[str, ...],
+) -> Result:
     metrics = {}
-    for name, values in images.metrics.items():
+    for metric, values in images.metrics.items():
         low, high = bootstrap_interval(values, config.evaluation.bootstrap_samples, config.seed)
-        metrics[name] = Estimate(float(values.mean()), low, high)
+        metrics[metric] = Estimate(float(values.mean()), low, high)
     data = config.data
     # Of the data settings, only these choose other private images; a folder's own name says which images it holds.
     data_name = Path(os.path.abspath(data.root)).name if data.name == "folder" and data.root else data.name
     data_changes = {key: v for key, v in _changes(data, trained.data).items() if key == "private_classes"}
     return Result(
-        attack=_described(config.generator.name, _attack_changes(config, trained)),
+        attack=name,
         leaked=_described(config.leaked.title, _leaked_changes(config, trained)),
         data=_described(data_name, data_changes),
         channel=describe_channel(config.channel),
@@ -294,7 +347,7 @@ def _result(config: Config, trained: Config, images: AttackedImages, seconds: fl
         metrics=metrics,
         label_accuracy=images.label_accuracy,
         seconds_per_image=seconds / len(images),
-        knowledge=KNOWLEDGE,
+        knowledge=knowledge,
         n_failed=int(images.failed.sum()),
         verdicts=dict(Counter(verdict for verdict in images.verdicts if verdict).most_common()),
     )
@@ -305,7 +358,7 @@ def _write(
 ) -> None:
     """Write the four files, each all or nothing."""
     result, folder = evaluation.result, evaluation.folder
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     n = config.evaluation.n_pictures
     captions = [
         "failed" if failed else f"{psnr:.1f} dB"

@@ -5,7 +5,7 @@ import logging
 import os
 import uuid
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +47,25 @@ def build_loggers(config: Config, output_dir: Path, run_name: str, resume_step: 
     if mode is not None:
         loggers.append(_wandb_logger(config, output_dir, run_name, mode, resume=resume_step is not None))
     return loggers
+
+
+def log_curve(config: Config, folder: Path, name: str, curve: Sequence[tuple[int, float, float]]) -> None:
+    """An iterative attack's mean trajectory as a W&B run of its own, where ``logging.wandb`` wants one.
+
+    Args:
+        config: the run's settings.
+        folder: the evaluation's folder, below which ``wandb/`` is.
+        name: of the attack.
+        curve: ``(iteration, median distance, mean PSNR)``, in order.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    mode = _wandb_mode(config.logging.wandb)
+    if mode is None:
+        return
+    logger = _wandb_logger(config, folder, f"{folder.parent.name} {name}", mode, resume=False)
+    for iteration, distance, psnr in curve:
+        logger.log_metrics({"attack/iteration": iteration, "attack/distance": distance, "attack/psnr": psnr})
+    logger.finalize("success")
 
 
 class CSVFileLogger(Logger):

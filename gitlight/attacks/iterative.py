@@ -1,0 +1,156 @@
+"""`IterativeAttack`: leaks to images by gradient matching, from noise or from another attack's result."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gitlight.architecture import Architecture
+from gitlight.attacks.gradients import LeakedFunction
+from gitlight.attacks.labels import labels_from_leak
+from gitlight.attacks.matching import Record, match_gradients, searches_at_once
+from gitlight.config import MatchingConfig
+from gitlight.data.pair import Gradients
+from gitlight.data.sampling import mixed_seed
+from gitlight.gradients.precision import full_float32
+
+Prior = Callable[[Gradients], Tensor]
+"""Leaks to images ``(B, N, C, H, W)``; NaN where there is none."""
+
+_SPREAD = 0.25
+"""Standard deviation of the noise that a search starts from, about that of photographs, around mid-grey."""
+
+
+class Searched(NamedTuple):
+    """What was found for ``B`` leaks.
+
+    Attributes:
+        images: ``(B, N, C, H, W)`` in [0, 1]; NaN where there is none.
+        verdicts: in words.
+        distances: ``(B,)``, of the gradients.
+        iterations: ``(B,)``, steps taken by the search that counts.
+    """
+
+    images: Tensor
+    verdicts: tuple[str, ...]
+    distances: Tensor
+    iterations: Tensor
+
+
+class IterativeAttack:
+    """Searches for images whose gradients match; see `gitlight.attacks.matching`.
+
+    Attributes:
+        at_once: leaks that fit into ``attack.memory_limit_gb``.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        function: LeakedFunction,
+        settings: MatchingConfig,
+        client_batch_size: int,
+        seed: int,
+        prior: Prior | None = None,
+    ) -> None:
+        """Args: the leaked model as the attack knows it, settings, images per leak, a seed, and what to start from."""
+        self._architecture, self._function, self._settings = architecture, function, settings
+        self._n_images, self._seed, self._prior = client_batch_size, seed, prior
+        self.at_once = searches_at_once(architecture, settings, client_batch_size)
+
+    def search(
+        self, gradients: Gradients, numbers: Tensor, labels: Tensor | None = None, record: Record | None = None
+    ) -> Searched:
+        """Attack leaks, all at once.
+
+        Args:
+            gradients: of ``B`` leaks.
+            numbers: ``(B,)``: fixes each leak's noise, whatever its batch.
+            labels: ``(B, N)``, for ``attack.labels=given``.
+            record: is told how the searches go.
+        """
+        first = next(iter(gradients.values()))
+        dtype = torch.float64 if self._settings.dtype == "float64" else torch.float32
+        usable = _usable(gradients)
+        which = usable.nonzero().squeeze(1)
+        images = first.new_full((len(first), self._n_images, *self._architecture.image_shape), torch.nan, dtype=dtype)
+        distances = torch.full((len(first),), torch.inf, dtype=dtype, device=first.device)
+        iterations = torch.zeros(len(first), dtype=torch.int64, device=first.device)
+        verdicts = ["failed: the gradient is zero, or not finite"] * len(first)
+        if len(which):
+            with torch.autocast(first.device.type, enabled=False), full_float32():
+                self._search_usable(
+                    gradients, numbers, labels, which, dtype, record, images, distances, iterations, verdicts
+                )
+        return Searched(images.float().clamp(0, 1), tuple(verdicts), distances, iterations)
+
+    def _search_usable(
+        self,
+        gradients: Gradients,
+        numbers: Tensor,
+        labels: Tensor | None,
+        which: Tensor,
+        dtype: torch.dtype,
+        record: Record | None,
+        images: Tensor,
+        distances: Tensor,
+        iterations: Tensor,
+        verdicts: list[str],
+    ) -> None:
+        """Fill in what is found for the leaks that are ``which``."""
+        function = self._function.to(images.device, dtype)
+        given = {name: gradient[which] for name, gradient in gradients.items()}
+        leaks = {name: gradient.to(dtype) for name, gradient in given.items()}
+        for restart in range(self._settings.restarts):
+            seeds = [mixed_seed("attack start", self._seed, restart, int(number)) for number in numbers[which]]
+            start = self._start(given, seeds, images)
+            targets = self._targets(given, seeds, None if labels is None else labels[which], images)
+
+            def told(rows: Tensor, iteration: int, shown: Tensor, apart: Tensor) -> None:
+                assert record is not None
+                record(which[rows], iteration, shown, apart)
+
+            found = match_gradients(
+                function, self._settings, leaks, start, targets, told if record is not None and restart == 0 else None
+            )
+            better = found.distances < distances[which]
+            rows = which[better]
+            images[rows], distances[rows] = found.images[better], found.distances[better]
+            iterations[rows] = found.iterations[better]
+            for row, diverged in zip(which.tolist(), found.diverged.tolist(), strict=True):
+                if restart == 0 or not diverged:
+                    verdicts[row] = "diverged: the best image before is kept" if diverged else ""
+        for row in which.tolist():
+            if not torch.isfinite(images[row]).all():
+                verdicts[row] = "failed: the search diverged at once"
+
+    def _start(self, gradients: Gradients, seeds: list[int], like: Tensor) -> Tensor:
+        shape = (self._n_images, *self._architecture.image_shape)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
+        start = 0.5 + _SPREAD * torch.stack(noise).to(like)
+        if self._prior is not None:
+            given = self._prior(gradients).to(like)
+            usable = torch.isfinite(given).flatten(1).all(dim=1).view(-1, 1, 1, 1, 1)
+            start = torch.where(usable, given, start)
+        return start.clamp(0, 1) if self._settings.box else start
+
+    def _targets(self, gradients: Gradients, seeds: list[int], labels: Tensor | None, like: Tensor) -> Tensor:
+        n_classes = self._architecture.n_classes
+        if self._settings.labels == "optimised":
+            logits = [
+                torch.randn(
+                    (self._n_images, n_classes), generator=torch.Generator().manual_seed(seed + 1), device="cpu"
+                )
+                for seed in seeds
+            ]
+            return torch.stack(logits).to(like)
+        if self._settings.labels == "recovered":
+            labels = labels_from_leak(self._architecture, gradients, self._n_images)
+        assert labels is not None, "attack.labels=given hands them over"
+        return torch.nn.functional.one_hot(labels.to(like.device), n_classes).to(like)
+
+
+def _usable(gradients: Gradients) -> Tensor:
+    finite = torch.stack([torch.isfinite(g).flatten(1).all(dim=1) for g in gradients.values()]).all(dim=0)
+    return finite & torch.stack([(g != 0).flatten(1).any(dim=1) for g in gradients.values()]).any(dim=0)

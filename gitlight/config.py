@@ -321,6 +321,11 @@ class HybridGeneratorConfig(GeneratorConfig):
         "use forward equations and a prior in the closed form, too, as exact does: reaches as far, at about a second a "
         "leak on two cores, in training as well",
     )
+    weights_from: str | None = setting(
+        None,
+        "run folder of generator.name=exact whose fitted weights forward_equations takes, where the pairs of this run "
+        "are too noisy to fit any; null: fitted from this run's pairs",
+    )
     channels: int = setting(64, "channels of the convolutional refinement", minimum=1)
     blocks: int = setting(3, "residual blocks of the refinement", minimum=0)
     gradient_channels: int = setting(8, "feature maps learned from all gradients that no rule explains", minimum=0)

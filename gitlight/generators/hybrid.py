@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from math import isqrt, prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
-from gitlight.errors import ConfigError
+from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import Generator, PairFit, ParameterEstimate
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
@@ -18,6 +19,7 @@ from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
+from gitlight.runs import checkpoint_path, load_checkpoint
 
 
 class HybridGenerator(Generator):
@@ -46,6 +48,12 @@ class HybridGenerator(Generator):
                 "generator.forward_equations: with data.client_batch_size above 1 a leak is an average, which forward "
                 "equations say nothing of. Give generator.forward_equations=false."
             )
+        if settings.weights_from is not None and not settings.forward_equations:
+            raise ConfigError(
+                "generator.weights_from: gradient equations alone fit the few weights that they need from any pairs. "
+                "Give generator.forward_equations=true with it."
+            )
+        self._weights_from = settings.weights_from
         self.walk = ClosedFormFeatures(
             architecture, settings.noise, settings.exact_depth, client_batch_size, settings.forward_equations
         )
@@ -116,7 +124,10 @@ class HybridGenerator(Generator):
 
     def fits(self) -> Iterator[PairFit]:
         """The leaked weights that the walk needs, then everything that stands on its features."""
-        yield from self.walk.fits()
+        if self._weights_from is None:
+            yield from self.walk.fits()
+        else:
+            self._take_weights(Path(self._weights_from))
         if self.ridge is not None:
             yield _FeatureFit(self, self.ridge)
 
@@ -131,6 +142,29 @@ class HybridGenerator(Generator):
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
         """The leaked weights that the walk has fitted."""
         return self.walk.estimated_parameters()
+
+    def _take_weights(self, path: Path) -> None:
+        """The fitted weights and priors of a run of `exact`, whose walk is the same."""
+        file = checkpoint_path(path, "last") if path.is_dir() else path
+        if not file.is_file():
+            raise CheckpointError(
+                f"generator.weights_from: {file} does not exist; give a run's folder or a checkpoint."
+            )
+        prefix = "generator.inversion."
+        state = {
+            name.removeprefix(prefix): value
+            for name, value in load_checkpoint(file)["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        if not state:
+            raise CheckpointError(f"generator.weights_from: {file} holds no weights that generator.name=exact fitted.")
+        try:
+            self.walk.inversion.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"generator.weights_from: {file} is of another leaked model, or of other settings of generator.name="
+                f"exact: {str(error).splitlines()[-1].strip()}"
+            ) from error
 
     @property
     def _residual_scale(self) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import (
     CoarseGeneratorConfig,
+    ExactGeneratorConfig,
     FullyConnectedConfig,
     GaussianNoiseConfig,
     GradientsConfig,
@@ -22,7 +23,7 @@ from gitlight.config import (
     ViTConfig,
 )
 from gitlight.data.pair import GradientPair
-from gitlight.errors import ArchitectureError, ConfigError
+from gitlight.errors import ArchitectureError, CheckpointError, ConfigError
 from gitlight.generators import GENERATORS, coarse
 from gitlight.generators.width import n_trainable
 from gitlight.gradients.channel import GaussianNoise
@@ -231,6 +232,39 @@ def test_hybrid_with_forward_equations_starts_from_exact_inversion(fully_solved)
     some = {name: gradient[:4] for name, gradient in gradients.items()}
     torch.testing.assert_close(generator.start(some), images[:4], rtol=0, atol=1e-3)
     assert any(parameter.requires_grad for parameter in generator.parameters()), "what noise leaves is learned"
+
+
+def test_hybrid_takes_weights_that_clean_pairs_gave(fully_solved, tmp_path):
+    architecture, gradients, images = fully_solved
+    torch.manual_seed(0)
+    exact = GENERATORS["exact"].load()(architecture, ExactGeneratorConfig(), 1)
+    pair = GradientPair(gradients, images, torch.zeros(300, 1), torch.arange(300).view(300, 1))
+    run_fits(exact, [pair])
+    file = tmp_path / "exact.ckpt"
+    torch.save({"state_dict": {f"generator.{key}": value for key, value in exact.state_dict().items()}}, file)
+    noisy = GaussianNoise(GaussianNoiseConfig(relative_std=1e-4))(gradients, torch.arange(300))
+    noisy_pair = replace(pair, gradients=noisy)
+    own = run_fits(build("hybrid", architecture, forward_equations=True), [noisy_pair])
+    taken = run_fits(build("hybrid", architecture, forward_equations=True, weights_from=str(file)), [noisy_pair])
+    assert taken.ridge.error < 0.3 * own.ridge.error, "noisy pairs fit no weights"
+    name = next(iter(taken.estimated_parameters()))
+    assert torch.equal(taken.estimated_parameters()[name].value, exact.estimated_parameters()[name].value)
+
+
+def test_hybrid_names_what_it_cannot_take_weights_from(fully_solved, lenet_architecture, tmp_path):
+    architecture, _, _ = fully_solved
+    given = {"forward_equations": True, "weights_from": str(tmp_path / "none")}
+    with pytest.raises(CheckpointError, match=r"generator\.weights_from: .*none does not exist"):
+        list(build("hybrid", architecture, **given).fits())
+    torch.manual_seed(0)
+    other = GENERATORS["exact"].load()(lenet_architecture, ExactGeneratorConfig(), 1)
+    for state, message in (({}, "holds no weights"), (other.state_dict(), "is of another leaked model")):
+        file = tmp_path / "other.ckpt"
+        torch.save({"state_dict": {f"generator.{key}": value for key, value in state.items()}}, file)
+        with pytest.raises(CheckpointError, match=rf"generator\.weights_from: .*{message}"):
+            list(build("hybrid", architecture, **{**given, "weights_from": str(file)}).fits())
+    with pytest.raises(ConfigError, match=r"generator\.weights_from: .*forward_equations=true"):
+        build("hybrid", architecture, weights_from="run")
 
 
 def test_hybrid_takes_forward_equations_of_one_image_per_leak_only(lenet_architecture):

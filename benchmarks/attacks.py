@@ -1,0 +1,185 @@
+"""Iterative attacks beside `breaching`'s, and from a prior: ``python benchmarks/attacks.py [NAME ...]``.
+
+``breaching`` (a benchmark extra: ``pip install -e '.[benchmarks]'``) attacks the same images, on the same model, from
+the same start, with the same number of gradients; one image at a time, as it does. Seconds are those of the search
+alone, in one process, one after the other. ``prior_*`` attacks with and without a trained generator's images to start
+from; it needs the runs that it names. Needs the CIFAR-10 sample at ``data/cifar10_subset``.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from generators import DATA, ROOT, machine
+from torch import Tensor
+
+from gitlight import load_config
+from gitlight.attacks.gradients import LeakedFunction
+from gitlight.attacks.matching import match_gradients
+from gitlight.config import DLGConfig, MatchingConfig
+from gitlight.data.datamodule import GradientPairDataModule
+from gitlight.data.pair import GradientPair
+from gitlight.training import build_pairs
+
+N_COMPARED, N_TOGETHER = 10, 32
+MODELS = {
+    "lenet": (),
+    "relu_convnet": ("leaked.activation=relu", "leaked.init=default"),
+}
+"""The ReLU network is LeNet with ReLU under PyTorch's default initialisation."""
+
+LBFGS_STEPS, EVALUATIONS = 30, 20
+"""A step of `torch.optim.LBFGS` is up to 20 iterations; ours are single ones."""
+
+SETTINGS = {
+    "ig": MatchingConfig(labels="given", iterations=300, total_variation=0.1, tolerance=0.0),
+    "dlg": DLGConfig(labels="optimised", iterations=LBFGS_STEPS * EVALUATIONS, tolerance=0.0, dtype="float32"),
+}
+
+PRIORS = {
+    "prior_lenet": ("lenet_ig", "runs/benchmarks/generators_lenet_hybrid"),
+    "prior_resnet20": ("resnet20_ig", "runs/benchmarks/generators_resnet20_hybrid"),
+}
+
+
+def private_pair(model: str, n: int) -> tuple[GradientPairDataModule, GradientPair]:
+    """Leaks of the first private images."""
+    config = load_config(ROOT / "configs" / "lenet_ig.yaml", [*DATA, *MODELS[model], f"data.batch_size={n}"])
+    pairs = build_pairs(config)
+    return pairs, next(iter(pairs.private_pairs(torch.device("cpu"), n)))
+
+
+def ours(pairs: GradientPairDataModule, pair: GradientPair, name: str, start: Tensor) -> tuple[Tensor, float]:
+    """Images and seconds, all at once."""
+    settings = SETTINGS[name]
+    network = pairs.leaked_model.network
+    function = LeakedFunction(pairs.architecture, dict(network.named_parameters()))
+    targets = torch.nn.functional.one_hot(pair.labels, 10).float()
+    if settings.labels == "optimised":
+        targets = torch.randn(targets.shape, generator=torch.Generator().manual_seed(7))
+    leaks = dict(pair.gradients)
+    started = time.perf_counter()
+    found = match_gradients(function, settings, leaks, start.unsqueeze(1), targets)
+    return found.images[:, 0], time.perf_counter() - started
+
+
+def breachings(pairs: GradientPairDataModule, pair: GradientPair, name: str, start: Tensor) -> tuple[Tensor, float]:
+    """Images and seconds, one at a time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import breaching
+
+    kind = {"ig": "invertinggradients", "dlg": "deepleakage"}[name]
+    iterations = SETTINGS[name].iterations if name == "ig" else LBFGS_STEPS
+    config = breaching.get_config([f"attack={kind}"])
+    config.attack.optim.max_iterations = iterations
+    config.attack.optim.callback = 10**9
+    network = copy.deepcopy(pairs.leaked_model.network).requires_grad_()
+    attacker = breaching.attacks.prepare_attack(network, torch.nn.CrossEntropyLoss(), config.attack)
+    metadata = _Metadata(shape=list(start.shape[1:]), modality="vision", classes=10, task="classification")
+    payload = [{"parameters": list(network.parameters()), "buffers": list(network.buffers()), "metadata": metadata}]
+    images = []
+    started = time.perf_counter()
+    for number in range(len(start)):
+        torch.manual_seed(number)
+        shared = {
+            "gradients": [gradient[number] for gradient in pair.gradients.values()],
+            "buffers": None,
+            "metadata": {
+                "num_data_points": 1,
+                "labels": pair.labels[number] if SETTINGS[name].labels == "given" else None,
+                "local_hyperparams": None,
+            },
+        }
+        found, _ = attacker.reconstruct(payload, [shared], {}, initial_data=start[number : number + 1])
+        images.append(found["data"][0].detach())
+    return torch.stack(images), time.perf_counter() - started
+
+
+class _Metadata(SimpleNamespace):
+    """Read by key and by attribute, as breaching's own."""
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+
+def psnr(found: Tensor, truth: Tensor) -> Tensor:
+    """Of each image, in dB."""
+    error = (torch.nan_to_num(found).clamp(0, 1) - truth).square().flatten(1).mean(dim=1)
+    return -10 * error.clamp_min(1e-12).log10()
+
+
+def compare() -> None:
+    """Quality on ten images, and images per hour with 32 at once."""
+    print(
+        "| model | attack | ours, dB | breaching, dB | ours ahead on | ours, s an image | breaching | times as fast |"
+    )
+    print("|" + " --- |" * 8, flush=True)
+    for model in MODELS:
+        pairs, pair = private_pair(model, N_TOGETHER)
+        truth = pair.images[:, 0]
+        noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+        start = (0.5 + 0.25 * noise).clamp(0, 1)
+        few = GradientPair(
+            {k: v[:N_COMPARED] for k, v in pair.gradients.items()},
+            *(part[:N_COMPARED] for part in (pair.images, pair.labels, pair.indices)),
+        )
+        for name in SETTINGS:
+            theirs, their_seconds = breachings(pairs, few, name, start[:N_COMPARED])
+            found, seconds = ours(pairs, pair, name, start)
+            own, other = psnr(found, truth)[:N_COMPARED], psnr(theirs, few.images[:, 0])
+            per_image, their_per_image = seconds / N_TOGETHER, their_seconds / N_COMPARED
+            cells = [
+                model,
+                name,
+                f"{own.mean():.2f}",
+                f"{other.mean():.2f}",
+                f"{int((own > other).sum())} of {N_COMPARED}",
+                f"{per_image:.3f}",
+                f"{their_per_image:.3f}",
+                f"{their_per_image / per_image:.1f}",
+            ]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def with_prior(name: str, iterations: int = 1200, n_images: int = 50) -> None:
+    """IG from noise and from a trained generator's images, and that generator alone."""
+    config, run = PRIORS[name]
+    folder = ROOT / "runs" / "benchmarks" / f"attacks_{name}"
+    shared = [*DATA, f"evaluation.n_images={n_images}", "logging.wandb=off", "logging.quiet=true"]
+    searched = [f"attack.iterations={iterations}", "attack.record_every=25", f"output_dir={folder}"]
+    for overrides in ([], [f"attack.prior={run}"]):
+        _run("evaluate.py", f"configs/{config}.yaml", *shared, *searched, *overrides)
+    _run("evaluate.py", run, f"evaluation.n_images={n_images}", "attack=generator")
+    print("| attack | PSNR, dB | SSIM | s an image |\n| --- | --- | --- | --- |")
+    for path in (folder, ROOT / run):
+        for found in json.loads((path / "evaluation" / "metrics.json").read_text())["results"]:
+            if found["n_images"] == n_images:
+                intervals = {key: (m["mean"], *m["ci95"]) for key, m in found["metrics"].items()}
+                named = {key: "{:.4g} [{:.4g}, {:.4g}]".format(*values) for key, values in intervals.items()}
+                print(f"| {found['attack']} | {named['psnr']} | {named['ssim']} | {found['seconds_per_image']:.2f} |")
+    print(f"Trajectories: {folder / 'evaluation' / 'trajectories'}", flush=True)
+
+
+def _run(*command: str) -> None:
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=sys.stderr)
+
+
+def main() -> None:
+    """What is named on the command line: ``compare`` (the default), ``prior_lenet``, ``prior_resnet20``."""
+    print(f"\n{machine()}\n")
+    for name in sys.argv[1:] or ["compare"]:
+        if name == "compare":
+            compare()
+        else:
+            with_prior(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+from gitlight.attacks import ATTACKS
 from gitlight.attacks.finished import Finished
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.iterative import IterativeAttack, Prior
@@ -144,7 +145,7 @@ def attack_iteratively(
     """
     settings = check_attack(config)
     per_leak = config.data.client_batch_size
-    attack = IterativeAttack(
+    attack: IterativeAttack = ATTACKS[settings.name].load()(
         datamodule.architecture, knowledge.function, settings, per_leak, config.seed, knowledge.prior
     )
     store = _store(config, datamodule)

@@ -82,6 +82,14 @@ def test_every_attack_leaves_results_and_its_way(load, tmp_path, name):
     assert evaluation.result.metrics["psnr"].mean > 5
 
 
+def test_the_mean_curve_goes_to_weights_and_biases(load, tmp_path):
+    evaluate(load("logging.wandb=offline", "attack.iterations=4", "attack.record_every=2"))
+    (file,) = (tmp_path / "run" / "evaluation" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    assert b"attack/distance" in content
+    assert b"attack/psnr" in content
+
+
 def test_psnr_in_the_trajectories_is_that_of_the_images(load, tmp_path):
     evaluate(load("attack.decay=constant", "attack.step_size=0.005", "attack.record_every=30"))
     (path,) = (tmp_path / "run" / "evaluation" / "trajectories").glob("*.csv")

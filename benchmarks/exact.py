@@ -45,6 +45,8 @@ CASES = {
     "sigmoid_noise": Case("lenet_exact", (), 100, NOISY),
     "sigmoid_float32_pairs": Case("lenet_exact", ("gradients.dtype=float32",), 20),
     "sigmoid_noisy_pairs": Case("lenet_exact", (noise(1e-6),), 20),
+    # Takes its weights from the run of `sigmoid`.
+    "hybrid_exact_noise": Case("lenet_hybrid_exact", ("generator.weights_from=runs/benchmarks/exact_sigmoid",), 100),
     "hybrid_noise": Case("lenet_hybrid", (noise(1e-2),), 100),
     "descent": Case("lenet_exact_descent", (), 20),
     "leaky_relu": Case("lenet_exact", ("leaked.activation=leaky_relu",), 100, CLEAN),

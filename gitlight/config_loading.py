@@ -130,7 +130,8 @@ def _merge_layer(values: Values, layer: Values) -> None:
     """Lay ``layer`` over ``values``, in place.
 
     A component given by a word alone, as in ``attack=ig``, is its name. Where it names another component for a section,
-    settings that only the former one has are dropped: they said nothing about this one.
+    settings that only the former one has are dropped, and those that the former has by default: they said nothing about
+    this one.
     """
     for section, registry in COMPONENTS.items():
         if isinstance(layer.get(section), str):
@@ -138,7 +139,11 @@ def _merge_layer(values: Values, layer: Values) -> None:
         former, chosen = values.get(section), layer.get(section)
         if isinstance(former, dict) and isinstance(chosen, dict) and chosen.get("name") in registry.names():
             known = {field.name for field in dataclasses.fields(registry[chosen["name"]].settings)}
-            values[section] = {key: value for key, value in former.items() if key in known}
+            kept = {key: value for key, value in former.items() if key in known}
+            if chosen["name"] != former.get("name") and former.get("name") in registry.names():
+                defaults = registry[former["name"]].settings()  # a saved config has them all
+                kept = {key: value for key, value in kept.items() if value != getattr(defaults, key)}
+            values[section] = kept
     _merge(values, layer)
 
 

@@ -31,7 +31,7 @@ from gitlight.metrics import SMALLEST_LPIPS_IMAGE, PerceptualDistance, bootstrap
 from gitlight.report.attacked import AttackedImages, measure, to_bytes, write_per_image
 from gitlight.report.html import render_report
 from gitlight.report.results import METRICS, Estimate, Result, merge_results, read_results, write_results, write_text
-from gitlight.report.trajectories import draw_trajectories, mean_curve, read_trajectories, write_trajectories
+from gitlight.report.trajectories import keep_trajectories, mean_curve
 from gitlight.runs import checkpoint_path, run_folder
 from gitlight.trained import load_generator_weights, trained_checkpoint
 from gitlight.training import accelerator, build_generator, build_pairs, with_network
@@ -134,7 +134,7 @@ def _evaluate_search(
     """An iterative attack on private images, with its trajectories."""
     settings, folder = check_attack(config), run_folder(config)
     knowledge = knowledge_of(config, datamodule, device)
-    name = _described(settings.name, _search_changes(settings))
+    name = _described(settings.name, _search_changes(settings) | _leak_changes(config, trained))
     lpips = _lpips(datamodule.architecture)
     parts: list[AttackedImages] = []
     seconds, points = 0.0, []
@@ -148,12 +148,11 @@ def _evaluate_search(
     if not (folder / "config.yaml").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
-    _write(evaluation, config, trained, images, device)
-    curves = evaluation.folder / "trajectories"
-    condition = name if not config.channel else f"{name}, {describe_channel(config.channel)}"
-    write_trajectories(points, curves / f"{condition.replace('/', '_')}.csv")
-    draw_trajectories({path.stem: read_trajectories(path) for path in sorted(curves.glob("*.csv"))}, curves / "all.png")
-    log_curve(config, evaluation.folder, condition, mean_curve(points))
+    _write(evaluation, config, config, images, device)  # of a search the report has no other, trained conditions
+    label = name if not config.channel else f"{name}, {describe_channel(config.channel)}"
+    with FileLock(evaluation.folder / ".lock"):
+        keep_trajectories(points, label, result.condition, evaluation.folder / "trajectories")
+    log_curve(config, evaluation.folder, label, mean_curve(points))
     forget_parts(config, datamodule)
     return evaluation
 
@@ -285,12 +284,18 @@ def _changes(settings: Any, trained: Any) -> dict[str, Any]:
 
 def _attack_changes(config: Config, trained: Config) -> dict[str, Any]:
     """What makes an attack another one than the trained generator's best checkpoint on the run's own images."""
-    changes = _changes(config.generator, trained.generator) | _changes(config.gradients, trained.gradients)
+    changes = _changes(config.generator, trained.generator) | _leak_changes(config, trained)
+    if config.evaluation.checkpoint != EvaluationConfig().checkpoint:
+        changes["checkpoint"] = config.evaluation.checkpoint
+    return changes
+
+
+def _leak_changes(config: Config, trained: Config) -> dict[str, Any]:
+    """What makes the leaks others than the run's own."""
+    changes = _changes(config.gradients, trained.gradients)
     # How, not what; updates are a part of the condition of their own, and another sketch does not load.
     for key in ("memory_limit_gb", "method", "updates", "sketch"):
         changes.pop(key, None)
-    if config.evaluation.checkpoint != EvaluationConfig().checkpoint:
-        changes["checkpoint"] = config.evaluation.checkpoint
     if config.seed != trained.seed:
         changes["images_seed"] = config.seed
     return changes
@@ -301,9 +306,6 @@ def _search_changes(settings: MatchingConfig) -> dict[str, Any]:
     changes = _changes(settings, type(settings)())
     for key in ("memory_limit_gb", "record_every"):
         changes.pop(key, None)
-    for key in ("prior", "recovered_from"):
-        if changes.get(key) is not None:
-            changes[key] = Path(os.path.abspath(changes[key])).name
     return changes
 
 

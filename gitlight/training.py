@@ -16,7 +16,8 @@ from gitlight.architecture import Architecture
 from gitlight.callbacks import build_callbacks
 from gitlight.callbacks.run_settings import check_resumable
 from gitlight.checkpoint_io import AtomicCheckpointIO
-from gitlight.config import Config, GivenConfig, OptimizerConfig, TrainerConfig
+from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig, TrainerConfig
+from gitlight.config_loading import load_config
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.errors import CheckpointError, ConfigError
@@ -27,7 +28,14 @@ from gitlight.leaked.model import LeakedModel
 from gitlight.loggers import build_loggers
 from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
-from gitlight.runs import checkpoint_to_resume, load_checkpoint, prepare_run_folder, run_folder, run_lock
+from gitlight.runs import (
+    checkpoint_path,
+    checkpoint_to_resume,
+    load_checkpoint,
+    prepare_run_folder,
+    run_folder,
+    run_lock,
+)
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +182,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         datamodule = ImageDataModule(images, config.data, config.seed)
     else:
         datamodule = build_pairs(config, network)
+        _check_weights_from(config, datamodule)
         generator = build_generator(config, datamodule.architecture)
         if description := generator.describe():
             log.info("%s", description)
@@ -186,6 +195,31 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         trainer = build_trainer(config, settings, folder, resume_step)
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     return folder
+
+
+def _check_weights_from(config: Config, datamodule: GradientPairDataModule) -> None:
+    """The run that ``generator.weights_from`` names must have fitted the weights of this leaked model."""
+    named = getattr(config.generator, "weights_from", None)
+    if named is None:
+        return
+    folder = Path(named)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"generator.weights_from: {named} is not a run's folder. Train configs/lenet_exact.yaml first."
+        )
+    fitted = load_config(folder)
+    if not isinstance(fitted.generator, ExactGeneratorConfig) or fitted.generator.fit != "layerwise":
+        raise ConfigError(
+            f"generator.weights_from: {named} is a run of generator.name={fitted.generator.name}, and only exact with "
+            "generator.fit=layerwise fits weights that forward equations can use."
+        )
+    checkpoint = load_checkpoint(checkpoint_path(folder, "last"))
+    stored = checkpoint.get(type(datamodule).__qualname__, {}).get("leaked_fingerprint")
+    if stored != datamodule.leaked_model.fingerprint():
+        raise CheckpointError(
+            f"generator.weights_from: {named} fitted another leaked model: its weights are not those that `leaked` "
+            "gives now. Give a run with the same `leaked` settings."
+        )
 
 
 def _check_checkpoint(path: Path, module: LightningModule, datamodule: ImageDataModule, config: Config) -> int:

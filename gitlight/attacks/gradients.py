@@ -53,6 +53,10 @@ class LeakedFunction:
         found: Gradients = torch.func.grad(loss)(self._parameters)
         return found
 
+    def logits(self, images: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, classes)``."""
+        return self._logits(self._parameters, images)
+
     def batch_norm_inputs(self, images: Tensor) -> list[BatchNormInput]:
         """Statistics of each batch norm layer that has running ones."""
         layers = [layer for layer in self.architecture.layers if layer.kind == "batch_norm" and layer.constants]
@@ -75,6 +79,9 @@ class LeakedFunction:
             values = {IMAGE: image.unsqueeze(0)}
             for layer in self.architecture.layers:
                 taken = [values[name] for name in layer.inputs]
+                if layer.kind == "getitem":  # one of several results
+                    values[layer.name] = taken[0][layer.arguments["1"]]
+                    continue
                 if layer.operation._schema.is_mutable:  # an operation in place must not overwrite what others take
                     taken = [value.clone() for value in taken]
                 values[layer.name] = layer.apply(taken, weights)

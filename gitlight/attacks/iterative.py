@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from gitlight.architecture import Architecture
@@ -102,17 +103,26 @@ class IterativeAttack:
         function = self._function.to(images.device, dtype)
         given = {name: gradient[which] for name, gradient in gradients.items()}
         leaks = {name: gradient.to(dtype) for name, gradient in given.items()}
+        prior = None if self._prior is None else self._prior(given).to(images)
         for restart in range(self._settings.restarts):
             seeds = [mixed_seed("attack start", self._seed, restart, int(number)) for number in numbers[which]]
-            start = self._start(given, seeds, images)
+            start = self._start(prior, restart, seeds, images)
             targets = self._targets(given, seeds, None if labels is None else labels[which], images)
+            if prior is not None and self._n_images > 1 and self._settings.labels != "optimised":
+                targets = _assigned(function, start, targets)
 
             def told(rows: Tensor, iteration: int, shown: Tensor, apart: Tensor) -> None:
                 assert record is not None
                 record(which[rows], iteration, shown, apart)
 
             found = match_gradients(
-                function, self._settings, leaks, start, targets, told if record is not None and restart == 0 else None
+                function,
+                self._settings,
+                leaks,
+                start,
+                targets,
+                told if record is not None and restart == 0 else None,
+                prior,
             )
             better = found.distances < distances[which]
             rows = which[better]
@@ -125,14 +135,15 @@ class IterativeAttack:
             if not torch.isfinite(images[row]).all():
                 verdicts[row] = "failed: the search diverged at once"
 
-    def _start(self, gradients: Gradients, seeds: list[int], like: Tensor) -> Tensor:
+    def _start(self, prior: Tensor | None, restart: int, seeds: list[int], like: Tensor) -> Tensor:
         shape = (self._n_images, *self._architecture.image_shape)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
-        start = 0.5 + _SPREAD * torch.stack(noise).to(like)
-        if self._prior is not None:
-            given = self._prior(gradients).to(like)
-            usable = torch.isfinite(given).flatten(1).all(dim=1).view(-1, 1, 1, 1, 1)
-            start = torch.where(usable, given, start)
+        drawn = torch.stack(noise).to(like)
+        start = 0.5 + _SPREAD * drawn
+        if prior is not None:
+            usable = torch.isfinite(prior).flatten(1).all(dim=1).view(-1, 1, 1, 1, 1)
+            # The first search starts from the prior itself, further ones from around it.
+            start = torch.where(usable, prior + (0.0 if restart == 0 else 0.2 * _SPREAD) * drawn, start)
         return start.clamp(0, 1) if self._settings.box else start
 
     def _targets(self, gradients: Gradients, seeds: list[int], labels: Tensor | None, like: Tensor) -> Tensor:
@@ -149,6 +160,20 @@ class IterativeAttack:
             labels = labels_from_leak(self._architecture, gradients, self._n_images)
         assert labels is not None, "attack.labels=given hands them over"
         return torch.nn.functional.one_hot(labels.to(like.device), n_classes).to(like)
+
+
+def _assigned(function: LeakedFunction, images: Tensor, targets: Tensor) -> Tensor:
+    """Labels in the order of the images that a search starts from: those of least cross-entropy.
+
+    A prior's images of a client batch are in no order, and nor are labels.
+    """
+    result = []
+    for its_images, its_targets in zip(images, targets, strict=True):
+        with torch.no_grad():
+            costs = -function.logits(its_images).log_softmax(dim=1) @ its_targets.T
+        _, order = linear_sum_assignment(costs.nan_to_num(1e30).double().cpu().numpy())
+        result.append(its_targets[torch.from_numpy(order).to(its_targets.device)])
+    return torch.stack(result)
 
 
 def _usable(gradients: Gradients) -> Tensor:

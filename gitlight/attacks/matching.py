@@ -60,6 +60,7 @@ def match_gradients(
     start: Tensor,
     targets: Tensor,
     record: Record | None = None,
+    prior: Tensor | None = None,
 ) -> Matched:
     """Search for the images whose gradients are nearest to those that leaked.
 
@@ -68,11 +69,12 @@ def match_gradients(
             search.
         settings: of the attack.
         leaks: of ``B`` leaks, there, finite and not zero.
-        start: ``(B, N, C, H, W)``; also what ``attack.prior_weight`` draws towards.
+        start: ``(B, N, C, H, W)``.
         targets: ``(B, N, classes)``: probabilities of the labels; where labels are optimised, the logits to start from.
         record: is told how the searches go.
+        prior: ``(B, N, C, H, W)``, what ``attack.prior_weight`` draws towards; NaN where there is none; None: nowhere.
     """
-    searches = _Searches(function, settings, leaks, start, targets, record)
+    searches = _Searches(function, settings, leaks, start, targets, record, prior)
     with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernel of CPUs
         for iteration in range(settings.iterations + 1):
             searches.advance(iteration)
@@ -92,6 +94,7 @@ class _Searches:
         start: Tensor,
         targets: Tensor,
         record: Record | None,
+        prior: Tensor | None,
     ) -> None:
         self._settings, self._record = settings, record
         self._shape, self._n_pixels = start.shape[1:], start[0].numel()
@@ -99,7 +102,11 @@ class _Searches:
         self._optimise_labels = settings.labels == "optimised"
         parts = [start.flatten(1)] + ([targets.flatten(1)] if self._optimise_labels else [])
         self._variables = torch.cat(parts, dim=1)
-        self._leaks, self._targets, self._prior = leaks, targets, start
+        self._leaks, self._targets = leaks, targets
+        given = torch.full_like(start, torch.nan) if prior is None else prior
+        self._has_prior = torch.isfinite(given).flatten(1).all(dim=1)
+        self._prior = torch.where(self._has_prior.view(-1, *[1] * len(self._shape)), given, 0.0)
+        self._ended = torch.zeros_like(self._has_prior)
         self._targets_of_all = targets
         self._weights = layer_weights(function.architecture, leaks, settings.layer_weights)
         self._optimizer = build_optimizer(settings.optimizer)
@@ -118,13 +125,15 @@ class _Searches:
             return objective(images, targets, *others)  # type: ignore[arg-type]
 
         differentiated = torch.func.grad_and_value(of_variables, has_aux=True)
-        self._evaluate = torch.func.vmap(differentiated, in_dims=(0, 0, 0, 0, 0, None))
+        self._evaluate = torch.func.vmap(differentiated, in_dims=0)
 
     def advance(self, iteration: int) -> None:
         """Look where the searches are, and take a step, unless it was the last."""
         settings = self._settings
         progress = iteration / settings.iterations
-        prior_weight = self._variables.new_tensor(settings.prior_weight * 0.5 * (1 + math.cos(math.pi * progress)))
+        prior_weight = (
+            settings.prior_weight * 0.5 * (1 + math.cos(math.pi * progress)) * self._has_prior.to(self._prior)
+        )
         gradients, (_, value) = self._evaluate(
             self._variables, self._targets, self._leaks, self._weights, self._prior, prior_weight
         )
@@ -135,15 +144,17 @@ class _Searches:
         self._best[rows] = self._variables[better]
         self._best_objective[rows] = objective[better]
         self._best_distance[rows] = value.distance[better]
-        self._iterations[self.live] = iteration
-        self._diverged[self.live[~finite]] = True
+        going = ~self._ended
+        self._iterations[self.live[going]] = iteration
+        self._diverged[self.live[going & ~finite]] = True
         last = iteration == settings.iterations
         arrived = value.distance < settings.tolerance
-        if self._record is not None and (last or iteration % settings.record_every == 0 or bool(arrived.any())):
-            shown = finite if last or iteration % settings.record_every == 0 else finite & arrived
+        shown = going & finite & (arrived | (last or iteration % settings.record_every == 0))
+        if self._record is not None and bool(shown.any()):
             images = self._variables[shown, : self._n_pixels].view(-1, *self._shape)
             self._record(self.live[shown], iteration, images, value.distance[shown])
-        ended = arrived | ~finite
+        ended = self._ended | arrived | ~finite
+        self._ended = ended
         if last:
             return
         moved = self._optimizer.step(
@@ -171,5 +182,5 @@ class _Searches:
         self.live = self.live[rows]
         self._variables, self._targets, self._prior = self._variables[rows], self._targets[rows], self._prior[rows]
         self._leaks = {name: leak[rows] for name, leak in self._leaks.items()}
-        self._weights = self._weights[rows]
+        self._weights, self._has_prior, self._ended = self._weights[rows], self._has_prior[rows], self._ended[rows]
         self._optimizer.keep(rows)

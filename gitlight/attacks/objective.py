@@ -67,13 +67,22 @@ def gradient_distance(found: Gradients, leak: Gradients, weights: Tensor, kind: 
     The latter is DLG's but for the leak's norm, without which nothing could be said of when a search has arrived.
     """
     pairs = [(found[name], leak[name], weight) for (name, weight) in zip(leak, weights.unbind(), strict=True)]
-    of_leak = sum(weight * theirs.square().sum() for _, theirs, weight in pairs)
     if kind == "l2":
-        apart = sum(weight * (own - theirs).square().sum() for own, theirs, weight in pairs)
-        return torch.as_tensor(apart / of_leak)
-    of_found = sum(weight * own.square().sum() for own, _, weight in pairs)
-    product = sum(weight * (own * theirs).sum() for own, theirs, weight in pairs)
-    return torch.as_tensor(1 - product / (torch.as_tensor(of_found * of_leak).sqrt() + 1e-30))
+        # Over the norm before squares are taken: those of small gradients underflow.
+        largest = torch.stack([theirs.abs().max() for _, theirs, _ in pairs]).max().clamp_min(1e-30)
+        of_leak = sum(weight * (theirs / largest).square().sum() for _, theirs, weight in pairs)
+        return torch.as_tensor(
+            sum(weight * ((own - theirs) / largest).square().sum() for own, theirs, weight in pairs) / of_leak
+        )
+    # Half the squared distance of the normalised gradients: unlike one minus a quotient of products it keeps its digits
+    # near zero, and does not underflow for gradients of 1e-10 in single precision.
+    largest = torch.stack([theirs.abs().max() for _, theirs, _ in pairs]).max().clamp_min(1e-30)
+    own_norm = torch.as_tensor(sum(weight * (own / largest).square().sum() for own, _, weight in pairs) + 1e-30).sqrt()
+    norm = torch.as_tensor(sum(weight * (theirs / largest).square().sum() for _, theirs, weight in pairs)).sqrt()
+    apart = [
+        weight * (own / largest / own_norm - theirs / largest / norm).square().sum() for own, theirs, weight in pairs
+    ]
+    return 0.5 * torch.stack(apart).sum()
 
 
 def layer_weights(architecture: Architecture, leak: Gradients, kind: str) -> Tensor:
@@ -82,7 +91,9 @@ def layer_weights(architecture: Architecture, leak: Gradients, kind: str) -> Ten
     first = leak[names[0]]
     if kind == "size":
         sizes = torch.stack([leak[name].flatten(1).square().sum(dim=1) for name in names], dim=1)
-        return sizes.mean(dim=1, keepdim=True) / sizes.clamp_min(1e-12 * sizes.amax(dim=1, keepdim=True) + 1e-300)
+        # What a channel has set to zero says nothing, and would weigh more than all else.
+        says = sizes > 1e-12 * sizes.amax(dim=1, keepdim=True)
+        return torch.where(says, sizes.mean(dim=1, keepdim=True) / torch.where(says, sizes, 1.0), 0.0)
     if kind == "linear":
         order = [name for layer in architecture.layers for name in layer.parameters.values()]
         places = torch.tensor([order.index(name) for name in names], dtype=first.dtype, device=first.device)

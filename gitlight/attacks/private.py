@@ -27,13 +27,20 @@ from gitlight.generators.base import Reconstruction
 from gitlight.gradients.updates import describe_leak
 from gitlight.metrics import match
 from gitlight.report.trajectories import Point
-from gitlight.runs import run_folder
+from gitlight.runs import checkpoint_path, run_folder
 from gitlight.trained import generator_of_run
 
 _GRAY = "gray"
 
 UNFINISHED = "unfinished"
 """Folder below an evaluation's, for parts of interrupted ones."""
+
+
+_OF_NO_CONSEQUENCE = {
+    "attack": ("memory_limit_gb",),
+    "gradients": ("memory_limit_gb", "method"),
+    "data": ("memory_limit_gb", "num_workers", "batch_size", "horizontal_flip", "n_public_images", "n_validation"),
+}
 
 
 class Knowledge(NamedTuple):
@@ -206,11 +213,24 @@ def forget_parts(config: Config, datamodule: GradientPairDataModule) -> None:
 
 def _store(config: Config, datamodule: GradientPairDataModule) -> Finished:
     plain = to_plain(config)
-    for key in ("output_dir", "logging", "evaluation", "trainer"):
+    for key in ("output_dir", "logging", "evaluation", "trainer", "generator", "optimizer"):
         plain.pop(key)
-    plain["attack"].pop("memory_limit_gb")
-    described = json.dumps(plain, sort_keys=True, default=str) + datamodule.leaked_model.fingerprint()
-    key = hashlib.sha256(described.encode()).hexdigest()[:16]
+    # What says how, and not what.
+    for section, keys in _OF_NO_CONSEQUENCE.items():
+        for key in keys:
+            plain[section].pop(key, None)
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode())
+    digest.update(datamodule.leaked_model.fingerprint().encode())
+    settings = check_attack(config)
+    recovered = settings.recovered_from or str(run_folder(config))
+    for named in (settings.prior, recovered if settings.knowledge == "recovered" else None):
+        # A run that was made again under the same name is another one.
+        path = None if named is None else Path(named)
+        file = checkpoint_path(path, "best") if path is not None and path.is_dir() else path
+        if file is not None and file.is_file():
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    key = digest.hexdigest()[:16]
     return Finished(run_folder(config) / "evaluation" / UNFINISHED, key)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gitlight.config import ChannelConfig, GaussianNoiseConfig, PruningConfig
 from gitlight.data.pair import Gradients
+from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients import CHANNELS
 
@@ -42,7 +43,9 @@ class GaussianNoise:
         for number, (row, seed) in enumerate(zip(noise, seeds.tolist(), strict=True)):
             row.normal_(generator=generator.manual_seed(seed))
             if self._lowest < self._highest:
-                share = torch.rand((), generator=torch.Generator().manual_seed(seed), device="cpu")
+                # From another seed: with the noise's own, the first entries' noise would depend on the level.
+                other = torch.Generator().manual_seed(mixed_seed("noise level", seed))
+                share = torch.rand((), generator=other, device="cpu")
                 levels[number] = self._lowest ** (1 - share) * self._highest**share
         noise *= levels.to(flat) * flat.square().mean(dim=1, keepdim=True).sqrt()
         parts = (flat + noise).split([gradient[0].numel() for gradient in gradients.values()], dim=1)

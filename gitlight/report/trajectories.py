@@ -1,8 +1,10 @@
 """How iterative attacks went: distance of gradients and PSNR over iterations, as CSV and as a picture."""
 
 import csv
+import hashlib
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 from gitlight.errors import CheckpointError
 from gitlight.report.results import write_text
 
-_COLUMNS = ("leak", "image", "iteration", "distance", "psnr")
+_COLUMNS = ("attack", "leak", "image", "iteration", "distance", "psnr")
+PICTURE = "all.png"
 _SIZE = (9.0, 3.6)
 _MOST_CURVES = 8
 
@@ -34,29 +37,57 @@ class Point:
     psnr: float
 
 
-def write_trajectories(points: Sequence[Point], path: Path) -> None:
+def keep_trajectories(points: Sequence[Point], label: str, condition: Sequence[str | int], folder: Path) -> Path:
+    """Write an attack's points beside those of others, and draw them all.
+
+    Args:
+        points: of all searches.
+        label: the attack, for people.
+        condition: what tells it from any other; the same replaces the former's.
+        folder: holds one CSV for each, and `PICTURE`.
+
+    Returns:
+        the CSV.
+    """
+    words = re.sub(r"[^A-Za-z0-9.]+", "_", label)[:60].strip("_")
+    digest = hashlib.sha256(repr(tuple(condition)).encode()).hexdigest()[:8]
+    path = folder / f"{words}-{digest}.csv"
+    write_trajectories(points, label, path)
+    # The latest, when there are more than can be told apart; this one is.
+    latest = sorted(folder.glob("*.csv"), key=lambda file: file.stat().st_mtime)[-_MOST_CURVES:]
+    curves = {}
+    for file in latest:
+        its_label, its_points = read_trajectories(file)
+        curves[its_label if its_label not in curves else f"{its_label} ({file.stem[-8:]})"] = its_points
+    draw_trajectories(curves, folder / PICTURE)
+    return path
+
+
+def write_trajectories(points: Sequence[Point], label: str, path: Path) -> None:
     """Write the points as CSV, all or nothing."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for point in points:
-        writer.writerow([point.leak, point.image, point.iteration, f"{point.distance:.6g}", f"{point.psnr:.4f}"])
+        writer.writerow([label, point.leak, point.image, point.iteration, f"{point.distance:.6g}", f"{point.psnr:.4f}"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(text.getvalue(), path)
 
 
-def read_trajectories(path: Path) -> list[Point]:
-    """What `write_trajectories` wrote.
+def read_trajectories(path: Path) -> tuple[str, list[Point]]:
+    """The attack and its points, as `write_trajectories` wrote them.
 
     Raises:
         CheckpointError: the file is not of that form.
     """
     try:
         with path.open(newline="") as file:
-            return [
-                Point(int(row["leak"]), row["image"], int(row["iteration"]), float(row["distance"]), float(row["psnr"]))
-                for row in csv.DictReader(file)
-            ]
+            rows = list(csv.DictReader(file))
+        points = [
+            Point(int(row["leak"]), row["image"], int(row["iteration"]), float(row["distance"]), float(row["psnr"]))
+            for row in rows
+        ]
+        return (rows[0]["attack"] if rows else path.stem), points
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not hold trajectories of an attack: {error}. Move it away.") from error
 
@@ -95,7 +126,7 @@ def draw_trajectories(attacks: Mapping[str, Sequence[Point]], path: Path) -> Non
     figure = Figure(figsize=_SIZE, layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     distance_axes, psnr_axes = figure.subplots(1, 2)
-    for name, points in list(attacks.items())[-_MOST_CURVES:]:
+    for name, points in attacks.items():
         curve = mean_curve(points)
         iterations = [iteration for iteration, _, _ in curve]
         # A logarithmic axis has no place for zero.

@@ -75,6 +75,27 @@ def test_batch_norm_inputs_are_what_training_mode_normalises_by():
     torch.testing.assert_close(found.running_variance, network[1].running_var)
 
 
+def test_a_model_that_splits_is_followed():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Conv2d(3, 4, 3), nn.Linear(2 * 36, 2)
+
+        def forward(self, images):
+            values, gate = self.enter(images).chunk(2, dim=1)
+            return self.leave((values * torch.sigmoid(gate)).flatten(1))
+
+    torch.manual_seed(0)
+    network = Gated().double()
+    images, targets = torch.rand(2, 3, 8, 8, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    parameters = dict(network.named_parameters())
+    wanted = torch.autograd.grad(cross_entropy(network(images), targets), list(parameters.values()))
+    values = {key: value.detach() for key, value in parameters.items()}
+    found = LeakedFunction(Architecture.of(network, (3, 8, 8), 2), values).gradient(images, targets)
+    for value, its in zip(wanted, found.values(), strict=True):
+        torch.testing.assert_close(its, value)
+
+
 def test_it_moves_to_another_precision():
     _, function = leaked_function("resnet20")
     moved = function.to(torch.device("cpu"), torch.float32)

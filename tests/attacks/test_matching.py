@@ -105,6 +105,29 @@ def test_a_search_that_diverges_ends_alone(function):
     torch.testing.assert_close(found.images[[0, 2]], images[[0, 2]], rtol=0, atol=1e-3)
 
 
+def test_client_batches_that_all_diverge_end_in_failures(function):
+    images, targets, leaks = leaks_of(function, n=2, client_batch_size=2)
+    seen = []
+    found = match_gradients(
+        function, DLG, leaks, torch.full_like(images, torch.nan), targets, lambda *shown: seen.append(shown)
+    )
+    assert found.diverged.all()
+    assert torch.isnan(found.images).all()
+    assert not seen, "there is nothing to show"
+
+
+def test_one_search_without_a_prior_is_drawn_nowhere(function):
+    images, targets, leaks = leaks_of(function)
+    start = noise(images).clamp(0, 1)
+    prior = start.clone()
+    prior[1] = torch.nan
+    settings = MatchingConfig(labels="given", iterations=30, dtype="float64", total_variation=0.0)
+    free = match_gradients(function, settings, leaks, start, targets)
+    held = match_gradients(function, replace(settings, prior_weight=100.0), leaks, start, targets, prior=prior)
+    torch.testing.assert_close(held.images[1], free.images[1])
+    assert (held.images[0] - start[0]).square().mean() < 0.5 * (free.images[0] - start[0]).square().mean()
+
+
 def test_a_search_that_has_arrived_ends(function):
     images, targets, leaks = leaks_of(function)
     start = noise(images)
@@ -146,7 +169,7 @@ def test_a_prior_that_stays_draws_towards_itself(function):
     start = noise(images).clamp(0, 1)
     settings = MatchingConfig(labels="given", iterations=30, dtype="float64", total_variation=0.0)
     free = match_gradients(function, settings, leaks, start, targets)
-    held = match_gradients(function, replace(settings, prior_weight=100.0), leaks, start, targets)
+    held = match_gradients(function, replace(settings, prior_weight=100.0), leaks, start, targets, prior=start)
     assert (held.images - start).square().mean() < 0.5 * (free.images - start).square().mean()
 
 
@@ -160,6 +183,10 @@ def test_distances_are_what_they_say():
     torch.testing.assert_close(gradient_distance(found, leak, ones, "cosine"), cosine)
     euclidean = (flat[0] - flat[1]).square().sum() / flat[1].square().sum()
     torch.testing.assert_close(gradient_distance(found, leak, ones, "l2"), euclidean)
+    tiny = [{name: 1e-20 * part for name, part in gradient.items()} for gradient in (found, leak)]
+    for kind, wanted in (("cosine", cosine), ("l2", euclidean)):
+        torch.testing.assert_close(gradient_distance(*tiny, ones, kind), wanted)
+    assert gradient_distance(leak, leak, ones, "cosine") == 0
     only_a = gradient_distance(found, leak, torch.tensor([1.0, 0.0]), "l2")
     torch.testing.assert_close(only_a, (found["a"] - leak["a"]).square().sum() / leak["a"].square().sum())
 
@@ -173,6 +200,8 @@ def test_layer_weights(function):
     size = layer_weights(architecture, leaks, "size")
     parts = torch.stack([leak.flatten(1).square().sum(dim=1) for leak in leaks.values()], dim=1)
     torch.testing.assert_close(size * parts, parts.mean(dim=1, keepdim=True).expand(-1, 6))
+    pruned = leaks | {"0.bias": torch.zeros_like(leaks["0.bias"])}
+    assert (layer_weights(architecture, pruned, "size")[:, list(leaks).index("0.bias")] == 0).all()
 
 
 def test_total_variation_of_a_ramp():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 from gitlight.attacks import private
 from gitlight.attacks.iterative import IterativeAttack
+from gitlight.config import DLGConfig
 from gitlight.config_loading import load_config
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.evaluation import evaluate
@@ -90,6 +92,40 @@ def test_the_mean_curve_goes_to_weights_and_biases(load, tmp_path):
     assert b"attack/psnr" in content
 
 
+def test_another_attack_on_a_saved_run_has_its_own_defaults(load, tmp_path):
+    evaluate(load("attack.iterations=2"))
+    switched = load_config(tmp_path / "run", ["attack=dlg"]).attack
+    assert switched == DLGConfig(iterations=2, record_every=10, total_variation=0.01), "what was set stays"
+
+
+def test_other_images_and_models_are_other_results(load, tmp_path):
+    for overrides in ([], ["seed=3"], ["leaked.seed=2"], ["data.client_batch_size=2"]):
+        evaluate(load("attack.iterations=2", *overrides))
+    run = tmp_path / "run" / "evaluation"
+    assert len(json.loads((run / "metrics.json").read_text())["results"]) == 4
+    assert len(list((run / "trajectories").glob("*.csv"))) == 4
+
+
+def test_parts_of_a_prior_that_has_changed_are_not_used(load, trained, tmp_path, monkeypatch):
+    copy = tmp_path / "prior"
+    shutil.copytree(trained / "mlp", copy)
+    config = load(f"attack.prior={copy}")
+    keys = [private._store(config, build_pairs(config))._folder.name]
+    checkpoint = copy / "checkpoints" / "best.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes() + b" ")
+    keys.append(private._store(config, build_pairs(config))._folder.name)
+    same = load(f"attack.prior={copy}", "gradients.memory_limit_gb=1", "data.num_workers=0")
+    keys.append(private._store(same, build_pairs(same))._folder.name)
+    assert keys[0] != keys[1] == keys[2]
+
+
+def test_the_report_says_nothing_of_training(load, tmp_path):
+    evaluate(load("channel=[{name: gaussian_noise, relative_std: 0.001}]", "attack.iterations=2"))
+    report = (tmp_path / "run" / "evaluation" / "report.html").read_text()
+    assert "was trained under other conditions" not in report
+    assert "once trained" not in report
+
+
 def test_psnr_in_the_trajectories_is_that_of_the_images(load, tmp_path):
     evaluate(load("attack.decay=constant", "attack.step_size=0.005", "attack.record_every=30"))
     (path,) = (tmp_path / "run" / "evaluation" / "trajectories").glob("*.csv")
@@ -157,7 +193,7 @@ def test_a_trained_generator_is_a_prior(load, trained, tmp_path):
     evaluate(load(f"attack.prior={trained / 'mlp'}", "attack.iterations=1", "attack.step_size=1e-9"))
     found = entry(tmp_path / "run")
     assert found["knowledge"] == ["architecture", "pairs", "parameters", "prior"]
-    assert "prior=mlp" in found["attack"]
+    assert f"prior={trained / 'mlp'}" in found["attack"]
     generator = load_config(trained / "mlp", ["attack=generator", "evaluation.n_images=6"])
     by_itself = evaluate(generator).result.metrics["psnr"].mean
     assert found["metrics"]["psnr"]["mean"] == pytest.approx(by_itself, abs=1e-3)

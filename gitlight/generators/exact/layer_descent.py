@@ -112,6 +112,7 @@ class LayerDescent(nn.Module):
                 leaks.noise,
                 inversion.weights(),
                 priors={},
+                dtype=leaks.dtype,
                 until=lambda action: action.layer.inputs[:1] == (IMAGE,),  # the image is public, and need not be solved
             )
         loss = leaks.noise.new_zeros(())

@@ -1,0 +1,93 @@
+"""What a search starts from, and which label belongs to which image."""
+
+import torch
+from torch import nn
+from torch.nn.functional import one_hot
+
+from gitlight.architecture import Architecture
+from gitlight.attacks.gradients import LeakedFunction
+from gitlight.attacks.iterative import IterativeAttack, _assigned
+from gitlight.config import MatchingConfig
+
+
+def make(settings, client_batch_size=1, prior=None):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Sigmoid(), nn.Linear(16, 4))
+    architecture = Architecture.of(network, (3, 4, 4), 4)
+    function = LeakedFunction(architecture, {key: value.detach() for key, value in network.named_parameters()})
+    return function, IterativeAttack(architecture, function, settings, client_batch_size, 0, prior)
+
+
+def leaks(function, n, client_batch_size=1):
+    torch.manual_seed(1)
+    images = torch.rand(n, client_batch_size, 3, 4, 4)
+    labels = torch.randint(4, (n, client_batch_size))
+    gradients = torch.func.vmap(function.gradient)(images, one_hot(labels, 4).float())
+    return images, labels, gradients
+
+
+def test_a_leaks_noise_is_the_same_whatever_its_batch():
+    settings = MatchingConfig(iterations=3)
+    function, attack = make(settings)
+    _, _, gradients = leaks(function, 4)
+    together = attack.search(gradients, torch.arange(4)).images
+    alone = attack.search({key: value[2:3] for key, value in gradients.items()}, torch.tensor([2])).images
+    torch.testing.assert_close(together[2:3], alone, rtol=0, atol=1e-4)
+
+
+def test_leaks_that_are_zero_or_not_finite_fail_alone():
+    function, attack = make(MatchingConfig(iterations=3))
+    _, _, gradients = leaks(function, 3)
+    gradients = {key: value.clone() for key, value in gradients.items()}
+    for value in gradients.values():
+        value[0] = 0
+    gradients["1.weight"][2, 0, 0] = torch.inf
+    found = attack.search(gradients, torch.arange(3))
+    assert [torch.isfinite(image).all().item() for image in found.images] == [False, True, False]
+    assert found.verdicts[0] == found.verdicts[2] == "failed: the gradient is zero, or not finite"
+
+
+def test_restarts_keep_the_nearest():
+    function, once = make(MatchingConfig(iterations=15))
+    _, _, gradients = leaks(function, 5)
+    _, often = make(MatchingConfig(iterations=15, restarts=3))
+    assert (
+        often.search(gradients, torch.arange(5)).distances <= once.search(gradients, torch.arange(5)).distances
+    ).all()
+
+
+def test_where_a_prior_has_no_image_the_search_starts_from_noise():
+    images = torch.rand(2, 1, 3, 4, 4)
+    images[1] = torch.nan
+    function, attack = make(MatchingConfig(iterations=1, step_size=1e-9), prior=lambda gradients: images)
+    _, _, gradients = leaks(function, 2)
+    found = attack.search(gradients, torch.arange(2)).images
+    torch.testing.assert_close(found[0], images[0])
+    assert torch.isfinite(found[1]).all()
+
+
+def test_labels_go_to_the_images_that_they_fit():
+    function, _ = make(MatchingConfig())
+    images = torch.rand(1, 3, 3, 4, 4)
+    logits = function.logits(images[0])
+    best = logits.argmax(dim=1)
+    if len(best.unique()) < 3:  # push them apart: any order must be undone
+        weight = function._parameters["1.weight"]
+        images = torch.stack([(images[0, n] + weight[n].view(3, 4, 4)) for n in range(3)]).unsqueeze(0)
+        logits = function.logits(images[0])
+    targets = one_hot(torch.tensor([[0, 1, 2]]), 4).float()
+    assigned = _assigned(function, images, targets)[0].argmax(dim=1)
+    costs = {
+        order: sum(-logits.log_softmax(dim=1)[row, label].item() for row, label in enumerate(order))
+        for order in [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    }
+    assert tuple(assigned.tolist()) == min(costs, key=costs.get)
+
+
+def test_client_batches_start_from_a_prior_in_any_order():
+    images, labels, gradients = leaks(make(MatchingConfig())[0], 3, 2)
+    settings = MatchingConfig(iterations=1, step_size=1e-9, labels="given", total_variation=0.0)
+    _, attack = make(settings, 2, prior=lambda gradients: images.flip(1))
+    found = attack.search(gradients, torch.arange(3), labels)
+    assert found.distances.isfinite().all()
+    torch.testing.assert_close(found.images, images.flip(1))

@@ -31,7 +31,10 @@ from gitlight.generators.exact.status import Status, screen, worsen
 from gitlight.generators.exact.walk import Found, walk
 
 _MOST_IMBALANCED = 0.1
-"""Share of ``δ`` that may fail to add up to zero: what rounding of a probability near one, or strong noise, leaves."""
+"""Share of ``δ`` that may fail to add up to zero: what rounding of a probability near one leaves."""
+
+_SURELY = 6.0
+"""Standard deviations of noise beyond which it is not noise."""
 
 _SUMMED = 4.0
 """Rounding of one entry, which the sums of a forward and a backward pass through several layers multiply."""
@@ -240,6 +243,16 @@ class Inversion(nn.Module):
         delta = gradients[name]
         return delta.sum(dim=1).abs() / delta.abs().sum(dim=1).clamp_min(1e-300)
 
+    def rounded(self, leaks: Leaks) -> Tensor:
+        """``(B,)`` bool: whether ``δ`` of the last layer fails to add up to zero by more than noise would explain."""
+        name = self.rules[self.architecture.output].reveals_delta()
+        if name is None:
+            return torch.zeros_like(leaks.noise, dtype=torch.bool)
+        delta = leaks.gradients[name]
+        of_noise = leaks.noise * delta.shape[1] ** 0.5
+        beyond = delta.sum(dim=1).abs() > _SURELY * of_noise
+        return beyond & (self.imbalance(leaks.gradients) > _MOST_IMBALANCED)
+
     def unseen_acts(self, layer: Layer, gradients: Gradients) -> Tensor:
         """``(B, inputs)`` bool: at which inputs of a layer weights have a gradient that no public image determined.
 
@@ -269,7 +282,7 @@ class Inversion(nn.Module):
             unseen = self.unseen_acts(step.layer, leaks.gradients).any(dim=1)
             found.status = worsen(found.status, unseen, Status.UNSEEN)
         if self.steps:
-            found.status = worsen(found.status, self.imbalance(leaks.gradients) > _MOST_IMBALANCED, Status.ROUNDED)
+            found.status = worsen(found.status, self.rounded(leaks), Status.ROUNDED)
         if IMAGE in found.values and set(weights) == set(self.architecture.parameter_shapes):
             # The one check that no assumption enters: does the image give the leaked gradient?
             images = found.values[IMAGE].value.clamp(0, 1)

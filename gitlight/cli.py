@@ -31,12 +31,13 @@ or the leaked model itself (task=leaked). Without CONFIG.yaml: configs/demo.yaml
 _EVALUATE_USAGE = """\
 usage: python evaluate.py RUN_DIR|CONFIG.yaml [key.path=value ...]
 
-Attack private images with a trained generator; write metrics.json, per_image.csv,
-reconstructions.png and report.html to RUN_DIR/evaluation/.
+Attack private images with a trained generator, or search for them (attack=ig); write
+metrics.json, per_image.csv, reconstructions.png and report.html to RUN_DIR/evaluation/.
 
   python evaluate.py runs/demo                           a run that train.py left
   python evaluate.py configs/lenet_hybrid.yaml           the run of that config
   python evaluate.py runs/demo evaluation.n_images=100   one setting changed
+  python evaluate.py configs/lenet_ig.yaml               an iterative attack
 """
 
 _IDENTIFY_USAGE = """\

@@ -297,11 +297,15 @@ def test_diverged_reconstructions_count_as_failures(load: Load) -> None:
     assert images.metrics["mse"][:2].tolist() == [1.0, 1.0]
 
 
-def test_client_batches_are_matched_and_their_labels_not_read(load: Load) -> None:
+def test_client_batches_are_matched_and_their_labels_counted(load: Load) -> None:
     generator = Given(load("data.client_batch_size=3"), lambda images: images.flip(1))
     images, _ = attack(generator, generator.datamodule, ("a",) * 50, torch.device("cpu"), 8)
     assert images.metrics["psnr"].tolist() == [120.0] * 6
     assert images.positions.tolist() == [0, 1, 2, 0, 1, 2]
     assert images.indices.tolist() == list(range(6))
     assert torch.equal(images.truth, images.reconstructions)
-    assert images.label_accuracy is None
+    # Each label that is right stands beside its image; of the others there is none.
+    assert images.recovered_labels is not None
+    assert ((images.recovered_labels == images.labels) | (images.recovered_labels == -1)).all()
+    assert images.label_accuracy == pytest.approx((images.recovered_labels >= 0).double().mean().item())
+    assert images.label_accuracy >= 0.5

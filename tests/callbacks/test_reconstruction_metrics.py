@@ -70,7 +70,7 @@ def test_metrics_are_exact_over_ranks_with_uneven_shares(fit: Fit, tmp_path: Pat
         [Recorder(tmp_path)],
         data=Sharded(batches(4), validation),
         devices=2,
-        strategy="ddp_fork",
+        strategy="ddp_spawn",
         use_distributed_sampler=False,
         max_epochs=1,
     )

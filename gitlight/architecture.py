@@ -75,12 +75,17 @@ class Layer:
         return f"{self.kind} {self.name!r}"
 
     def apply(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-        """The operation's result.
+        """The operation's result; an operation in place leaves its inputs alone.
 
         Args:
             inputs: ``(1, *input_shape)`` each, or ``(B, …)`` for an operation whose arguments name no batch size.
             weights: parameter or buffer name → value, for all of ``parameters`` and ``constants``.
         """
+        if self.kind == "getitem":
+            picked: Tensor = inputs[0][self.arguments["1"]]
+            return picked
+        if self.operation._schema.is_mutable:
+            inputs = [value.clone() for value in inputs]
         given: dict[str, Any] = dict(self.arguments)
         given |= {role: weights[name] for role, name in (*self.parameters.items(), *self.constants.items())}
         for role, value in zip(self.roles, inputs, strict=True):
@@ -168,6 +173,25 @@ class Architecture:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+    def results(self, image: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What every layer puts out for one image.
+
+        Args:
+            image: ``(C, H, W)``.
+            weights: parameter or constant name → value. Layers that need others, and what follows from them, are left
+                out.
+
+        Returns:
+            name of the layer, or `IMAGE` → its result as traced, with a batch of one in front or wherever the model
+            moves it; for operations with several results their list.
+        """
+        found: dict[str, Any] = {IMAGE: image.unsqueeze(0)}
+        for layer in self.layers:
+            needed = (*layer.parameters.values(), *layer.constants.values())
+            if all(name in weights for name in needed) and all(name in found for name in layer.inputs):
+                found[layer.name] = layer.apply([found[name] for name in layer.inputs], weights)
+        return found
 
     @property
     def n_parameters(self) -> int:

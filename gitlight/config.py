@@ -4,7 +4,7 @@
 generator, a leaked model, a channel stage) has a class of its own, chosen by its ``name``, and registered with it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -20,6 +20,12 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def redefined(owner: type, name: str, default: Any) -> Any:
+    """A setting of ``owner``, meaning and limits as they are there, with another default."""
+    (inherited,) = (one for one in fields(owner) if one.name == name)
+    return field(default=default, metadata=inherited.metadata)
 
 
 @dataclass
@@ -457,19 +463,15 @@ class DLGConfig(MatchingConfig):
     """DLG (Zhu et al. 2019): Euclidean distance, L-BFGS, noise, labels searched for."""
 
     name: str = setting("dlg", "attack")
-    labels: str = setting(
-        "optimised",
-        "given, recovered from the last layer's gradient, or optimised with the image",
-        choices=["given", "recovered", "optimised"],
-    )
-    iterations: int = setting(1200, "steps of the optimiser at most", minimum=1)
-    objective: str = setting("l2", "distance of gradients", choices=["cosine", "l2"])
-    total_variation: float = setting(0.0, "weight of the mean absolute difference of neighbouring pixels", minimum=0)
-    box: bool = setting(False, "keep pixels in [0, 1] after every step")
-    optimizer: str = setting("lbfgs", "optimiser", choices=["lbfgs", "adam", "signed_adam"])
-    step_size: float = setting(1.0, "step size", above=0)
-    decay: str = setting("constant", "of the step size", choices=["constant", "step", "cosine"])
-    dtype: str = setting("float64", "precision of the search", choices=["float32", "float64"])
+    labels: str = redefined(MatchingConfig, "labels", "optimised")
+    iterations: int = redefined(MatchingConfig, "iterations", 1200)
+    objective: str = redefined(MatchingConfig, "objective", "l2")
+    total_variation: float = redefined(MatchingConfig, "total_variation", 0.0)
+    box: bool = redefined(MatchingConfig, "box", False)
+    optimizer: str = redefined(MatchingConfig, "optimizer", "lbfgs")
+    step_size: float = redefined(MatchingConfig, "step_size", 1.0)
+    decay: str = redefined(MatchingConfig, "decay", "constant")
+    dtype: str = redefined(MatchingConfig, "dtype", "float64")
 
 
 @dataclass
@@ -477,11 +479,7 @@ class IDLGConfig(DLGConfig):
     """iDLG (Zhao et al. 2020): DLG with the label read off the gradient."""
 
     name: str = setting("idlg", "attack")
-    labels: str = setting(
-        "recovered",
-        "given, recovered from the last layer's gradient, or optimised with the image",
-        choices=["given", "recovered", "optimised"],
-    )
+    labels: str = redefined(MatchingConfig, "labels", "recovered")
 
 
 @dataclass
@@ -489,16 +487,12 @@ class GradInversionConfig(MatchingConfig):
     """After GradInversion (Yin et al. 2021): batch norm statistics as a regulariser, for client batches."""
 
     name: str = setting("gradinversion", "attack")
-    objective: str = setting("l2", "distance of gradients", choices=["cosine", "l2"])
-    layer_weights: str = setting(
-        "size", "what each parameter's part of the distance counts", choices=["equal", "linear", "size"]
-    )
-    total_variation: float = setting(0.01, "weight of the mean absolute difference of neighbouring pixels", minimum=0)
-    batch_norm_statistics: float = setting(
-        0.01, "weight of the distance between the images' batch norm statistics and the running ones", minimum=0
-    )
-    optimizer: str = setting("adam", "optimiser", choices=["lbfgs", "adam", "signed_adam"])
-    decay: str = setting("cosine", "of the step size", choices=["constant", "step", "cosine"])
+    objective: str = redefined(MatchingConfig, "objective", "l2")
+    layer_weights: str = redefined(MatchingConfig, "layer_weights", "size")
+    total_variation: float = redefined(MatchingConfig, "total_variation", 0.01)
+    batch_norm_statistics: float = redefined(MatchingConfig, "batch_norm_statistics", 0.01)
+    optimizer: str = redefined(MatchingConfig, "optimizer", "adam")
+    decay: str = redefined(MatchingConfig, "decay", "cosine")
 
 
 @dataclass

@@ -13,8 +13,9 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
+from gitlight.attacks.knowledge import check_attack, knowledge_of
 from gitlight.attacks.labels import in_the_order_of, labels_from_leak
-from gitlight.attacks.private import attack_iteratively, check_attack, forget_parts, knowledge_of
+from gitlight.attacks.private import attack_iteratively, forget_parts
 from gitlight.callbacks.reconstructions import draw_grid
 from gitlight.config import Config, EvaluationConfig, GivenConfig, MatchingConfig, TrainerConfig
 from gitlight.config_loading import load_config, save_config
@@ -120,8 +121,7 @@ def evaluate(config: Config, network: nn.Module | None = None) -> Evaluation:
     generator = build_generator(config, datamodule.architecture)
     load_generator_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, settings.checkpoint))
     images, seconds = attack(generator, datamodule, datamodule.class_names, device, settings.n_images)
-    if len(images) < settings.n_images:
-        log.warning("evaluation.n_images: %d, but the private images make up %d", settings.n_images, len(images))
+    _warn_of_few(settings, images)
     name = _described(config.generator.name, _attack_changes(config, trained))
     evaluation = Evaluation(_result(config, trained, images, seconds, name, KNOWLEDGE), folder / "evaluation")
     _write(evaluation, config, trained, images, device)
@@ -143,6 +143,7 @@ def _evaluate_search(
         seconds += attacked.seconds
         points += attacked.points
     images = AttackedImages.joined(parts)
+    _warn_of_few(config.evaluation, images)
     result = _result(config, trained, images, seconds, name, knowledge.items)
     evaluation = Evaluation(result, folder / "evaluation")
     if not (folder / "config.yaml").is_file():
@@ -155,6 +156,11 @@ def _evaluate_search(
     log_curve(config, evaluation.folder, label, mean_curve(points))
     forget_parts(config, datamodule)
     return evaluation
+
+
+def _warn_of_few(settings: EvaluationConfig, images: AttackedImages) -> None:
+    if len(images) < settings.n_images:
+        log.warning("evaluation.n_images: %d, but the private images make up %d", settings.n_images, len(images))
 
 
 def attack(

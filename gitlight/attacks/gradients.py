@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from gitlight.architecture import IMAGE, Architecture
+from gitlight.architecture import Architecture
 from gitlight.data.pair import Gradients
 
 
@@ -76,16 +76,8 @@ class LeakedFunction:
         weights = {**parameters, **self._constants}
 
         def of_one(image: Tensor) -> list[Tensor]:
-            values = {IMAGE: image.unsqueeze(0)}
-            for layer in self.architecture.layers:
-                taken = [values[name] for name in layer.inputs]
-                if layer.kind == "getitem":  # one of several results
-                    values[layer.name] = taken[0][layer.arguments["1"]]
-                    continue
-                if layer.operation._schema.is_mutable:  # an operation in place must not overwrite what others take
-                    taken = [value.clone() for value in taken]
-                values[layer.name] = layer.apply(taken, weights)
-            return [values[name] for name in names]
+            results = self.architecture.results(image, weights)
+            return [results[name] for name in names]
 
         if len(images) == 1:
             return of_one(images[0])

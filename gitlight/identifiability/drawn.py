@@ -82,6 +82,4 @@ def _apply(layer: Layer, inputs: list[Tensor], weights: dict[str, Tensor]) -> Te
     if missing or not hasattr(layer.operation, "_schema"):
         what = f"computes with the constant {missing[0]}" if missing else "picks one of several results"
         raise ArchitectureError(f"{layer.place} {what}: the identifiability report cannot repeat that operation.")
-    # Copies: what an operation in place overwrites would be missing from the results.
-    mutable = layer.operation._schema.is_mutable
-    return layer.apply([value.clone() if mutable else value for value in inputs], weights)
+    return layer.apply(inputs, weights)

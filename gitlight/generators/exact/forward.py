@@ -22,18 +22,13 @@ def forward_values(architecture: Architecture, images: Tensor, weights: Weights)
     """
 
     def of_one(image: Tensor) -> dict[str, Tensor]:
-        # As traced: a batch of one in front, or wherever the model moves it. Copies are kept of what is found, since
-        # an operation in place overwrites what it takes.
-        made = {IMAGE: image.unsqueeze(0).clone()}
+        results = architecture.results(image, weights)
         found = {IMAGE: image}
         for layer in architecture.layers:
-            needed = (*layer.parameters.values(), *layer.constants.values())
-            if not all(name in weights for name in needed) or not all(name in made for name in layer.inputs):
-                continue
-            result = layer.apply([made[name] for name in layer.inputs], weights)
-            if isinstance(result, Tensor):
-                made[layer.name] = result
-                found[layer.name] = result.reshape(layer.output_shape).clone()
+            result = results.get(layer.name)
+            # What follows an operation with several results no walk asks for.
+            if isinstance(result, Tensor) and all(name in found for name in layer.inputs):
+                found[layer.name] = result.reshape(layer.output_shape)
         return found
 
     with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernel of CPUs
@@ -79,10 +74,8 @@ def model_gradients(architecture: Architecture, images: Tensor, labels: Tensor, 
     """
 
     def loss(parameters: Weights, image: Tensor, label: Tensor) -> Tensor:
-        values = {IMAGE: image.unsqueeze(0).clone()}  # an operation in place may overwrite it
-        for layer in architecture.layers:
-            values[layer.name] = layer.apply([values[name] for name in layer.inputs], parameters)
-        return torch.nn.functional.cross_entropy(values[architecture.output], label.unsqueeze(0))
+        logits = architecture.results(image, parameters)[architecture.output]
+        return torch.nn.functional.cross_entropy(logits, label.unsqueeze(0))
 
     parameters = {name: weights[name] for name in architecture.parameter_shapes}
     with sdpa_kernel(SDPBackend.MATH):

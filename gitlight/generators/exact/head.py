@@ -8,6 +8,9 @@ from torch import Tensor
 from gitlight.generators.exact.labels import labels_from_bias_gradient
 
 _STEPS = 50
+_ARRIVED = 1e-13
+"""Relative size of a step after which the next would be rounding: each is a thousandth of the one before, or less."""
+
 _FARTHEST = 6.0
 """Standard deviations of the bias gradient's own error that the scale may move by: beyond, the weights do not fit."""
 
@@ -89,7 +92,7 @@ def solve_head(
         step = ((slope * weighed[:, :, 1]).sum(dim=1) + of_bias * (scale - first)) / precision
         step = torch.maximum(torch.minimum(step, 0.2 * scale), -0.2 * scale)
         scale = scale - step
-        if bool((step.abs() < 1e-15 * scale).all()):
+        if bool((step.abs() < _ARRIVED * scale).all()):
             break
     fits = ((scale - first).abs() < _FARTHEST * relative * first) & torch.isfinite(scale)
     scale = torch.where(fits, scale, first)

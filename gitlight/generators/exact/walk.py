@@ -159,8 +159,8 @@ class _Walk:
         if action.do is Do.SOLVE:
             found = self._by_gradients_alone(rule, delta, size)
         else:
-            found = Estimate(delta.new_zeros(len(delta), *layer.input_shape), delta.new_tensor(torch.inf))
-            found = Estimate(found.value, found.variance.expand_as(found.value).clone())
+            nothing = delta.new_zeros(len(delta), *layer.input_shape)
+            found = Estimate(nothing, torch.full_like(nothing, torch.inf))
             picked = usable.nonzero().squeeze(1)
             if len(picked):
                 self._with_outputs(action.do, rule, picked, found)

@@ -159,7 +159,7 @@ def _configure_logging() -> None:
 
 def settings_help() -> str:
     """All settings with their defaults and meaning, section by section."""
-    lines = ["settings (set in a YAML file, or as key.path=value; documented in gitlight/config.py):", ""]
+    lines = ["settings (set in a YAML file, or as key.path=value; documented in gitlight/config/):", ""]
     defaults = Config()
     plain = [
         field for field in dataclasses.fields(Config) if not dataclasses.is_dataclass(getattr(defaults, field.name))

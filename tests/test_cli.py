@@ -19,7 +19,7 @@ def test_help_shows_usage_and_settings_without_loading_torch(script):
     assert result.returncode == 0, result.stderr
     assert f"usage: python {script}" in result.stdout
     assert "trainer.max_epochs=10" in result.stdout
-    assert "gitlight/config.py" in result.stdout
+    assert "gitlight/config/" in result.stdout
 
 
 def test_importing_gitlight_does_not_load_torch():

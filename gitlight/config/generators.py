@@ -1,0 +1,118 @@
+"""Settings of generators."""
+
+from dataclasses import dataclass
+
+from gitlight.config.fields import setting
+
+
+@dataclass
+class GeneratorConfig:
+    """Settings of every generator."""
+
+    name: str = setting("hybrid", "generator")
+    parameters: int | None = setting(
+        None, "trainable parameters at most; if given, the generator's width is chosen to meet it", minimum=1000
+    )
+
+
+@dataclass
+class MLPGeneratorConfig(GeneratorConfig):
+    """LTI: one multilayer perceptron."""
+
+    name: str = setting("mlp", "generator")
+    hidden_size: int = setting(3000, "units of each hidden layer", minimum=1)
+    hidden_layers: int = setting(2, "number of hidden layers", minimum=1)
+    scale_inputs: bool = setting(True, "scale gradients by their size and standardise them; LTI as published does not")
+
+
+@dataclass
+class CoarseGeneratorConfig(GeneratorConfig):
+    """Coarse-GIT: one learned step per module."""
+
+    name: str = setting("coarse", "generator")
+    hidden_size: int = setting(1000, "hidden units of each module's network", minimum=1)
+    modules: list[str] | None = setting(
+        None,
+        "patterns (with * and ?) over the leaked model's layers: neighbours that one pattern fits are one module; "
+        "null: a module for each layer, residual block or attention block",
+    )
+    averages: bool = setting(True, "let each step see the δ-weighted averages of its layers' inputs")
+    channels: int = setting(32, "maps that a step makes large estimates of", minimum=1)
+
+
+@dataclass
+class HybridGeneratorConfig(GeneratorConfig):
+    """Hybrid-GIT: closed form, then a trained refinement."""
+
+    exact_depth: int | None = setting(
+        None, "layers to invert in closed form, from the output down; null: as many as have a rule", minimum=1
+    )
+    noise: float | None = setting(
+        None,
+        "standard deviation of gradient errors over the root mean square of a leak's entries; null: estimated per leak",
+        minimum=0,
+    )
+    forward_equations: bool = setting(
+        False,
+        "use forward equations and a prior in the closed form, too, as exact does: reaches as far, at about a second a "
+        "leak on two cores, in training as well",
+    )
+    weights_from: str | None = setting(
+        None,
+        "run folder of generator.name=exact whose fitted weights forward_equations takes, where the pairs of this run "
+        "are too noisy to fit any; null: fitted from this run's pairs",
+    )
+    channels: int = setting(64, "channels of the convolutional refinement", minimum=1)
+    blocks: int = setting(3, "residual blocks of the refinement", minimum=0)
+    gradient_channels: int = setting(8, "feature maps learned from all gradients that no rule explains", minimum=0)
+    gradient_entries: int = setting(
+        16384, "entries of these gradients at most: the smallest parameters' that together have no more", minimum=0
+    )
+    gradient_hidden_size: int = setting(
+        1024,
+        "hidden units between these gradients and their maps, where a layer without them would be larger",
+        minimum=1,
+    )
+    averages: bool = setting(True, "use the δ-weighted averages of the inputs of layers that no rule explains")
+    linear_start_features: int = setting(
+        6144, "most features that the closed-form linear start uses (its cost grows with the cube)", minimum=1
+    )
+
+
+@dataclass
+class ExactGeneratorConfig(GeneratorConfig):
+    """Exact-GIT: the equations of back-propagation, with estimated weights."""
+
+    name: str = setting("exact", "generator")
+    fit: str = setting(
+        "layerwise",
+        "the leaked weights: layerwise: closed form from pairs; descent: trained",
+        choices=["layerwise", "descent"],
+    )
+    objective: str = setting(
+        "layers",
+        "what descent minimises: layers: the residuals of every layer's equations (use optimizer.name=sgd, "
+        "optimizer.momentum=0, a learning rate of nearly one); image: the image's squared error alone, as in the paper",
+        choices=["layers", "image"],
+    )
+    start: str | None = setting(
+        None,
+        "weights that descent and gradient matching start from: layerwise (fit them first), or a run's folder or "
+        "checkpoint; null: none",
+    )
+    noise: float | None = setting(
+        None,
+        "standard deviation of gradient errors over the root mean square of a leak's entries; null: estimated per leak",
+        minimum=0,
+    )
+    damping: float = setting(
+        1e-3,
+        "descent, objective image: Tikhonov damping of each solve, over the mean diagonal of its normal matrix",
+        above=0,
+    )
+    matching_epochs: int = setting(
+        20, "layerwise: passes of gradient matching for weights that no closed form reaches", minimum=1
+    )
+    ridge_features: int = setting(
+        6144, "most activations that a regression stands on where the equations do not reach the image", minimum=1
+    )

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from generators import DATA, ROOT, machine
@@ -22,9 +23,11 @@ from torch import Tensor
 from gitlight import load_config
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.matching import match_gradients
+from gitlight.attacks.variables import Pixels
 from gitlight.config import DLGConfig, MatchingConfig
 from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import GradientPair
+from gitlight.report.trajectories import mean_curve, read_trajectories
 from gitlight.training import build_pairs
 
 N_COMPARED, N_TOGETHER = 10, 32
@@ -42,9 +45,25 @@ SETTINGS = {
     "dlg": DLGConfig(labels="optimised", iterations=LBFGS_STEPS * EVALUATIONS, tolerance=0.0, dtype="float32"),
 }
 
+IMAGE_PRIOR = "runs/benchmarks/image_prior"
+"""Trained by ``python train.py configs/image_prior.yaml`` with this output_dir and the sample as its data."""
+
+
+class PriorCase(NamedTuple):
+    """What is attacked with and without something to start from, and the runs of `generators.py` and `exact.py`."""
+
+    config: str
+    generator: str
+    n_images: int
+    iterations: int
+    recovered: str | None = None
+
+
 PRIORS = {
-    "prior_lenet": ("lenet_ig", "runs/benchmarks/generators_lenet_hybrid"),
-    "prior_resnet20": ("resnet20_ig", "runs/benchmarks/generators_resnet20_hybrid"),
+    "prior_lenet": PriorCase(
+        "lenet_ig", "runs/benchmarks/lenet_hybrid", 50, 1200, recovered="runs/benchmarks/exact_sigmoid"
+    ),
+    "prior_resnet20": PriorCase("resnet20_ig", "runs/benchmarks/resnet20_hybrid", 50, 300),
 }
 
 
@@ -65,7 +84,7 @@ def ours(pairs: GradientPairDataModule, pair: GradientPair, name: str, start: Te
         targets = torch.stack([_breachings_label_start(number) for number in range(len(start))])
     leaks = dict(pair.gradients)
     started = time.perf_counter()
-    found = match_gradients(function, settings, leaks, start.unsqueeze(1), targets)
+    found = match_gradients(function, settings, leaks, Pixels(start.unsqueeze(1), settings.box), targets)
     return found.images[:, 0], time.perf_counter() - started
 
 
@@ -156,23 +175,46 @@ def compare() -> None:
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def with_prior(name: str, iterations: int = 1200, n_images: int = 50) -> None:
-    """IG from noise and from a trained generator's images, and that generator alone."""
-    config, run = PRIORS[name]
-    folder = ROOT / "runs" / "benchmarks" / f"attacks_{name}"
-    shared = [*DATA, f"evaluation.n_images={n_images}", "logging.wandb=off", "logging.quiet=true"]
-    searched = [f"attack.iterations={iterations}", "attack.record_every=25", f"output_dir={folder}"]
-    for overrides in ([], [f"attack.prior={run}"]):
-        _run("evaluate.py", f"configs/{config}.yaml", *shared, *searched, *overrides)
-    _run("evaluate.py", run, f"evaluation.n_images={n_images}", "attack=generator")
+def with_prior(name: str) -> None:
+    """IG from noise and from others' images, those others alone, and IG with weights that were recovered from pairs."""
+    case = PRIORS[name]
+    folder, half = ROOT / "runs" / "benchmarks" / f"attacks_{name}", case.iterations // 2
+    shared = [*DATA, f"evaluation.n_images={case.n_images}", "logging.wandb=off", "logging.quiet=true"]
+    searched = [f"attack.iterations={case.iterations}", "attack.record_every=10", f"output_dir={folder}"]
+    attacks = [
+        [],
+        [f"attack.prior={case.generator}"],
+        ["attack=gias", f"attack.image_prior={IMAGE_PRIOR}"],
+        ["attack.prior=gias", f"attack.prior_settings={{image_prior: {IMAGE_PRIOR}, iterations: {half}}}"]
+        + [f"attack.iterations={half}"],
+    ]
+    if case.recovered is not None:
+        attacks.append(["attack.knowledge=recovered", f"attack.recovered_from={case.recovered}"])
+    for overrides in attacks:
+        _run("evaluate.py", f"configs/{case.config}.yaml", *shared, *searched, *overrides)
+    _run("evaluate.py", case.generator, f"evaluation.n_images={case.n_images}", "attack=generator")
     print("| attack | PSNR, dB | SSIM | s an image |\n| --- | --- | --- | --- |")
-    for path in (folder, ROOT / run):
+    for path in (folder, ROOT / case.generator):
         for found in json.loads((path / "evaluation" / "metrics.json").read_text())["results"]:
-            if found["n_images"] == n_images:
+            if found["n_images"] == case.n_images:
                 intervals = {key: (m["mean"], *m["ci95"]) for key, m in found["metrics"].items()}
                 named = {key: "{:.4g} [{:.4g}, {:.4g}]".format(*values) for key, values in intervals.items()}
                 print(f"| {found['attack']} | {named['psnr']} | {named['ssim']} | {found['seconds_per_image']:.2f} |")
-    print(f"Trajectories: {folder / 'evaluation' / 'trajectories'}", flush=True)
+    _print_steps(folder / "evaluation" / "trajectories")
+
+
+def _print_steps(folder: Path) -> None:
+    """After how many steps each attack's median distance is where IG from noise ends."""
+    curves = {}
+    for path in sorted(folder.glob("*.csv")):
+        label, points = read_trajectories(path)
+        curves[label] = mean_curve(points)
+    noise = next(curve for label, curve in curves.items() if label.startswith("ig(iterations="))
+    target = noise[-1][1]
+    print(f"\nIG from noise ends at a median distance of {target:.3g}. Steps until it is as near:\n")
+    for label, curve in curves.items():
+        reached = next((str(step) for step, distance, _ in curve if distance <= target), "not reached")
+        print(f"- {label}: {reached}; at the end {curve[-1][1]:.3g}, {curve[-1][2]:.2f} dB", flush=True)
 
 
 def _run(*command: str) -> None:

@@ -21,7 +21,8 @@ _TRAIN_USAGE = """\
 usage: python train.py [CONFIG.yaml] [key.path=value ...]
 
 Train a generator that reconstructs images from a model's gradients (task=generator),
-or the leaked model itself (task=leaked). Without CONFIG.yaml: configs/demo.yaml.
+the leaked model itself (task=leaked), or an image prior for attack=gias
+(task=image_prior). Without CONFIG.yaml: configs/demo.yaml.
 
   python train.py                                        the demo, on embedded photographs
   python train.py configs/lenet_hybrid.yaml seed=1       a config, one setting changed
@@ -80,7 +81,12 @@ def _train(config: Config) -> None:
     from gitlight.training import train
 
     folder = train(config)
-    logging.getLogger(__name__).info("run folder: %s; next: python evaluate.py %s", folder, folder)
+    uses = {
+        "generator": "python evaluate.py {}",
+        "leaked": "python train.py CONFIG leaked.weights={}",
+        "image_prior": "python evaluate.py CONFIG attack=gias attack.image_prior={}",
+    }
+    logging.getLogger(__name__).info("run folder: %s; next: %s", folder, uses[config.task].format(folder))
 
 
 def _evaluate(config: Config) -> None:

@@ -196,19 +196,33 @@ def _channel_stages(given: Any, sources: Mapping[str, str]) -> list[Any]:
                 f"channel[{number}]: {stage!r} ({_source('channel', sources)}): expected a stage with its name, "
                 f"such as {{name: gaussian_noise, relative_std: 0.01}}. Valid names: {', '.join(CHANNELS.names())}."
             )
-        schema = OmegaConf.structured(CHANNELS[stage["name"]].settings)
-        _check_keys(stage, OmegaConf.to_object(schema), f"channel[{number}].", sources)
-        for key, value in stage.items():
-            try:
-                OmegaConf.update(schema, key, value, merge=False)
-            except OmegaConfBaseException as error:
-                place = f"channel[{number}].{key}"
-                raise ConfigError(_wrong_type(place, value, _field_of(schema, key), sources)) from error
-        settings = OmegaConf.to_object(schema)
-        for field in dataclasses.fields(settings):  # type: ignore[arg-type]
-            _check_limits(f"channel[{number}].{field.name}", getattr(settings, field.name), field, sources)
-        stages.append(settings)
+        stages.append(component_settings(CHANNELS, stage, f"channel[{number}]", sources))
     return stages
+
+
+def component_settings(registry: Registry, given: Values, place: str, sources: Mapping[str, str]) -> Any:
+    """The settings of the component that ``given`` names, with their defaults, checked.
+
+    Args:
+        registry: the component's.
+        given: ``name`` and settings.
+        place: the key that holds them, for messages.
+        sources: key → where it was set.
+
+    Raises:
+        ConfigError: the name or a key is unknown, or a value is of the wrong type or not allowed.
+    """
+    schema = OmegaConf.structured(registry[given["name"]].settings)
+    _check_keys(given, OmegaConf.to_object(schema), f"{place}.", sources)
+    for key, value in given.items():
+        try:
+            OmegaConf.update(schema, key, value, merge=False)
+        except OmegaConfBaseException as error:
+            raise ConfigError(_wrong_type(f"{place}.{key}", value, _field_of(schema, key), sources)) from error
+    settings = OmegaConf.to_object(schema)
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        _check_limits(f"{place}.{field.name}", getattr(settings, field.name), field, sources)
+    return settings
 
 
 def _check_keys(values: Values, schema: Any, prefix: str, sources: Mapping[str, str]) -> None:

@@ -100,6 +100,11 @@ def evaluate(config: Config, network: nn.Module | None = None) -> Evaluation:
     config = with_network(config, network)
     settings, folder = config.evaluation, run_folder(config)
     iterative = isinstance(config.attack, MatchingConfig)
+    if config.task == "image_prior":
+        raise ConfigError(
+            f"task: image_prior: an image prior attacks nothing by itself. Search through it: attack=gias "
+            f"attack.image_prior={folder}, with the config of an attack such as configs/lenet_gias.yaml."
+        )
     if config.task != "generator":
         raise ConfigError(
             f"task: {config.task}: an evaluation attacks with a trained generator, and this config trains a leaked "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture
+from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks import build_callbacks
 from gitlight.callbacks.run_settings import check_resumable
 from gitlight.checkpoint_io import AtomicCheckpointIO
@@ -157,7 +158,7 @@ def build_pairs(config: Config, network: nn.Module | None = None) -> GradientPai
 
 
 def train(config: Config, network: nn.Module | None = None) -> Path:
-    """Train what the config says (``task``: a generator, or a leaked model) and return the run's folder.
+    """Train what the config says (``task``: a generator, a leaked model, an image prior) and return the run's folder.
 
     The folder holds ``config.yaml``, ``checkpoints/``, ``metrics.csv``, ``wandb/`` and ``reconstructions/``. A run that
     was in it before is moved aside, unless ``trainer.resume`` continues it.
@@ -180,6 +181,9 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         shape, n_classes = image_shape(config.data), len(images.class_names)
         module = LeakedModel(config.leaked, shape, n_classes, optimizer=config.optimizer, network=network)
         datamodule = ImageDataModule(images, config.data, config.seed)
+    elif config.task == "image_prior":
+        module = ImagePrior(config.image_prior, image_shape(config.data), config.seed, config.optimizer)
+        datamodule = ImagesAlone(load_images(config.data), config.data, config.seed)
     else:
         datamodule = build_pairs(config, network)
         _check_weights_from(config, datamodule)

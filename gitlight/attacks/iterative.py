@@ -1,7 +1,6 @@
 """`IterativeAttack`: leaks to images by gradient matching, from noise or from another attack's result."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -10,14 +9,24 @@ from torch import Tensor
 from gitlight.architecture import Architecture
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.labels import labels_from_leak
-from gitlight.attacks.matching import Record, match_gradients, searches_at_once
+from gitlight.attacks.matching import Matched, Record, match_gradients, searches_at_once
+from gitlight.attacks.variables import Pixels
 from gitlight.config import MatchingConfig
 from gitlight.data.pair import Gradients
 from gitlight.data.sampling import mixed_seed
 from gitlight.gradients.precision import full_float32
 
-Prior = Callable[[Gradients], Tensor]
-"""Leaks to images ``(B, N, C, H, W)``; NaN where there is none."""
+
+class Prior(Protocol):
+    """What a search starts from."""
+
+    def __call__(self, gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Tensor:
+        """Leaks, their numbers and, if given, labels (as `IterativeAttack.search` takes them) to images.
+
+        These are ``(B, N, C, H, W)``; NaN where there is none.
+        """
+        ...
+
 
 _SPREAD = 0.25
 """Standard deviation of the noise that a search starts from, about that of photographs, around mid-grey."""
@@ -43,6 +52,7 @@ class IterativeAttack:
     """Searches for images whose gradients match; see `gitlight.attacks.matching`.
 
     Attributes:
+        settings: of the attack, in proportion to its prior.
         at_once: leaks that fit into ``attack.memory_limit_gb``.
     """
 
@@ -56,7 +66,7 @@ class IterativeAttack:
         prior: Prior | None = None,
     ) -> None:
         """Args: the leaked model as the attack knows it, settings, images per leak, a seed, and what to start from."""
-        self._architecture, self._function, self._settings = architecture, function, settings
+        self._architecture, self._function, self.settings = architecture, function, settings
         self._n_images, self._seed, self._prior = client_batch_size, seed, prior
         self.at_once = searches_at_once(architecture, settings, client_batch_size)
 
@@ -72,7 +82,7 @@ class IterativeAttack:
             record: is told how the searches go.
         """
         first = next(iter(gradients.values()))
-        dtype = torch.float64 if self._settings.dtype == "float64" else torch.float32
+        dtype = torch.float64 if self.settings.dtype == "float64" else torch.float32
         usable = _usable(gradients)
         which = usable.nonzero().squeeze(1)
         images = first.new_full((len(first), self._n_images, *self._architecture.image_shape), torch.nan, dtype=dtype)
@@ -103,26 +113,21 @@ class IterativeAttack:
         function = self._function.to(images.device, dtype)
         given = {name: gradient[which] for name, gradient in gradients.items()}
         leaks = {name: gradient.to(dtype) for name, gradient in given.items()}
-        prior = None if self._prior is None else self._prior(given).to(images)
-        for restart in range(self._settings.restarts):
+        known = None if labels is None else labels[which]
+        prior = None if self._prior is None else self._prior(given, numbers[which], known).to(images)
+        for restart in range(self.settings.restarts):
             seeds = [mixed_seed("attack start", self._seed, restart, int(number)) for number in numbers[which]]
             start = self._start(prior, restart, seeds, images)
-            targets = self._targets(given, seeds, None if labels is None else labels[which], images)
-            if prior is not None and self._n_images > 1 and self._settings.labels != "optimised":
+            targets = self._targets(given, seeds, known, images)
+            if prior is not None and self._n_images > 1 and self.settings.labels != "optimised":
                 targets = _assigned(function, start, targets)
 
             def told(rows: Tensor, iteration: int, shown: Tensor, apart: Tensor) -> None:
                 assert record is not None
                 record(which[rows], iteration, shown, apart)
 
-            found = match_gradients(
-                function,
-                self._settings,
-                leaks,
-                start,
-                targets,
-                told if record is not None and restart == 0 else None,
-                prior,
+            found = self._matched(
+                function, leaks, start, seeds, targets, told if record is not None and restart == 0 else None, prior
             )
             better = found.distances < distances[which]
             rows = which[better]
@@ -135,6 +140,19 @@ class IterativeAttack:
             if not torch.isfinite(images[row]).all():
                 verdicts[row] = "failed: the search diverged at once"
 
+    def _matched(
+        self,
+        function: LeakedFunction,
+        leaks: Gradients,
+        start: Tensor,
+        seeds: list[int],
+        targets: Tensor,
+        record: Record | None,
+        prior: Tensor | None,
+    ) -> Matched:
+        """One search for each leak, from the images ``start`` on; ``seeds`` are for what else is drawn."""
+        return match_gradients(function, self.settings, leaks, Pixels(start, self.settings.box), targets, record, prior)
+
     def _start(self, prior: Tensor | None, restart: int, seeds: list[int], like: Tensor) -> Tensor:
         shape = (self._n_images, *self._architecture.image_shape)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
@@ -144,11 +162,11 @@ class IterativeAttack:
             usable = torch.isfinite(prior).flatten(1).all(dim=1).view(-1, 1, 1, 1, 1)
             # The first search starts from the prior itself, further ones from around it.
             start = torch.where(usable, prior + (0.0 if restart == 0 else 0.2 * _SPREAD) * drawn, start)
-        return start.clamp(0, 1) if self._settings.box else start
+        return start.clamp(0, 1) if self.settings.box else start
 
     def _targets(self, gradients: Gradients, seeds: list[int], labels: Tensor | None, like: Tensor) -> Tensor:
         n_classes = self._architecture.n_classes
-        if self._settings.labels == "optimised":
+        if self.settings.labels == "optimised":
             logits = [
                 torch.randn(
                     (self._n_images, n_classes), generator=torch.Generator().manual_seed(seed + 1), device="cpu"
@@ -156,7 +174,7 @@ class IterativeAttack:
                 for seed in seeds
             ]
             return torch.stack(logits).to(like)
-        if self._settings.labels == "recovered":
+        if self.settings.labels == "recovered":
             labels = labels_from_leak(self._architecture, gradients, self._n_images)
         assert labels is not None, "attack.labels=given hands them over"
         return torch.nn.functional.one_hot(labels.to(like.device), n_classes).to(like)

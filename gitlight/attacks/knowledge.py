@@ -1,5 +1,7 @@
 """What an iterative attack is given: weights, labels, and something to start from."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,31 +10,51 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+from gitlight.attacks import ATTACKS
 from gitlight.attacks.gradients import LeakedFunction
-from gitlight.attacks.iterative import Prior
+from gitlight.attacks.iterative import IterativeAttack, Prior
+from gitlight.attacks.searches import build_search, check_image_prior
 from gitlight.config import Config, MatchingConfig
+from gitlight.config_loading import component_settings
 from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
 from gitlight.gradients.updates import describe_leak
+from gitlight.metrics import match
 from gitlight.runs import run_folder
 from gitlight.trained import generator_of_run
 
+log = logging.getLogger(__name__)
+
 _GRAY = "gray"
+_N_TRIED = 64
+"""Public images that a prior is tried on."""
 
 
 class Knowledge(NamedTuple):
     """What an attack is given.
 
     Attributes:
-        function: the leaked model as the attack knows it.
-        prior: what the search starts from; None: noise.
+        search: the attack, with what it is given.
         items: for ``metrics.json``.
     """
 
-    function: LeakedFunction
-    prior: Prior | None
+    search: IterativeAttack
     items: tuple[str, ...]
+
+
+class _Start(NamedTuple):
+    """What a search starts from.
+
+    Attributes:
+        prior: makes it; None: noise.
+        items: what it rests on.
+        error: its root mean squared error on public images held out, where that was tried.
+    """
+
+    prior: Prior | None = None
+    items: tuple[str, ...] = ()
+    error: float | None = None
 
 
 def check_attack(config: Config) -> MatchingConfig:
@@ -58,6 +80,8 @@ def check_attack(config: Config) -> MatchingConfig:
         raise ConfigError(
             f"attack.name: {settings.name} knows batch norm by running statistics only. Give leaked.batch_norm=running."
         )
+    check_image_prior(settings)
+    _earlier_attack(settings)
     if settings.prior_weight > 0 and settings.prior is None:
         raise ConfigError("attack.prior_weight: there is no prior to stay near to. Give attack.prior.")
     if settings.batch_norm_statistics > 0 and settings.knowledge == "recovered":
@@ -93,13 +117,26 @@ def knowledge_of(config: Config, datamodule: GradientPairDataModule, device: tor
         )
     if settings.labels == "given":
         items.append("labels")
-    prior, from_pairs = _prior(config, settings, datamodule, device)
-    if prior is not None:
-        items.append("prior")
-    if from_pairs and "pairs" not in items:
-        items.append("pairs")
+    function = LeakedFunction(architecture, weights)
+    start = _start(config, settings, function, datamodule, device)
+    items += start.items
+    if start.error is not None and settings.prior_scaling and settings.optimizer != "lbfgs":
+        settings = replace(
+            settings,
+            step_size=settings.step_size * min(1.0, start.error),
+            total_variation=settings.total_variation * min(1.0, start.error) ** 2,
+        )
+        log.info(
+            "the prior's root mean squared error on public images is %.3g: steps of %.2g, total variation weighs %.2g",
+            start.error,
+            settings.step_size,
+            settings.total_variation,
+        )
+    search = build_search(
+        settings, architecture, function, config.data.client_batch_size, config.seed, start.prior, device
+    )
     order = ("architecture", "pairs", "parameters", "labels", "prior")
-    return Knowledge(LeakedFunction(architecture, weights), prior, tuple(item for item in order if item in items))
+    return Knowledge(search, tuple(item for item in order if item in items))
 
 
 def _recovered(
@@ -118,32 +155,84 @@ def _recovered(
     return found
 
 
-def _prior(
-    config: Config, settings: MatchingConfig, datamodule: GradientPairDataModule, device: torch.device
-) -> tuple[Prior | None, bool]:
-    """What the search starts from, and whether it rests on pairs."""
+def _start(
+    config: Config,
+    settings: MatchingConfig,
+    function: LeakedFunction,
+    datamodule: GradientPairDataModule,
+    device: torch.device,
+) -> _Start:
     named, n_images, shape = settings.prior, config.data.client_batch_size, datamodule.architecture.image_shape
     if named is None:
-        return None, False
+        return _Start()
+    earlier = _earlier_attack(settings)
+    if earlier is not None:
+        search = build_search(earlier, datamodule.architecture, function, n_images, config.seed, None, device)
+
+        def found(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Tensor:
+            return search.search(gradients, numbers, labels if earlier.labels == "given" else None).images
+
+        return _Start(found, ("prior", "labels") if earlier.labels == "given" else ("prior",))
     path = Path(named)
     if path.is_dir():
         generator, _ = generator_of_run(
             path, "attack.prior", datamodule.architecture, datamodule.leaked_model.fingerprint(), n_images, device
         )
 
-        def reconstructed(gradients: Gradients) -> Tensor:
+        def reconstructed(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Tensor:
             with torch.no_grad():
                 return generator.reconstruct(gradients).images
 
-        return reconstructed, True
+        return _Start(reconstructed, ("pairs", "prior"), _error(reconstructed, datamodule, device))
     image = torch.full(shape, 0.5) if named == _GRAY else _image_file(path, shape)
-    return (lambda gradients: image.expand(len(next(iter(gradients.values()))), n_images, *shape)), False
+    return _Start(
+        lambda gradients, numbers, labels: image.expand(len(next(iter(gradients.values()))), n_images, *shape),
+        ("prior",),
+    )
+
+
+def _earlier_attack(settings: MatchingConfig) -> MatchingConfig | None:
+    """The settings of the attack that ``attack.prior`` names, if it names one.
+
+    Raises:
+        ConfigError: ``attack.prior_settings`` are not that attack's, or there is none to have them.
+    """
+    named = settings.prior
+    if named not in ATTACKS.names() or not issubclass(ATTACKS[named].settings, MatchingConfig):
+        if settings.prior_settings:
+            raise ConfigError(
+                f"attack.prior_settings: attack.prior is {named}, and only an iterative attack's name has settings."
+            )
+        return None
+    given = {**settings.prior_settings, "name": named}
+    earlier = component_settings(ATTACKS, given, "attack.prior_settings", {})
+    assert isinstance(earlier, MatchingConfig)
+    for key in ("prior", "knowledge"):
+        if key in settings.prior_settings:
+            raise ConfigError(
+                f"attack.prior_settings.{key}: the attack before starts from noise, and knows what this one knows. "
+                "Leave it out."
+            )
+    check_image_prior(earlier)
+    return earlier
+
+
+def _error(prior: Prior, datamodule: GradientPairDataModule, device: torch.device) -> float | None:
+    """Root mean squared error on public images held out; None where there is no image."""
+    squares = []
+    for pair in datamodule.held_out_pairs(device, _N_TRIED):
+        found = match(prior(pair.gradients, pair.indices[:, 0], None), pair.images)
+        error = (found - pair.images).square().flatten(1).mean(dim=1)
+        squares.append(error[torch.isfinite(error)])
+    errors = torch.cat(squares)
+    return float(errors.mean().sqrt()) if len(errors) else None
 
 
 def _image_file(path: Path, shape: tuple[int, int, int]) -> Tensor:
     if not path.exists():
         raise ConfigError(
-            f"attack.prior: {path} does not exist. Give a run's folder, an image file, gray, or null for noise."
+            f"attack.prior: {path} does not exist. Give a run's folder, an image file, gray, the name of an "
+            "iterative attack, or null for noise."
         )
     try:
         with Image.open(path) as image:

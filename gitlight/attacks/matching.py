@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.architecture import Architecture
 from gitlight.attacks.gradients import LeakedFunction
-from gitlight.attacks.objective import Objective, layer_weights
+from gitlight.attacks.objective import Objective, Value, layer_weights
 from gitlight.attacks.optimizers import build_optimizer, step_size
+from gitlight.attacks.variables import Variables
 from gitlight.config import MatchingConfig
 from gitlight.data.pair import Gradients
 
@@ -31,6 +32,7 @@ class Matched(NamedTuple):
         distances: ``(B,)``, of the gradients there.
         iterations: ``(B,)`` int64, steps taken.
         diverged: ``(B,)`` bool, whether the search came to a value that is not finite, and ended there.
+        variables: ``(B, n)``, those that the images were made of.
     """
 
     images: Tensor
@@ -38,17 +40,20 @@ class Matched(NamedTuple):
     distances: Tensor
     iterations: Tensor
     diverged: Tensor
+    variables: Tensor
 
 
-def searches_at_once(architecture: Architecture, settings: MatchingConfig, client_batch_size: int) -> int:
+def searches_at_once(
+    architecture: Architecture, settings: MatchingConfig, client_batch_size: int, further: int = 0
+) -> int:
     """How many searches fit into ``attack.memory_limit_gb``: at least one.
 
-    A search holds its gradient, the leak, and what differentiating the gradient once more needs; and L-BFGS its
-    history.
+    A search holds its gradient, the leak, and what differentiating the gradient once more needs; L-BFGS its history;
+    and ``further`` numbers.
     """
     entry = 4 if settings.dtype == "float32" else 8
     size = math.prod(architecture.image_shape) * client_batch_size
-    entries = 8 * architecture.n_parameters + 10 * architecture.n_activations * client_batch_size
+    entries = further + 8 * architecture.n_parameters + 10 * architecture.n_activations * client_batch_size
     entries += (200 if settings.optimizer == "lbfgs" else 6) * size
     return max(1, int(settings.memory_limit_gb * 1e9 / (entry * entries)))
 
@@ -57,7 +62,7 @@ def match_gradients(
     function: LeakedFunction,
     settings: MatchingConfig,
     leaks: Gradients,
-    start: Tensor,
+    variables: Variables,
     targets: Tensor,
     record: Record | None = None,
     prior: Tensor | None = None,
@@ -69,12 +74,12 @@ def match_gradients(
             search.
         settings: of the attack.
         leaks: of ``B`` leaks, there, finite and not zero.
-        start: ``(B, N, C, H, W)``.
+        variables: what to move, and where to begin.
         targets: ``(B, N, classes)``: probabilities of the labels; where labels are optimised, the logits to start from.
         record: is told how the searches go.
         prior: ``(B, N, C, H, W)``, what ``attack.prior_weight`` draws towards; NaN where there is none; None: nowhere.
     """
-    searches = _Searches(function, settings, leaks, start, targets, record, prior)
+    searches = _Searches(function, settings, leaks, variables, targets, record, prior)
     with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernel of CPUs
         for iteration in range(settings.iterations + 1):
             searches.advance(iteration)
@@ -91,21 +96,24 @@ class _Searches:
         function: LeakedFunction,
         settings: MatchingConfig,
         leaks: Gradients,
-        start: Tensor,
+        variables: Variables,
         targets: Tensor,
         record: Record | None,
         prior: Tensor | None,
     ) -> None:
         self._settings, self._record = settings, record
-        self._shape, self._n_pixels = start.shape[1:], start[0].numel()
+        self._moved, start = variables, variables.start
+        self._n_moved, self._constants = start.shape[1], variables.constants
+        self._images = torch.func.vmap(variables.images)
         self._label_shape = targets.shape[1:]
         self._optimise_labels = settings.labels == "optimised"
-        parts = [start.flatten(1)] + ([targets.flatten(1)] if self._optimise_labels else [])
+        parts = [start] + ([targets.flatten(1)] if self._optimise_labels else [])
         self._variables = torch.cat(parts, dim=1)
         self._leaks, self._targets = leaks, targets
-        given = torch.full_like(start, torch.nan) if prior is None else prior
+        shape = (targets.shape[1], *function.architecture.image_shape)
+        given = start.new_full((len(start), *shape), torch.nan) if prior is None else prior
         self._has_prior = torch.isfinite(given).flatten(1).all(dim=1)
-        self._prior = torch.where(self._has_prior.view(-1, *[1] * len(self._shape)), given, 0.0)
+        self._prior = torch.where(self._has_prior.view(-1, 1, 1, 1, 1), given, 0.0)
         self._ended = torch.zeros_like(self._has_prior)
         self._targets_of_all = targets
         self._weights = layer_weights(function.architecture, leaks, settings.layer_weights)
@@ -118,11 +126,12 @@ class _Searches:
         self._diverged = torch.zeros(len(start), dtype=torch.bool, device=start.device)
         objective = Objective(function, settings)
 
-        def of_variables(variables: Tensor, targets: Tensor, *others: object) -> object:
-            images = variables[: self._n_pixels].view(self._shape)
+        def of_variables(row: Tensor, constants: Tensor, targets: Tensor, *others: Any) -> tuple[Tensor, Value]:
+            moved = row[: self._n_moved]
             if self._optimise_labels:
-                targets = torch.softmax(variables[self._n_pixels :].view(self._label_shape), dim=1)
-            return objective(images, targets, *others)  # type: ignore[arg-type]
+                targets = torch.softmax(row[self._n_moved :].view(self._label_shape), dim=1)
+            total, value = objective(variables.images(moved, constants), targets, *others)
+            return total + variables.penalty(moved), value
 
         differentiated = torch.func.grad_and_value(of_variables, has_aux=True)
         self._evaluate = torch.func.vmap(differentiated, in_dims=0)
@@ -135,7 +144,7 @@ class _Searches:
             settings.prior_weight * 0.5 * (1 + math.cos(math.pi * progress)) * self._has_prior.to(self._prior)
         )
         gradients, (_, value) = self._evaluate(
-            self._variables, self._targets, self._leaks, self._weights, self._prior, prior_weight
+            self._variables, self._constants, self._targets, self._leaks, self._weights, self._prior, prior_weight
         )
         finite = torch.isfinite(gradients).all(dim=1) & torch.isfinite(value.distance)
         objective = torch.where(finite, value.distance + value.image_terms, torch.inf)
@@ -151,7 +160,7 @@ class _Searches:
         arrived = value.distance < settings.tolerance
         shown = going & finite & (arrived | (last or iteration % settings.record_every == 0))
         if self._record is not None and bool(shown.any()):
-            images = self._variables[shown, : self._n_pixels].view(-1, *self._shape)
+            images = self._images(self._variables[shown, : self._n_moved], self._constants[shown])
             self._record(self.live[shown], iteration, images, value.distance[shown])
         ended = self._ended | arrived | ~finite
         self._ended = ended
@@ -160,8 +169,7 @@ class _Searches:
         moved = self._optimizer.step(
             self._variables, gradients, step_size(settings.step_size, settings.decay, progress)
         )
-        if settings.box:
-            moved[:, : self._n_pixels].clamp_(0, 1)
+        moved[:, : self._n_moved] = self._moved.constrain(moved[:, : self._n_moved])
         # Those that have ended stay where they are until they are taken out.
         self._variables = torch.where(ended.unsqueeze(1), self._variables, moved)
         if bool(ended.any()) and (iteration % _CHECKED_EVERY == 0 or bool(ended.all()) or bool((~finite).any())):
@@ -169,18 +177,20 @@ class _Searches:
 
     def found(self) -> Matched:
         """The best of each search."""
-        images = self._best[:, : self._n_pixels].view(-1, *self._shape)
-        lost = torch.isinf(self._best_objective).view(-1, *[1] * len(self._shape))
+        best = self._best[:, : self._n_moved]
+        images = self._images(best, self._moved.constants)
+        lost = torch.isinf(self._best_objective).view(-1, 1, 1, 1, 1)
         targets = self._targets_of_all
         if self._optimise_labels:
-            targets = torch.softmax(self._best[:, self._n_pixels :].view(-1, *self._label_shape), dim=2)
+            targets = torch.softmax(self._best[:, self._n_moved :].view(-1, *self._label_shape), dim=2)
         return Matched(
-            torch.where(lost, torch.nan, images), targets, self._best_distance, self._iterations, self._diverged
+            torch.where(lost, torch.nan, images), targets, self._best_distance, self._iterations, self._diverged, best
         )
 
     def _keep(self, rows: Tensor) -> None:
         self.live = self.live[rows]
         self._variables, self._targets, self._prior = self._variables[rows], self._targets[rows], self._prior[rows]
+        self._constants = self._constants[rows]
         self._leaks = {name: leak[rows] for name, leak in self._leaks.items()}
         self._weights, self._has_prior, self._ended = self._weights[rows], self._has_prior[rows], self._ended[rows]
         self._optimizer.keep(rows)

@@ -12,11 +12,10 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from gitlight.attacks import ATTACKS
 from gitlight.attacks.finished import Finished
 from gitlight.attacks.iterative import IterativeAttack
 from gitlight.attacks.knowledge import Knowledge, check_attack
-from gitlight.config import Config, MatchingConfig
+from gitlight.config import Config, GIASConfig, MatchingConfig
 from gitlight.config_loading import to_plain
 from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import GradientPair, Gradients
@@ -64,9 +63,7 @@ def attack_iteratively(
     """
     settings = check_attack(config)
     per_leak = config.data.client_batch_size
-    attack: IterativeAttack = ATTACKS[settings.name].load()(
-        datamodule.architecture, knowledge.function, settings, per_leak, config.seed, knowledge.prior
-    )
+    attack = knowledge.search
     store = _store(config, datamodule)
     done = {int(number): (part, row) for part in store.parts() for row, number in enumerate(part["numbers"])}
     identifiers = datamodule.split("test").identifiers
@@ -135,7 +132,8 @@ def _store(config: Config, datamodule: GradientPairDataModule) -> Finished:
     digest.update(datamodule.leaked_model.fingerprint().encode())
     settings = check_attack(config)
     recovered = settings.recovered_from or str(run_folder(config))
-    for named in (settings.prior, recovered if settings.knowledge == "recovered" else None):
+    through = settings.image_prior if isinstance(settings, GIASConfig) else settings.prior_settings.get("image_prior")
+    for named in (settings.prior, recovered if settings.knowledge == "recovered" else None, through):
         # A run that was made again under the same name is another one.
         path = None if named is None else Path(named)
         file = checkpoint_path(path, "best") if path is not None and path.is_dir() else path

@@ -31,7 +31,7 @@ __all__ = [
     "draw_weight_distances",
 ]
 
-MONITORS = {"generator": "val/psnr", "leaked": "val/accuracy"}
+MONITORS = {"generator": "val/psnr", "leaked": "val/accuracy", "image_prior": "val/psnr"}
 """Task → the validation metric, larger is better, that chooses ``best.ckpt``."""
 
 
@@ -39,8 +39,9 @@ def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
     """The callbacks of a training run.
 
     Every task has a progress display, the learning rate and the two checkpoints with the run's settings in them;
-    ``task=generator`` adds what concerns reconstructions. The display is a progress bar, or one plain line an epoch
-    where ``logging.quiet`` asks for it or standard output is not a terminal.
+    ``task=generator`` adds what concerns reconstructions, ``task=image_prior`` their metrics and pictures. The display
+    is a progress bar, or one plain line an epoch where ``logging.quiet`` asks for it or standard output is not a
+    terminal.
 
     Args:
         config: the run's settings.
@@ -49,7 +50,7 @@ def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
     output_dir = Path(output_dir)
     # The display comes after what it shows.
     return [
-        *(_reconstruction_callbacks(config, output_dir) if config.task == "generator" else ()),
+        *_reconstruction_callbacks(config, output_dir),
         LearningRate(),
         RunSettings(config),
         QuietProgress() if config.logging.quiet or not sys.stdout.isatty() else PairsProgressBar(),
@@ -59,9 +60,7 @@ def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
 
 
 def _reconstruction_callbacks(config: Config, output_dir: Path) -> list[Callback]:
-    return [
-        ReconstructionMetrics(),
-        ReconstructionGrid(output_dir, config.evaluation.n_pictures),
-        WeightDistance(output_dir),
-        Throughput(),
-    ]
+    if config.task == "leaked":
+        return []
+    seen: list[Callback] = [ReconstructionMetrics(), ReconstructionGrid(output_dir, config.evaluation.n_pictures)]
+    return seen if config.task == "image_prior" else [*seen, WeightDistance(output_dir), Throughput()]

@@ -7,7 +7,7 @@ generator, a leaked model, a channel stage) has a class of its own, chosen by it
 from dataclasses import dataclass, field
 from typing import Any
 
-from gitlight.config.attacks import AttackConfig, DLGConfig, GradInversionConfig, IDLGConfig, MatchingConfig
+from gitlight.config.attacks import AttackConfig, DLGConfig, GIASConfig, GradInversionConfig, IDLGConfig, MatchingConfig
 from gitlight.config.data import DataConfig
 from gitlight.config.fields import redefined, setting
 from gitlight.config.generators import (
@@ -38,7 +38,7 @@ from gitlight.config.leaked import (
     ViTB16Config,
     ViTConfig,
 )
-from gitlight.config.run import EvaluationConfig, LoggingConfig, OptimizerConfig, TrainerConfig
+from gitlight.config.run import EvaluationConfig, ImagePriorConfig, LoggingConfig, OptimizerConfig, TrainerConfig
 
 __all__ = [
     "AttackConfig",
@@ -51,6 +51,7 @@ __all__ = [
     "EvaluationConfig",
     "ExactGeneratorConfig",
     "FullyConnectedConfig",
+    "GIASConfig",
     "GaussianNoiseConfig",
     "GeneratorConfig",
     "GivenConfig",
@@ -58,6 +59,7 @@ __all__ = [
     "GradientsConfig",
     "HybridGeneratorConfig",
     "IDLGConfig",
+    "ImagePriorConfig",
     "LeNetConfig",
     "LeakedConfig",
     "LoggingConfig",
@@ -83,7 +85,11 @@ __all__ = [
 class Config:
     """The root: one run."""
 
-    task: str = setting("generator", "train a generator, or a leaked model", choices=["generator", "leaked"])
+    task: str = setting(
+        "generator",
+        "train a generator, a leaked model, or an image prior for attack=gias",
+        choices=["generator", "leaked", "image_prior"],
+    )
     seed: int = setting(0, "seed of everything random but the leaked model's weights", minimum=0, maximum=2**32 - 1)
     output_dir: str | None = setting(None, "folder that the run writes; null: runs/NAME, NAME that of the config file")
     data: DataConfig = field(default_factory=DataConfig)
@@ -92,6 +98,7 @@ class Config:
     channel: list[Any] = setting([], "stages that gradients pass on their way to the attacker, in order")
     generator: GeneratorConfig = field(default_factory=HybridGeneratorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    image_prior: ImagePriorConfig = field(default_factory=ImagePriorConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

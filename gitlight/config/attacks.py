@@ -1,6 +1,7 @@
 """Settings of attacks."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from gitlight.config.fields import redefined, setting
 
@@ -28,7 +29,14 @@ class MatchingConfig(AttackConfig):
     )
     prior: str | None = setting(
         None,
-        "what the search starts from: the run folder of a trained generator, an image file, or gray; null: noise",
+        "what the search starts from: the run folder of a trained generator, an image file, gray, or the name of "
+        "another iterative attack, which is then run first; null: noise",
+    )
+    prior_settings: dict[str, Any] = setting({}, "settings of the attack that attack.prior names, its defaults else")
+    prior_scaling: bool = setting(
+        True,
+        "from a trained generator's images: take steps in proportion to its error on public images held out, and weigh "
+        "total variation in proportion to that error squared; false: as from noise",
     )
     prior_weight: float = setting(
         0.0, "weight of the mean squared distance to the prior, at the start; falls to zero along a cosine", minimum=0
@@ -110,3 +118,19 @@ class GradInversionConfig(MatchingConfig):
     batch_norm_statistics: float = redefined(MatchingConfig, "batch_norm_statistics", 0.01)
     optimizer: str = redefined(MatchingConfig, "optimizer", "adam")
     decay: str = redefined(MatchingConfig, "decay", "cosine")
+
+
+@dataclass
+class GIASConfig(MatchingConfig):
+    """GIAS (Jeon et al. 2021): through an image prior's latent space first, then through that prior's weights."""
+
+    name: str = setting("gias", "attack")
+    image_prior: str | None = setting(None, "run folder of task=image_prior to search through")
+    latent_share: float = setting(
+        0.5, "share of the iterations that search for latents; the others, for weights", minimum=0, maximum=1
+    )
+    latent_weight: float = setting(0.001, "weight of the mean squared latent", minimum=0)
+    weights_step_size: float = setting(0.001, "step size of the search for weights", above=0)
+    total_variation: float = redefined(MatchingConfig, "total_variation", 0.01)
+    optimizer: str = redefined(MatchingConfig, "optimizer", "adam")
+    step_size: float = setting(0.1, "step size of the search for latents", above=0)

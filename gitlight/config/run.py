@@ -51,6 +51,16 @@ class TrainerConfig:
 
 
 @dataclass
+class ImagePriorConfig:
+    """What ``task=image_prior`` trains: a variational autoencoder of the public images."""
+
+    latent_size: int = setting(128, "numbers that describe an image", minimum=1)
+    channels: int = setting(
+        128, "maps of 4 × 4 that an image begins as; halved as often as these are doubled", minimum=1
+    )
+
+
+@dataclass
 class EvaluationConfig:
     """How a trained generator is measured."""
 

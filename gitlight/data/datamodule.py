@@ -281,13 +281,20 @@ class GradientPairDataModule(ImageDataModule):
 
     def private_pairs(self, device: torch.device, n_images: int) -> Iterator[GradientPair]:
         """Pairs of the first ``n_images`` private images, whole client batches of them."""
+        return self._first_pairs("test", device, n_images)
+
+    def held_out_pairs(self, device: torch.device, n_images: int) -> Iterator[GradientPair]:
+        """The same of the public images that validation uses: what an attacker can try an attack on."""
+        return self._first_pairs("validation", device, n_images)
+
+    def _first_pairs(self, split: str, device: torch.device, n_images: int) -> Iterator[GradientPair]:
         left = n_images // self.settings.client_batch_size
-        for batch in self.test_dataloader():
+        for batch in self._loader(split, shuffle=False):
             if left <= 0:
                 return
             kept = left * self.settings.client_batch_size
             images, labels, indices = (part[:kept].to(device) for part in batch)
-            yield self.prepare((images, labels, indices), "test", epoch=0)
+            yield self.prepare((images, labels, indices), split, epoch=0)
             left -= len(images) // self.settings.client_batch_size
 
     def state_dict(self) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def test_restarts_keep_the_nearest():
 def test_where_a_prior_has_no_image_the_search_starts_from_noise():
     images = torch.rand(2, 1, 3, 4, 4)
     images[1] = torch.nan
-    function, attack = make(MatchingConfig(iterations=1, step_size=1e-9), prior=lambda gradients: images)
+    function, attack = make(
+        MatchingConfig(iterations=1, step_size=1e-9), prior=lambda gradients, numbers, labels: images
+    )
     _, _, gradients = leaks(function, 2)
     found = attack.search(gradients, torch.arange(2)).images
     torch.testing.assert_close(found[0], images[0])
@@ -82,7 +84,7 @@ def test_labels_go_to_the_images_that_they_fit():
 def test_client_batches_start_from_a_prior_in_any_order():
     images, labels, gradients = leaks(make(MatchingConfig())[0], 3, 2)
     settings = MatchingConfig(iterations=1, step_size=1e-9, labels="given", total_variation=0.0)
-    _, attack = make(settings, 2, prior=lambda gradients: images.flip(1))
+    _, attack = make(settings, 2, prior=lambda gradients, numbers, labels: images.flip(1))
     found = attack.search(gradients, torch.arange(3), labels)
     assert found.distances.isfinite().all()
     torch.testing.assert_close(found.images, images.flip(1))

@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn.functional import one_hot
 
 from gitlight.architecture import Architecture
+from gitlight.attacks import matching
 from gitlight.attacks.gradients import LeakedFunction
-from gitlight.attacks.matching import match_gradients, searches_at_once
+from gitlight.attacks.matching import searches_at_once
 from gitlight.attacks.objective import batch_norm_distance, gradient_distance, layer_weights, total_variation
+from gitlight.attacks.variables import Pixels
 from gitlight.config import DLGConfig, MatchingConfig
 
 SHAPE, N_CLASSES = (2, 6, 6), 4
@@ -32,6 +34,10 @@ def leaks_of(function, n=3, client_batch_size=1):
     images = torch.rand(n, client_batch_size, *SHAPE, dtype=torch.float64)
     targets = one_hot(torch.randint(N_CLASSES, (n, client_batch_size)), N_CLASSES).double()
     return images, targets, torch.func.vmap(function.gradient)(images, targets)
+
+
+def match_gradients(function, settings, leaks, start, *others, **named):
+    return matching.match_gradients(function, settings, leaks, Pixels(start, settings.box), *others, **named)
 
 
 def noise(images):

@@ -28,6 +28,7 @@ def test_generators_and_leaked_models_have_their_own_callbacks() -> None:
     both = ["LearningRate", "RunSettings", "QuietProgress", "best", "last"]
     assert names(Config(task="leaked")) == both
     assert names(Config()) == ["ReconstructionMetrics", "ReconstructionGrid", "WeightDistance", "Throughput", *both]
+    assert names(Config(task="image_prior")) == ["ReconstructionMetrics", "ReconstructionGrid", *both]
 
 
 def test_the_bar_is_for_terminals_that_are_not_to_be_quiet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,8 +185,11 @@ def with_prior(name: str) -> None:
         [],
         [f"attack.prior={case.generator}"],
         ["attack=gias", f"attack.image_prior={IMAGE_PRIOR}"],
-        ["attack.prior=gias", f"attack.prior_settings={{image_prior: {IMAGE_PRIOR}, iterations: {half}}}"]
-        + [f"attack.iterations={half}"],
+        [
+            "attack.prior=gias",
+            f"attack.prior_settings={{image_prior: {IMAGE_PRIOR}, iterations: {half}}}",
+            f"attack.iterations={half}",
+        ],
     ]
     if case.recovered is not None:
         attacks.append(["attack.knowledge=recovered", f"attack.recovered_from={case.recovered}"])

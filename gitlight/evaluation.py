@@ -30,9 +30,10 @@ from gitlight.loggers import log_curve
 from gitlight.lpips import load_lpips
 from gitlight.metrics import SMALLEST_LPIPS_IMAGE, PerceptualDistance, bootstrap_interval, match
 from gitlight.report.attacked import AttackedImages, measure, to_bytes, write_per_image
-from gitlight.report.html import render_report
+from gitlight.report.html import Figure, render_report
 from gitlight.report.results import METRICS, Estimate, Result, merge_results, read_results, write_results, write_text
-from gitlight.report.trajectories import keep_trajectories, mean_curve
+from gitlight.report.snapshots import draw_snapshots
+from gitlight.report.trajectories import PICTURE, keep_trajectories, mean_curve
 from gitlight.runs import checkpoint_path, run_folder
 from gitlight.trained import load_generator_weights, trained_checkpoint
 from gitlight.training import accelerator, build_generator, build_pairs, with_network
@@ -142,11 +143,12 @@ def _evaluate_search(
     name = _described(settings.name, _search_changes(settings) | _leak_changes(config, trained))
     lpips = _lpips(datamodule.architecture)
     parts: list[AttackedImages] = []
-    seconds, points = 0.0, []
+    seconds, points, snapshots = 0.0, [], []
     for attacked in attack_iteratively(config, datamodule, knowledge, device, config.evaluation.n_images):
         parts.append(_measured(attacked.pair, attacked.found, datamodule, datamodule.class_names, lpips))
         seconds += attacked.seconds
         points += attacked.points
+        snapshots += attacked.snapshots
     images = AttackedImages.joined(parts)
     _warn_of_few(config.evaluation, images)
     result = _result(config, trained, images, seconds, name, knowledge.items)
@@ -154,10 +156,19 @@ def _evaluate_search(
     if not (folder / "config.yaml").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
-    _write(evaluation, config, config, images, device)  # of a search the report has no other, trained conditions
     label = name if not config.channel else f"{name}, {describe_channel(config.channel)}"
+    evaluation.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(evaluation.folder / ".lock"):
-        keep_trajectories(points, label, result.condition, evaluation.folder / "trajectories")
+        path = keep_trajectories(points, label, result.condition, evaluation.folder / "trajectories")
+        per_leak, n_leaks = config.data.client_batch_size, config.evaluation.n_pictures
+        truth, final = (kind[::per_leak][:n_leaks] for kind in (images.truth, images.reconstructions))
+        draw_snapshots(snapshots, truth, final, path.with_suffix(".png"))
+    figures = (
+        Figure.of(path.with_name(PICTURE), "Distance of gradients and PSNR over iterations, of the latest attacks"),
+        Figure.of(path.with_suffix(".png"), "Reconstructions on the way, below the private images"),
+    )
+    # Of a search the report has no other, trained conditions.
+    _write(evaluation, config, config, images, device, figures)
     log_curve(config, evaluation.folder, label, mean_curve(points))
     forget_parts(config, datamodule)
     return evaluation
@@ -315,7 +326,7 @@ def _leak_changes(config: Config, trained: Config) -> dict[str, Any]:
 def _search_changes(settings: MatchingConfig) -> dict[str, Any]:
     """What an iterative attack does otherwise than by default."""
     changes = _changes(settings, type(settings)())
-    for key in ("memory_limit_gb", "record_every"):
+    for key in ("memory_limit_gb", "record_every", "snapshots"):
         changes.pop(key, None)
     return changes
 
@@ -367,7 +378,12 @@ def _result(
 
 
 def _write(
-    evaluation: Evaluation, config: Config, trained: Config, images: AttackedImages, device: torch.device
+    evaluation: Evaluation,
+    config: Config,
+    trained: Config,
+    images: AttackedImages,
+    device: torch.device,
+    figures: tuple[Figure, ...] = (),
 ) -> None:
     """Write the four files, each all or nothing."""
     result, folder = evaluation.result, evaluation.folder
@@ -384,5 +400,5 @@ def _write(
         partial = folder / ".reconstructions.partial.png"
         draw_grid(images.truth[:n] / 255, images.reconstructions[:n] / 255, partial, captions)
         partial.replace(folder / "reconstructions.png")
-        write_text(render_report(config, trained, results, result, images, device), folder / "report.html")
+        write_text(render_report(config, trained, results, result, images, device, figures), folder / "report.html")
         write_results(results, folder / "metrics.json")

@@ -81,7 +81,12 @@ class GIAS(IterativeAttack):
 
         second = match_gradients(
             function,
-            replace(settings, iterations=n - n_first, step_size=settings.weights_step_size),
+            replace(
+                settings,
+                iterations=n - n_first,
+                step_size=settings.weights_step_size,
+                snapshots=[step - n_first for step in settings.snapshots],
+            ),
             leaks,
             DecoderWeights(self._image_prior, latents),
             targets,

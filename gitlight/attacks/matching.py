@@ -158,7 +158,8 @@ class _Searches:
         self._diverged[self.live[going & ~finite]] = True
         last = iteration == settings.iterations
         arrived = value.distance < settings.tolerance
-        shown = going & finite & (arrived | (last or iteration % settings.record_every == 0))
+        due = last or iteration % settings.record_every == 0 or iteration in settings.snapshots
+        shown = going & finite & (arrived | due)
         if self._record is not None and bool(shown.any()):
             images = self._images(self._variables[shown, : self._n_moved], self._constants[shown])
             self._record(self.live[shown], iteration, images, value.distance[shown])

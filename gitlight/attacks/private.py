@@ -21,6 +21,8 @@ from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.generators.base import Reconstruction
 from gitlight.metrics import match
+from gitlight.report.attacked import to_bytes
+from gitlight.report.snapshots import Snapshot
 from gitlight.report.trajectories import Point
 from gitlight.runs import checkpoint_path, run_folder
 
@@ -43,6 +45,7 @@ class Attacked:
     found: Reconstruction
     seconds: float
     points: list[Point]
+    snapshots: list[Snapshot]
 
 
 def attack_iteratively(
@@ -84,7 +87,7 @@ def attack_iteratively(
             bar.finish(len(pair) - len(new))
             for start in range(0, len(new), attack.at_once):
                 rows = torch.tensor(new[start : start + attack.at_once])
-                part = _searched(attack, pair, rows, numbers[rows], settings, bar)
+                part = _searched(attack, pair, rows, numbers[rows], settings, bar, config.evaluation.n_pictures)
                 store.add(int(part["numbers"][0]), part)
                 bar.finish(len(rows))
                 done |= {int(number): (part, row) for row, number in enumerate(part["numbers"])}
@@ -145,21 +148,35 @@ def _store(config: Config, datamodule: GradientPairDataModule) -> Finished:
 
 
 def _searched(
-    attack: IterativeAttack, pair: GradientPair, rows: Tensor, numbers: Tensor, settings: MatchingConfig, bar: "_Bar"
+    attack: IterativeAttack,
+    pair: GradientPair,
+    rows: Tensor,
+    numbers: Tensor,
+    settings: MatchingConfig,
+    bar: "_Bar",
+    n_pictures: int,
 ) -> dict[str, Any]:
     """A part for the store: the leaks ``rows`` of a batch."""
     gradients: Gradients = {name: gradient[rows] for name, gradient in pair.gradients.items()}
     truth = pair.images[rows]
     lines: list[Tensor] = []
+    # First images of the first leaks; numbers and steps beside them.
+    drawn, places = [truth.new_zeros(0, *truth.shape[2:], dtype=torch.uint8).cpu()], [torch.zeros(0, 2).long()]
 
     def record(which: Tensor, iteration: int, images: Tensor, distances: Tensor) -> None:
         theirs = truth[which].to(images.dtype)
-        error = (match(images.clamp(0, 1), theirs) - theirs).square().flatten(2).mean(dim=2)
+        matched = match(images.clamp(0, 1), theirs)
+        error = (matched - theirs).square().flatten(2).mean(dim=2)
         psnr = (-10 * error.clamp_min(1e-12).log10()).mean(dim=1)
         steps = torch.full_like(psnr, iteration)
         lines.append(
             torch.stack([numbers[which.cpu()].to(psnr), steps, distances.to(psnr), psnr], dim=1).cpu().double()
         )
+        if iteration in settings.snapshots:
+            early = numbers[which.cpu()] < n_pictures
+            steps_taken = torch.full((int(early.sum()),), iteration)
+            drawn.append(to_bytes(matched[early.to(matched.device), 0]))
+            places.append(torch.stack([numbers[which.cpu()][early], steps_taken], dim=1))
         bar.under_way(len(rows), iteration, float(distances.min()) if len(distances) else torch.inf)
 
     started = time.perf_counter()
@@ -172,6 +189,8 @@ def _searched(
         "verdicts": list(found.verdicts),
         "seconds": seconds,
         "lines": torch.cat(lines) if lines else torch.zeros(0, 4, dtype=torch.float64),
+        "snapshots": torch.cat(drawn),
+        "places": torch.cat(places),
     }
 
 
@@ -179,7 +198,9 @@ def _joined(
     pair: GradientPair, numbers: Tensor, done: dict[int, tuple[dict[str, Any], int]], identifiers: Any
 ) -> Attacked:
     """A batch's searches, from the parts that hold them."""
-    images, verdicts, seconds, points = [], [], 0.0, []
+    images, verdicts, seconds = [], [], 0.0
+    points: list[Point] = []
+    snapshots: list[Snapshot] = []
     for position, number in enumerate(numbers.tolist()):
         part, row = done[number]
         images.append(part["images"][row])
@@ -188,5 +209,7 @@ def _joined(
         lines = part["lines"][part["lines"][:, 0] == number]
         name = identifiers[int(pair.indices[position, 0])]
         points += [Point(number, name, int(step), distance, psnr) for _, step, distance, psnr in lines.tolist()]
+        shown = (part["places"][:, 0] == number).nonzero().flatten().tolist()
+        snapshots += [Snapshot(number, int(part["places"][at, 1]), part["snapshots"][at]) for at in shown]
     found = Reconstruction(torch.stack(images).to(pair.images.device), tuple(verdicts))
-    return Attacked(pair, found, seconds, points)
+    return Attacked(pair, found, seconds, points, snapshots)

@@ -81,6 +81,11 @@ class MatchingConfig(AttackConfig):
     dtype: str = setting("float32", "precision of the search", choices=["float32", "float64"])
     memory_limit_gb: float = setting(2.0, "memory for the searches that run at once, in GB", above=0)
     record_every: int = setting(50, "iterations between points of the trajectories", minimum=1)
+    snapshots: list[int] = setting(
+        [0, 10, 30, 100, 300, 1000, 3000],
+        "iterations at which the first evaluation.n_pictures reconstructions are drawn, beside the last",
+        minimum=0,
+    )
 
 
 @dataclass

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,19 @@ class Picture:
     psnr: str
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A picture of its own on the page: a ``data:`` address and a caption."""
+
+    address: str
+    caption: str
+
+    @classmethod
+    def of(cls, path: Path, caption: str) -> "Figure":
+        """From a PNG file."""
+        return cls(_address(path.read_bytes()), caption)
+
+
 def render_report(
     config: Config,
     trained: Config,
@@ -64,6 +78,7 @@ def render_report(
     result: Result,
     images: AttackedImages,
     device: torch.device,
+    figures: Sequence[Figure] = (),
 ) -> str:
     """The page.
 
@@ -74,6 +89,7 @@ def render_report(
         result: the evaluation that the page is about.
         images: what was attacked.
         device: where the attack ran, for its time per image.
+        figures: how a search went.
     """
     environment = Environment(
         loader=PackageLoader("gitlight", "report"),
@@ -99,6 +115,7 @@ def render_report(
         image_size=f"{height} × {width}",
         grey=images.truth.shape[1] == 1,
         histogram=histogram(psnr),
+        figures=figures,
         chart=(WIDTH, HEIGHT),
         chart_left=LEFT,
         chart_words=_chart_words(psnr),
@@ -153,7 +170,11 @@ def _png_address(image: Tensor) -> str:
     array = image.permute(1, 2, 0).numpy()
     file = io.BytesIO()
     Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).save(file, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return _address(file.getvalue())
+
+
+def _address(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _chart_words(psnr: Tensor) -> str:

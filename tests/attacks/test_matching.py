@@ -156,7 +156,7 @@ def test_the_best_on_the_way_counts(function):
 def test_the_record_shows_the_way(function):
     images, targets, leaks = leaks_of(function)
     seen = []
-    settings = replace(DLG, iterations=20, record_every=8)
+    settings = replace(DLG, iterations=20, record_every=8, snapshots=[3])
     match_gradients(
         function,
         settings,
@@ -165,7 +165,7 @@ def test_the_record_shows_the_way(function):
         targets,
         lambda rows, iteration, shown, distances: seen.append((rows.tolist(), iteration, shown.shape, distances)),
     )
-    assert [iteration for _, iteration, _, _ in seen] == [0, 8, 16, 20]
+    assert [iteration for _, iteration, _, _ in seen] == [0, 3, 8, 16, 20]
     assert all(rows == [0, 1, 2] and shape == images.shape for rows, _, shape, _ in seen)
     assert (seen[-1][3] < seen[0][3]).all()
 

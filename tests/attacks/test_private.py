@@ -76,7 +76,14 @@ def test_every_attack_leaves_results_and_its_way(load, tmp_path, name):
     assert len({row["leak"] for row in points}) == 6
     with Image.open(path.with_name("all.png")) as picture:
         assert picture.width > 600
-    assert (run / "evaluation" / "report.html").is_file()
+    with Image.open(path.with_suffix(".png")) as picture:
+        # truth, iterations 0 and 10, result
+        assert (picture.width, picture.height) == (2 * 12 + 150 + 3 * 68 - 4, 2 * 12 + 4 * 68)
+        shown = torch.tensor(picture.getdata()).view(picture.height, picture.width, 3)
+        assert shown[12 + 34, 12 + 150 : -12].float().std() > 10, "images, not blanks"
+    report = (run / "evaluation" / "report.html").read_text()
+    assert "How the search went" in report
+    assert report.count('<img class="wide" src="data:image/png;base64,') == 2
     assert (run / "config.yaml").is_file(), "so that the folder alone can be evaluated again"
     assert not (run / "evaluation" / private.UNFINISHED).exists() or not any(
         (run / "evaluation" / private.UNFINISHED).rglob("*.pt")

@@ -11,7 +11,7 @@ from gitlight.attacks.image_prior import ImagePrior
 from gitlight.attacks.iterative import IterativeAttack, Prior
 from gitlight.attacks.matching import Matched, Record, match_gradients, searches_at_once
 from gitlight.attacks.variables import DecoderWeights, Latents, n_weights
-from gitlight.config import GIASConfig
+from gitlight.config import GIASConfig, MatchingConfig
 from gitlight.data.pair import Gradients
 
 
@@ -36,21 +36,24 @@ class GIAS(IterativeAttack):
     ) -> None:
         """Args: those of `IterativeAttack`, and the image prior."""
         super().__init__(architecture, function, settings, client_batch_size, seed, prior)
-        self._gias, self._image_prior = settings, image_prior
-        # A search holds its own weights, their gradient, Adam's two means, the best so far, and a copy under way.
-        self.at_once = searches_at_once(architecture, settings, client_batch_size, 6 * n_weights(image_prior.decoder))
+        self._image_prior = image_prior
+        # A search holds its own weights, their gradient, Adam's two means, the best so far, and copies under way.
+        further = 10 * n_weights(image_prior.decoder) + 4 * client_batch_size * image_prior.n_activations
+        self.at_once = searches_at_once(architecture, settings, client_batch_size, further)
 
     def _matched(
         self,
         function: LeakedFunction,
         leaks: Gradients,
+        settings: MatchingConfig,
         start: Tensor,
         seeds: list[int],
         targets: Tensor,
         record: Record | None,
         prior: Tensor | None,
     ) -> Matched:
-        settings, n = self._gias, self._gias.iterations
+        assert isinstance(settings, GIASConfig)
+        n = settings.iterations
         n_first = round(settings.latent_share * n)
         drawing, place = torch.Size((self._n_images, self._image_prior.latent_size)), torch.device("cpu")
         drawn = [
@@ -85,6 +88,7 @@ class GIAS(IterativeAttack):
                 settings,
                 iterations=n - n_first,
                 step_size=settings.weights_step_size,
+                prior_weight=0.0,  # it has fallen to zero in the first search
                 snapshots=[step - n_first for step in settings.snapshots],
             ),
             leaks,
@@ -95,4 +99,11 @@ class GIAS(IterativeAttack):
         )
         if first is None:
             return second
-        return second._replace(iterations=first.iterations + second.iterations)
+        lost = torch.isinf(second.distances)
+        return second._replace(
+            images=torch.where(lost.view(-1, 1, 1, 1, 1), first.images, second.images),
+            targets=torch.where(lost.view(-1, 1, 1), first.targets, second.targets),
+            distances=torch.where(lost, first.distances, second.distances),
+            iterations=first.iterations + second.iterations,
+            diverged=first.diverged | second.diverged,
+        )

@@ -72,6 +72,16 @@ class ImagePrior(LightningModule):
         if optimizer is None:
             self.freeze()
 
+    @property
+    def n_activations(self) -> int:
+        """Numbers that the decoder computes for one image."""
+        values, total = self.log_std.new_zeros(1, self.latent_size), 0
+        with torch.no_grad():
+            for layer in self.decoder:
+                values = layer(values)
+                total += values.numel()
+        return total
+
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(N, C, H, W)`` in [0, 1] to means and logarithms of variances of latents, ``(N, latent size)`` each."""
         mean, log_variance = self.encoder(images).chunk(2, dim=1)
@@ -85,7 +95,7 @@ class ImagePrior(LightningModule):
 
     def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor:
         """The negative evidence lower bound of a batch's images, per pixel."""
-        seed = mixed_seed("latents", self._seed, self.trainer.global_step, self.trainer.global_rank)
+        seed = mixed_seed("latents", self._seed, self.current_epoch, batch_idx, self.trainer.global_rank)
         loss = self._loss(pair.images.flatten(0, 1), torch.Generator().manual_seed(seed))
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, sync_dist=True, batch_size=len(pair))
         return loss

@@ -1,5 +1,6 @@
 """`IterativeAttack`: leaks to images by gradient matching, from noise or from another attack's result."""
 
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,6 +32,9 @@ class Prior(Protocol):
 _SPREAD = 0.25
 """Standard deviation of the noise that a search starts from, about that of photographs, around mid-grey."""
 
+_SMALLEST_STEP = 1e-6
+"""From a prior, in pixel values: one that is exact on public images need not be so on all."""
+
 
 class Searched(NamedTuple):
     """What was found for ``B`` leaks.
@@ -52,7 +56,8 @@ class IterativeAttack:
     """Searches for images whose gradients match; see `gitlight.attacks.matching`.
 
     Attributes:
-        settings: of the attack, in proportion to its prior.
+        settings: of searches from noise.
+        settings_from_prior: of those from a prior's images.
         at_once: leaks that fit into ``attack.memory_limit_gb``.
     """
 
@@ -64,10 +69,23 @@ class IterativeAttack:
         client_batch_size: int,
         seed: int,
         prior: Prior | None = None,
+        prior_error: float | None = None,
     ) -> None:
-        """Args: the leaked model as the attack knows it, settings, images per leak, a seed, and what to start from."""
+        """Args: the leaked model as the attack knows it, settings, images per leak, a seed, what to start from.
+
+        ``prior_error`` is the root mean squared error of that start, in whose proportion searches from it take steps.
+        """
         self._architecture, self._function, self.settings = architecture, function, settings
         self._n_images, self._seed, self._prior = client_batch_size, seed, prior
+        self._restart_spread = 0.2 * min(_SPREAD, _SPREAD if prior_error is None else prior_error)
+        self.settings_from_prior = settings
+        if prior_error is not None:
+            scale = min(1.0, prior_error)
+            self.settings_from_prior = replace(
+                settings,
+                step_size=max(_SMALLEST_STEP, settings.step_size * scale),
+                total_variation=settings.total_variation * scale**2,
+            )
         self.at_once = searches_at_once(architecture, settings, client_batch_size)
 
     def search(
@@ -91,9 +109,21 @@ class IterativeAttack:
         verdicts = ["failed: the gradient is zero, or not finite"] * len(first)
         if len(which):
             with torch.autocast(first.device.type, enabled=False), full_float32():
-                self._search_usable(
-                    gradients, numbers, labels, which, dtype, record, images, distances, iterations, verdicts
-                )
+                known = None if labels is None else labels[which]
+                given = {name: gradient[which] for name, gradient in gradients.items()}
+                prior = None if self._prior is None else self._prior(given, numbers[which], known).to(images)
+                begun = torch.zeros_like(which, dtype=torch.bool)
+                if prior is not None:
+                    begun = torch.isfinite(prior).flatten(1).all(dim=1)
+                # A leak for which the prior has no image is searched for from noise, with noise's steps.
+                for rows, settings in ((begun, self.settings_from_prior), (~begun, self.settings)):
+                    if not bool(rows.any()):
+                        continue
+                    start = prior[rows] if prior is not None and rows is begun else None
+                    self._search_usable(
+                        gradients, numbers, labels, which[rows], dtype, record, images, distances, iterations,
+                        verdicts, start, settings,
+                    )  # fmt: skip
         return Searched(images.float().clamp(0, 1), tuple(verdicts), distances, iterations)
 
     def _search_usable(
@@ -108,13 +138,14 @@ class IterativeAttack:
         distances: Tensor,
         iterations: Tensor,
         verdicts: list[str],
+        prior: Tensor | None,
+        settings: MatchingConfig,
     ) -> None:
         """Fill in what is found for the leaks that are ``which``."""
         function = self._function.to(images.device, dtype)
         given = {name: gradient[which] for name, gradient in gradients.items()}
         leaks = {name: gradient.to(dtype) for name, gradient in given.items()}
         known = None if labels is None else labels[which]
-        prior = None if self._prior is None else self._prior(given, numbers[which], known).to(images)
         for restart in range(self.settings.restarts):
             seeds = [mixed_seed("attack start", self._seed, restart, int(number)) for number in numbers[which]]
             start = self._start(prior, restart, seeds, images)
@@ -127,7 +158,14 @@ class IterativeAttack:
                 record(which[rows], iteration, shown, apart)
 
             found = self._matched(
-                function, leaks, start, seeds, targets, told if record is not None and restart == 0 else None, prior
+                function,
+                leaks,
+                settings,
+                start,
+                seeds,
+                targets,
+                told if record is not None and restart == 0 else None,
+                prior,
             )
             better = found.distances < distances[which]
             rows = which[better]
@@ -144,6 +182,7 @@ class IterativeAttack:
         self,
         function: LeakedFunction,
         leaks: Gradients,
+        settings: MatchingConfig,
         start: Tensor,
         seeds: list[int],
         targets: Tensor,
@@ -151,7 +190,7 @@ class IterativeAttack:
         prior: Tensor | None,
     ) -> Matched:
         """One search for each leak, from the images ``start`` on; ``seeds`` are for what else is drawn."""
-        return match_gradients(function, self.settings, leaks, Pixels(start, self.settings.box), targets, record, prior)
+        return match_gradients(function, settings, leaks, Pixels(start, settings.box), targets, record, prior)
 
     def _start(self, prior: Tensor | None, restart: int, seeds: list[int], like: Tensor) -> Tensor:
         shape = (self._n_images, *self._architecture.image_shape)
@@ -161,7 +200,7 @@ class IterativeAttack:
         if prior is not None:
             usable = torch.isfinite(prior).flatten(1).all(dim=1).view(-1, 1, 1, 1, 1)
             # The first search starts from the prior itself, further ones from around it.
-            start = torch.where(usable, prior + (0.0 if restart == 0 else 0.2 * _SPREAD) * drawn, start)
+            start = torch.where(usable, prior + (0.0 if restart == 0 else self._restart_spread) * drawn, start)
         return start.clamp(0, 1) if self.settings.box else start
 
     def _targets(self, gradients: Gradients, seeds: list[int], labels: Tensor | None, like: Tensor) -> Tensor:

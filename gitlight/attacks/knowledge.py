@@ -14,7 +14,7 @@ from gitlight.attacks import ATTACKS
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.iterative import IterativeAttack, Prior
 from gitlight.attacks.searches import build_search, check_image_prior
-from gitlight.config import Config, MatchingConfig
+from gitlight.config import Config, GIASConfig, MatchingConfig
 from gitlight.config_loading import component_settings
 from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import Gradients
@@ -29,6 +29,11 @@ log = logging.getLogger(__name__)
 _GRAY = "gray"
 _N_TRIED = 64
 """Public images that a prior is tried on."""
+
+_OF_THE_LAST_ATTACK = (
+    "name", "prior", "prior_settings", "prior_weight", "prior_scaling", "knowledge", "recovered_from", "record_every",
+    "snapshots",
+)  # fmt: skip
 
 
 class Knowledge(NamedTuple):
@@ -120,22 +125,19 @@ def knowledge_of(config: Config, datamodule: GradientPairDataModule, device: tor
     function = LeakedFunction(architecture, weights)
     start = _start(config, settings, function, datamodule, device)
     items += start.items
-    if start.error is not None and settings.prior_scaling and settings.optimizer != "lbfgs":
-        settings = replace(
-            settings,
-            step_size=settings.step_size * min(1.0, start.error),
-            total_variation=settings.total_variation * min(1.0, start.error) ** 2,
-        )
+    search = build_search(
+        settings, architecture, function, config.data.client_batch_size, config.seed, start.prior, device, start.error
+    )
+    if start.error is not None:
         log.info(
             "the prior's root mean squared error on public images is %.3g: steps of %.2g, total variation weighs %.2g",
             start.error,
-            settings.step_size,
-            settings.total_variation,
+            search.settings_from_prior.step_size,
+            search.settings_from_prior.total_variation,
         )
-    search = build_search(
-        settings, architecture, function, config.data.client_batch_size, config.seed, start.prior, device
-    )
-    order = ("architecture", "pairs", "parameters", "labels", "prior")
+    if isinstance(settings, GIASConfig):
+        items.append("image_prior")
+    order = ("architecture", "pairs", "parameters", "labels", "image_prior", "prior")
     return Knowledge(search, tuple(item for item in order if item in items))
 
 
@@ -170,9 +172,14 @@ def _start(
         search = build_search(earlier, datamodule.architecture, function, n_images, config.seed, None, device)
 
         def found(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Tensor:
-            return search.search(gradients, numbers, labels if earlier.labels == "given" else None).images
+            known = labels if earlier.labels == "given" else None
+            parts = []
+            for rows in torch.arange(len(numbers)).split(search.at_once):
+                own = {name: gradient[rows] for name, gradient in gradients.items()}
+                parts.append(search.search(own, numbers[rows], None if known is None else known[rows]).images)
+            return torch.cat(parts)
 
-        return _Start(found, ("prior", "labels") if earlier.labels == "given" else ("prior",))
+        return _Start(found, ("image_prior", "prior") if isinstance(earlier, GIASConfig) else ("prior",))
     path = Path(named)
     if path.is_dir():
         generator, _ = generator_of_run(
@@ -183,7 +190,9 @@ def _start(
             with torch.no_grad():
                 return generator.reconstruct(gradients).images
 
-        return _Start(reconstructed, ("pairs", "prior"), _error(reconstructed, datamodule, device))
+        scaled = settings.prior_scaling and settings.optimizer != "lbfgs" and not isinstance(settings, GIASConfig)
+        error = _error(reconstructed, datamodule, device) if scaled else None
+        return _Start(reconstructed, ("pairs", "prior"), error)
     image = torch.full(shape, 0.5) if named == _GRAY else _image_file(path, shape)
     return _Start(
         lambda gradients, numbers, labels: image.expand(len(next(iter(gradients.values()))), n_images, *shape),
@@ -204,15 +213,25 @@ def _earlier_attack(settings: MatchingConfig) -> MatchingConfig | None:
                 f"attack.prior_settings: attack.prior is {named}, and only an iterative attack's name has settings."
             )
         return None
-    given = {**settings.prior_settings, "name": named}
-    earlier = component_settings(ATTACKS, given, "attack.prior_settings", {})
-    assert isinstance(earlier, MatchingConfig)
-    for key in ("prior", "knowledge"):
-        if key in settings.prior_settings:
+    place = "attack.prior_settings"
+    for key in settings.prior_settings:
+        if key in _OF_THE_LAST_ATTACK:
             raise ConfigError(
-                f"attack.prior_settings.{key}: the attack before starts from noise, and knows what this one knows. "
-                "Leave it out."
+                f"{place}.{key}: the attack before starts from noise, knows what this one knows, and leaves only "
+                "its images. Leave it out."
             )
+    sources = {f"{place}.{key}": "the config" for key in settings.prior_settings}
+    earlier = component_settings(ATTACKS, {**settings.prior_settings, "name": named}, place, sources)
+    assert isinstance(earlier, MatchingConfig)
+    if earlier.labels == "given" and settings.labels != "given":
+        raise ConfigError(f"{place}.labels: given, and attack.labels is {settings.labels}. Give attack.labels=given.")
+    if earlier.batch_norm_statistics > 0 and settings.knowledge == "recovered":
+        raise ConfigError(
+            f"{place}.batch_norm_statistics: running statistics are the leaked model's, and attack.knowledge=recovered "
+            "knows what pairs give. Give 0."
+        )
+    if settings.labels == "given" and "labels" not in settings.prior_settings:
+        earlier = replace(earlier, labels="given")
     check_image_prior(earlier)
     return earlier
 
@@ -220,11 +239,11 @@ def _earlier_attack(settings: MatchingConfig) -> MatchingConfig | None:
 def _error(prior: Prior, datamodule: GradientPairDataModule, device: torch.device) -> float | None:
     """Root mean squared error on public images held out; None where there is no image."""
     squares = []
-    for pair in datamodule.held_out_pairs(device, _N_TRIED):
+    for pair in datamodule.held_out_pairs(device, max(_N_TRIED, datamodule.settings.client_batch_size)):
         found = match(prior(pair.gradients, pair.indices[:, 0], None), pair.images)
         error = (found - pair.images).square().flatten(1).mean(dim=1)
         squares.append(error[torch.isfinite(error)])
-    errors = torch.cat(squares)
+    errors = torch.cat(squares) if squares else torch.zeros(0)
     return float(errors.mean().sqrt()) if len(errors) else None
 
 

@@ -33,7 +33,7 @@ UNFINISHED = "unfinished"
 _OF_NO_CONSEQUENCE = {
     "attack": ("memory_limit_gb",),
     "gradients": ("memory_limit_gb", "method"),
-    "data": ("memory_limit_gb", "num_workers", "batch_size", "horizontal_flip", "n_public_images", "n_validation"),
+    "data": ("memory_limit_gb", "num_workers", "batch_size", "horizontal_flip"),
 }
 
 
@@ -125,7 +125,8 @@ def forget_parts(config: Config, datamodule: GradientPairDataModule) -> None:
 
 def _store(config: Config, datamodule: GradientPairDataModule) -> Finished:
     plain = to_plain(config)
-    for key in ("output_dir", "logging", "evaluation", "trainer", "generator", "optimizer"):
+    plain["n_pictures"] = config.evaluation.n_pictures  # snapshots are kept of so many
+    for key in ("output_dir", "logging", "evaluation", "trainer", "generator", "optimizer", "image_prior"):
         plain.pop(key)
     # What says how, and not what.
     for section, keys in _OF_NO_CONSEQUENCE.items():
@@ -135,8 +136,13 @@ def _store(config: Config, datamodule: GradientPairDataModule) -> Finished:
     digest.update(datamodule.leaked_model.fingerprint().encode())
     settings = check_attack(config)
     recovered = settings.recovered_from or str(run_folder(config))
-    through = settings.image_prior if isinstance(settings, GIASConfig) else settings.prior_settings.get("image_prior")
-    for named in (settings.prior, recovered if settings.knowledge == "recovered" else None, through):
+    own = settings.image_prior if isinstance(settings, GIASConfig) else None
+    for named in (
+        settings.prior,
+        recovered if settings.knowledge == "recovered" else None,
+        own,
+        settings.prior_settings.get("image_prior"),
+    ):
         # A run that was made again under the same name is another one.
         path = None if named is None else Path(named)
         file = checkpoint_path(path, "best") if path is not None and path.is_dir() else path

@@ -1,6 +1,7 @@
 """`build_search`: the iterative attack that settings name."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,12 @@ from gitlight.errors import ConfigError
 
 
 def check_image_prior(settings: MatchingConfig) -> None:
-    """Raises: ConfigError, if the attack searches through an image prior, and none is given."""
+    """Raises: ConfigError, if the attack searches through an image prior, and none is given, or by L-BFGS."""
+    if isinstance(settings, GIASConfig) and settings.optimizer == "lbfgs":
+        raise ConfigError(
+            "attack.optimizer: lbfgs keeps a hundred copies of what gias moves, a decoder's weights for each leak. "
+            "Give adam or signed_adam."
+        )
     if isinstance(settings, GIASConfig) and settings.image_prior is None:
         raise ConfigError(
             "attack.image_prior: gias searches through an image prior. Train one, `python train.py "
@@ -31,6 +37,7 @@ def build_search(
     seed: int,
     prior: Prior | None,
     device: torch.device,
+    prior_error: float | None = None,
 ) -> IterativeAttack:
     """Args: those of `IterativeAttack`, and where an image prior is to be.
 
@@ -38,8 +45,10 @@ def build_search(
         ConfigError, CheckpointError: the image prior that the settings name is missing or does not fit.
     """
     check_image_prior(settings)
-    further = {}
-    if isinstance(settings, GIASConfig) and settings.image_prior is not None:
+    further: dict[str, Any] = {}
+    if not isinstance(settings, GIASConfig):
+        further["prior_error"] = prior_error
+    elif settings.image_prior is not None:
         further["image_prior"] = load_image_prior(Path(settings.image_prior), architecture.image_shape, device)
     search = ATTACKS[settings.name].load()(architecture, function, settings, client_batch_size, seed, prior, **further)
     assert isinstance(search, IterativeAttack)

@@ -36,7 +36,7 @@ class MatchingConfig(AttackConfig):
     prior_scaling: bool = setting(
         True,
         "from a trained generator's images: take steps in proportion to its error on public images held out, and weigh "
-        "total variation in proportion to that error squared; false: as from noise",
+        "total variation in proportion to that error squared (not lbfgs, not gias); false: as from noise",
     )
     prior_weight: float = setting(
         0.0, "weight of the mean squared distance to the prior, at the start; falls to zero along a cosine", minimum=0

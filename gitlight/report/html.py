@@ -30,6 +30,7 @@ KNOWLEDGE = {
     "pairs": "example pairs: public images of the attacker's own, each with the gradient that the model gives for it",
     "parameters": "the attacked model's weights",
     "labels": "the labels of the private images",
+    "image_prior": "a model of what images look like, trained on public ones",
     "prior": "the reconstructions of another attack, as a starting point",
 }
 """Words for what an attack may be given, for readers who do not know the field."""
@@ -104,7 +105,11 @@ def render_report(
         result=result,
         metrics=METRICS,
         knowledge=[KNOWLEDGE[item] for item in result.knowledge],
-        unknown=[words for item, words in KNOWLEDGE.items() if item not in result.knowledge and item != "prior"],
+        unknown=[
+            words
+            for item, words in KNOWLEDGE.items()
+            if item not in result.knowledge and item not in ("prior", "image_prior")
+        ],
         results=results,
         other_model=config.leaked != trained.leaked,
         trained_channel=describe_channel(trained.channel),

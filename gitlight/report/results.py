@@ -66,7 +66,8 @@ class Result:
         metrics: ``mse``, ``psnr`` in dB, ``ssim``, and ``lpips`` where it could be had.
         label_accuracy: share of labels read off the leak correctly, in [0, 1]; None where none is read.
         seconds_per_image: time of the attack alone, without making the gradients.
-        knowledge: what the attack was given: ``architecture``, ``pairs``, ``parameters``, ``labels``, ``prior``.
+        knowledge: what the attack was given: ``architecture``, ``pairs``, ``parameters``, ``labels``,
+            ``image_prior``, ``prior``.
         n_failed: images whose reconstruction was not finite; counted in the metrics as a complete failure.
         verdicts: what the attack itself says of its reconstructions → number of images; empty where it says nothing.
     """

@@ -162,7 +162,8 @@ def test_evaluations_search_through_an_image_prior(run, tmp_path, attack):
     assert evaluation.result.n_images == 4
     assert evaluation.result.n_failed == 0
     (entry,) = json.loads((evaluation.folder / "metrics.json").read_text())["results"]
-    assert ("prior" in entry["knowledge"]) == ("prior" in " ".join(attack))
+    assert ("prior" in entry["knowledge"]) == ("attack.prior=" in " ".join(attack))
+    assert "image_prior" in entry["knowledge"]
 
 
 def test_bad_image_priors_are_named(run, tmp_path):
@@ -180,7 +181,7 @@ def test_bad_image_priors_are_named(run, tmp_path):
         attack(f"attack.image_prior={run / 'mlp'}")
     with pytest.raises(ConfigError, match=r"images of \(3, 32, 32\).*\(3, 16, 16\)"):
         attack(f"attack.image_prior={run / 'vae'}", "data.image_size=16")
-    with pytest.raises(ConfigError, match=r"attack\.prior_settings\.iterations.*too small"):
+    with pytest.raises(ConfigError, match=r"attack\.prior_settings\.iterations: 0 \(in the config\) is too small"):
         attack("attack.prior=dlg", "attack.prior_settings.iterations=0", name="ig")
     with pytest.raises(ConfigError, match=r"attack\.prior_settings\.iteration: no such setting.*iterations"):
         attack("attack.prior=dlg", "attack.prior_settings.iteration=3", name="ig")
@@ -197,6 +198,31 @@ def test_bad_image_priors_are_named(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"best\.ckpt"):
         attack(f"attack.image_prior={damaged}")
     assert not (tmp_path / "run" / "evaluation" / "metrics.json").exists()
+
+
+def test_labels_are_given_to_both_attacks_or_to_none(run, tmp_path):
+    def attack(*overrides):
+        settings = ["attack=ig", "attack.prior=dlg", "attack.iterations=2", "attack.prior_settings.iterations=2"]
+        return evaluate(load_config(run / "small.yaml", [*settings, f"output_dir={tmp_path}/run", *overrides]))
+
+    with pytest.raises(ConfigError, match=r"attack\.prior_settings\.labels: given, and attack\.labels is recovered"):
+        attack("attack.prior_settings.labels=given")
+    assert attack("attack.labels=given").result.knowledge == ("architecture", "parameters", "labels", "prior")
+
+
+def test_lbfgs_over_decoder_weights_is_refused(run):
+    overrides = ["attack=gias", f"attack.image_prior={run / 'vae'}", "attack.optimizer=lbfgs"]
+    with pytest.raises(ConfigError, match=r"attack\.optimizer: lbfgs keeps"):
+        evaluate(load_config(run / "small.yaml", overrides))
+
+
+def test_client_batches_restarts_and_few_at_once(run, tmp_path):
+    config = load_config(
+        run / "small.yaml",
+        ["attack=gias", f"attack.image_prior={run / 'vae'}", "attack.iterations=4", "attack.restarts=2",
+         "data.client_batch_size=2", "attack.memory_limit_gb=1e-6", f"output_dir={tmp_path / 'run'}"],
+    )  # fmt: skip
+    assert evaluate(config).result.n_failed == 0
 
 
 @pytest.mark.parametrize(("size", "channels", "message"), [(24, 16, "power of two"), (32, 12, "multiple of 8")])
@@ -217,7 +243,7 @@ def test_steps_are_in_proportion_to_the_priors_error(run, tmp_path):
             ["attack=ig", f"attack.prior={run / 'mlp'}", f"attack.prior_scaling={scaling}", f"output_dir={tmp_path}"],
         )
         pairs = build_pairs(config)
-        found[scaling] = knowledge_of(config, pairs, torch.device("cpu")).search.settings
+        found[scaling] = knowledge_of(config, pairs, torch.device("cpu")).search.settings_from_prior
         prior_error = []
         for pair in pairs.held_out_pairs(torch.device("cpu"), 64):
             from gitlight.trained import generator_of_run

@@ -68,6 +68,19 @@ def test_where_a_prior_has_no_image_the_search_starts_from_noise():
     assert torch.isfinite(found[1]).all()
 
 
+def test_a_leak_without_a_priors_image_takes_the_steps_of_noise():
+    images = torch.rand(2, 1, 3, 4, 4)
+    images[1] = torch.nan
+    function, noise = make(MatchingConfig(iterations=20))
+    attack = IterativeAttack(
+        function.architecture, function, MatchingConfig(iterations=20), 1, 0, lambda *_: images, prior_error=0.001
+    )
+    _, _, gradients = leaks(function, 2)
+    found = attack.search(gradients, torch.arange(2)).images
+    assert (found[0] - images[0]).abs().max() <= 20 * 1e-4 + 1e-6
+    torch.testing.assert_close(found[1], noise.search(gradients, torch.arange(2)).images[1], rtol=0, atol=1e-3)
+
+
 def test_labels_go_to_the_images_that_they_fit():
     function, _ = make(MatchingConfig())
     images = torch.rand(1, 3, 3, 4, 4)

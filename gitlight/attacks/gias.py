@@ -88,7 +88,8 @@ class GIAS(IterativeAttack):
                 settings,
                 iterations=n - n_first,
                 step_size=settings.weights_step_size,
-                prior_weight=0.0,  # it has fallen to zero in the first search
+                # In a first search it has fallen to zero.
+                prior_weight=settings.prior_weight if first is None else 0.0,
                 snapshots=[step - n_first for step in settings.snapshots],
             ),
             leaks,

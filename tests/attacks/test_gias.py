@@ -11,12 +11,14 @@ from gitlight.architecture import Architecture
 from gitlight.attacks.gias import GIAS
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.image_prior import ImagePrior, load_image_prior
+from gitlight.attacks.knowledge import knowledge_of
 from gitlight.attacks.variables import DecoderWeights, Latents
 from gitlight.config import GIASConfig, ImagePriorConfig
 from gitlight.config_loading import load_config
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.evaluation import evaluate
-from gitlight.training import train
+from gitlight.trained import generator_of_run
+from gitlight.training import build_pairs, train
 
 SHAPE = (3, 8, 8)
 SMALL = (
@@ -232,10 +234,6 @@ def test_sizes_that_cannot_be_made_are_refused(size, channels, message):
 
 
 def test_steps_are_in_proportion_to_the_priors_error(run, tmp_path):
-    """With steps of nearly zero nothing moves: what is found is the prior's image, be it scaled or not."""
-    from gitlight.attacks.knowledge import knowledge_of
-    from gitlight.training import build_pairs
-
     found = {}
     for scaling in ("true", "false"):
         config = load_config(
@@ -246,8 +244,6 @@ def test_steps_are_in_proportion_to_the_priors_error(run, tmp_path):
         found[scaling] = knowledge_of(config, pairs, torch.device("cpu")).search.settings_from_prior
         prior_error = []
         for pair in pairs.held_out_pairs(torch.device("cpu"), 64):
-            from gitlight.trained import generator_of_run
-
             generator, _ = generator_of_run(
                 run / "mlp", "attack.prior", pairs.architecture, pairs.leaked_model.fingerprint(), 1,
                 torch.device("cpu"),

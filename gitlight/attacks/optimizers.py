@@ -53,59 +53,97 @@ class Adam(RowOptimizer):
 class LBFGS(RowOptimizer):
     """Limited-memory BFGS (Liu and Nocedal 1989) without line search, as `torch.optim.LBFGS` by default, row by row.
 
-    A row whose direction does not descend starts again from its gradient.
+    Directions are those of the compact representation (Byrd, Nocedal and Schnabel 1994, Eq. 3.1) with the triangular
+    systems in double precision: the history is read twice a step, as two batched products, where the usual recursion
+    goes through it pair by pair. A row whose direction does not descend starts again from its gradient.
     """
 
     def __init__(self, history: int = 100) -> None:
         self._history = history
-        self._steps: list[Tensor] = []
-        self._changes: list[Tensor] = []
         self._former: tuple[Tensor, Tensor] | None = None
+        self._memory: _Memory | None = None
 
     def step(self, variables: Tensor, gradients: Tensor, size: float) -> Tensor:
         """One step; the first has an ℓ₁ norm of at most ``size``."""
+        direction = -gradients
         if self._former is not None:
-            step, change = variables - self._former[0], gradients - self._former[1]
-            # Pairs without curvature teach nothing: rows that have one keep their history by a pair of zeros.
-            good = ((step * change).sum(dim=1, keepdim=True) > 1e-10 * change.square().sum(dim=1, keepdim=True)).to(
-                step
-            )
-            self._steps = [*self._steps, step * good][-self._history :]
-            self._changes = [*self._changes, change * good][-self._history :]
-        direction = self._direction(gradients)
+            if self._memory is None:
+                self._memory = _Memory(gradients, self._history)
+            direction = -self._memory.newton(variables - self._former[0], gradients - self._former[1], gradients)
         descends = (direction * gradients).sum(dim=1, keepdim=True) < 0
         direction = torch.where(descends, direction, -gradients)
         first = size * (1 / gradients.abs().sum(dim=1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
-        fresh = ~descends if self._steps else torch.ones_like(descends)
+        fresh = ~descends if self._memory is not None else torch.ones_like(descends)
         scale = torch.where(fresh, first, torch.full_like(first, size))
         self._former = (variables, gradients)
         return variables + scale * direction
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
-        self._steps = [step[rows] for step in self._steps]
-        self._changes = [change[rows] for change in self._changes]
+        if self._memory is not None:
+            self._memory.keep(rows)
         if self._former is not None:
             self._former = (self._former[0][rows], self._former[1][rows])
 
-    def _direction(self, gradients: Tensor) -> Tensor:
-        if not self._steps:
-            return -gradients
-        products = [(s * y).sum(dim=1, keepdim=True) for s, y in zip(self._steps, self._changes, strict=True)]
-        inverses = [torch.where(p > 0, 1 / p.clamp_min(1e-300), 0.0) for p in products]
-        remaining = -gradients
-        factors = []
-        for s, y, inverse in zip(reversed(self._steps), reversed(self._changes), reversed(inverses), strict=True):
-            factor = inverse * (s * remaining).sum(dim=1, keepdim=True)
-            remaining = remaining - factor * y
-            factors.append(factor)
-        scale = torch.ones_like(products[0])
-        for product, y in zip(products, self._changes, strict=True):  # of the latest pair that has curvature
-            scale = torch.where(product > 0, product / y.square().sum(dim=1, keepdim=True).clamp_min(1e-300), scale)
-        remaining = remaining * scale
-        for s, y, inverse, factor in zip(self._steps, self._changes, inverses, reversed(factors), strict=True):
-            remaining = remaining + (factor - inverse * (y * remaining).sum(dim=1, keepdim=True)) * s
-        return remaining
+
+class _Memory:
+    """The latest ``m`` steps ``S`` and changes of gradients ``Y`` of each row, and what their products tell.
+
+    Pairs lie in a ring, in the place of the oldest; products are in order of age, as the triangular systems want them.
+    """
+
+    def __init__(self, like: Tensor, history: int) -> None:
+        n_rows, n = like.shape
+        self._history, self._count = history, 0
+        self._pairs = like.new_zeros(n_rows, 2 * history, n)
+        wide = like.new_zeros(n_rows, history, history, dtype=torch.float64)
+        # A row's pair without curvature is one of zeros, and its diagonal 1: it adds nothing.
+        self._steps_changes = wide + torch.eye(history, dtype=torch.float64, device=like.device)
+        self._changes_changes = wide
+        self._scale = wide.new_ones(n_rows, 1)
+
+    def newton(self, step: Tensor, change: Tensor, gradients: Tensor) -> Tensor:
+        """Take in a pair, and apply the approximate inverse Hessian to ``(B, n)`` gradients."""
+        history = self._history
+        curvature = (step * change).sum(dim=1, keepdim=True)
+        size = change.square().sum(dim=1, keepdim=True)
+        good = curvature > 1e-10 * size  # others teach nothing
+        self._scale = torch.where(good, curvature.double() / size.double().clamp_min(1e-300), self._scale)
+        place, last = self._count % history, min(self._count, history - 1)
+        if self._count >= history:
+            for products in (self._steps_changes, self._changes_changes):
+                products[:, :-1, :-1] = products[:, 1:, 1:].clone()
+        self._count += 1
+        change = torch.where(good, change, 0.0)
+        self._pairs[:, place] = torch.where(good, step, 0.0)
+        self._pairs[:, history + place] = change
+        # With the history transposed: the other way round a batched product on a CPU takes four times as long.
+        found = torch.stack([change, gradients], dim=1) @ self._pairs.transpose(1, 2)
+        order = self._by_age()
+        of_steps, of_changes = (part[:, :, order].double() for part in found.split(history, dim=2))
+        self._steps_changes[:, :, last] = of_steps[:, 0]
+        self._steps_changes[:, last, :last] = 0.0
+        self._steps_changes[:, last, last] = torch.where(good.squeeze(1), of_steps[:, 0, last], 1.0)
+        self._changes_changes[:, :, last] = self._changes_changes[:, last] = of_changes[:, 0]
+        upper, scale = self._steps_changes, self._scale.unsqueeze(2)
+        solved = torch.linalg.solve_triangular(upper, of_steps[:, 1].unsqueeze(2), upper=True)
+        right = upper.diagonal(dim1=1, dim2=2).unsqueeze(2) * solved
+        right = right + scale * (self._changes_changes @ solved - of_changes[:, 1].unsqueeze(2))
+        for_steps = torch.linalg.solve_triangular(upper.transpose(1, 2), right, upper=False)
+        factors = torch.empty_like(found[:, :1])
+        factors[:, 0, order] = for_steps.squeeze(2).to(found)
+        factors[:, 0, history + order] = (-scale * solved).squeeze(2).to(found)
+        return self._scale.to(gradients) * gradients + (factors @ self._pairs).squeeze(1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self._pairs, self._scale = self._pairs[rows], self._scale[rows]
+        self._steps_changes, self._changes_changes = self._steps_changes[rows], self._changes_changes[rows]
+
+    def _by_age(self) -> Tensor:
+        """Places in the ring, the oldest pair's first; empty ones last."""
+        oldest = self._count % self._history if self._count > self._history else 0
+        return (torch.arange(self._history, device=self._pairs.device) + oldest) % self._history
 
 
 def build_optimizer(name: str) -> RowOptimizer:

@@ -50,20 +50,24 @@ IMAGE_PRIOR = "runs/benchmarks/image_prior"
 
 
 class PriorCase(NamedTuple):
-    """What is attacked with and without something to start from, and the runs of `generators.py` and `exact.py`."""
+    """What is attacked with and without something to start from, and the runs of `generators.py` and `exact.py`.
+
+    L-BFGS attacks ``n_by_lbfgs`` images, in double precision.
+    """
 
     config: str
     generator: str
     n_images: int
     iterations: int
+    n_by_lbfgs: int
     recovered: str | None = None
 
 
 PRIORS = {
     "prior_lenet": PriorCase(
-        "lenet_ig", "runs/benchmarks/lenet_hybrid", 50, 1200, recovered="runs/benchmarks/exact_sigmoid"
+        "lenet_ig", "runs/benchmarks/lenet_hybrid", 50, 1200, 50, recovered="runs/benchmarks/exact_sigmoid"
     ),
-    "prior_resnet20": PriorCase("resnet20_ig", "runs/benchmarks/resnet20_hybrid", 50, 300),
+    "prior_resnet20": PriorCase("resnet20_ig", "runs/benchmarks/resnet20_hybrid", 50, 200, 10),
 }
 
 
@@ -176,48 +180,57 @@ def compare() -> None:
 
 
 def with_prior(name: str) -> None:
-    """IG from noise and from others' images, those others alone, and IG with weights that were recovered from pairs."""
+    """Attacks from noise and from others' images, those others alone, and IG with weights recovered from pairs."""
     case = PRIORS[name]
     folder, half = ROOT / "runs" / "benchmarks" / f"attacks_{name}", case.iterations // 2
-    shared = [*DATA, f"evaluation.n_images={case.n_images}", "logging.wandb=off", "logging.quiet=true"]
-    searched = [f"attack.iterations={case.iterations}", "attack.record_every=10", f"output_dir={folder}"]
-    attacks = [
-        [],
-        [f"attack.prior={case.generator}"],
-        ["attack=gias", f"attack.image_prior={IMAGE_PRIOR}"],
-        [
-            "attack.prior=gias",
-            f"attack.prior_settings={{image_prior: {IMAGE_PRIOR}, iterations: {half}}}",
-            f"attack.iterations={half}",
-        ],
+    shared = [*DATA, "logging.wandb=off", "logging.quiet=true", "attack.record_every=10", f"output_dir={folder}"]
+    from_generator = f"attack.prior={case.generator}"
+    attacks: list[tuple[int, int, list[str]]] = [
+        (case.n_images, case.iterations, []),
+        (case.n_images, case.iterations, [from_generator]),
+        (case.n_by_lbfgs, case.iterations, ["attack=idlg"]),
+        (case.n_by_lbfgs, case.iterations, ["attack=idlg", from_generator]),
+        (case.n_images, case.iterations, ["attack=gias", f"attack.image_prior={IMAGE_PRIOR}"]),
+        (
+            case.n_images,
+            half,
+            ["attack.prior=gias", f"attack.prior_settings={{image_prior: {IMAGE_PRIOR}, iterations: {half}}}"],
+        ),
     ]
     if case.recovered is not None:
-        attacks.append(["attack.knowledge=recovered", f"attack.recovered_from={case.recovered}"])
-    for overrides in attacks:
+        recovered = ["attack.knowledge=recovered", f"attack.recovered_from={case.recovered}"]
+        attacks.append((case.n_images, case.iterations, recovered))
+    for n_images, iterations, overrides in attacks:
+        searched = [f"evaluation.n_images={n_images}", f"attack.iterations={iterations}"]
         _run("evaluate.py", f"configs/{case.config}.yaml", *shared, *searched, *overrides)
     _run("evaluate.py", case.generator, f"evaluation.n_images={case.n_images}", "attack=generator")
-    print("| attack | PSNR, dB | SSIM | s an image |\n| --- | --- | --- | --- |")
+    print("| attack | images | PSNR, dB | SSIM | s an image |\n| --- | --- | --- | --- | --- |")
     for path in (folder, ROOT / case.generator):
         for found in json.loads((path / "evaluation" / "metrics.json").read_text())["results"]:
-            if found["n_images"] == case.n_images:
+            if path is folder or found["n_images"] == case.n_images:
                 intervals = {key: (m["mean"], *m["ci95"]) for key, m in found["metrics"].items()}
                 named = {key: "{:.4g} [{:.4g}, {:.4g}]".format(*values) for key, values in intervals.items()}
-                print(f"| {found['attack']} | {named['psnr']} | {named['ssim']} | {found['seconds_per_image']:.2f} |")
+                cells = [found["attack"], found["n_images"], named["psnr"], named["ssim"]]
+                print("| " + " | ".join(map(str, [*cells, f"{found['seconds_per_image']:.2f}"])) + " |")
     _print_steps(folder / "evaluation" / "trajectories")
 
 
 def _print_steps(folder: Path) -> None:
-    """After how many steps each attack's median distance is where IG from noise ends."""
+    """After how many steps each attack's median distance is where the same attack, or else IG, from noise ends."""
     curves = {}
     for path in sorted(folder.glob("*.csv")):
         label, points = read_trajectories(path)
         curves[label] = mean_curve(points)
-    noise = next(curve for label, curve in curves.items() if label.startswith("ig(iterations="))
-    target = noise[-1][1]
-    print(f"\nIG from noise ends at a median distance of {target:.3g}. Steps until it is as near:\n")
+    noise = {label.split("(")[0]: curve for label, curve in curves.items() if label.split("(")[1][:5] == "itera"}
+    print()
     for label, curve in curves.items():
+        target = noise[label.split("(")[0] if label.startswith("idlg") else "ig"][-1][1]
         reached = next((str(step) for step, distance, _ in curve if distance <= target), "not reached")
-        print(f"- {label}: {reached}; at the end {curve[-1][1]:.3g}, {curve[-1][2]:.2f} dB", flush=True)
+        print(
+            f"- {label}: median distance {curve[0][1]:.3g}, at the end {curve[-1][1]:.3g}, {curve[-1][2]:.2f} dB; "
+            f"as near as from noise ({target:.3g}): {reached}",
+            flush=True,
+        )
 
 
 def _run(*command: str) -> None:

@@ -40,7 +40,7 @@ def _quick() -> Iterator[None]:
         return replace(splits, test=ImageSubset(splits.test, few))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("gitlight.callbacks.metrics", "gitlight.evaluation"):
+        for module in ("gitlight.callbacks.metrics", "gitlight.evaluation.measuring"):
             patch.setattr(f"{module}.load_lpips", lambda: None)
         patch.setattr("gitlight.training.load_images", lambda settings: photos(settings.name))
         yield
@@ -186,7 +186,9 @@ def test_summary_names_metrics_intervals_and_files(load: Load) -> None:
 
 
 def test_lpips_is_reported_where_it_can_be_had(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gitlight.evaluation.load_lpips", lambda: lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)))
+    monkeypatch.setattr(
+        "gitlight.evaluation.measuring.load_lpips", lambda: lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))
+    )
     config = load()
     evaluate(config)
     assert entries(config)[0]["metrics"]["lpips"]["mean"] == pytest.approx(

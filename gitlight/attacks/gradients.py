@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from gitlight.architecture import Architecture
+from gitlight.attacks.kinks import spread_kinks
 from gitlight.data.pair import Gradients
 
 
@@ -38,6 +39,10 @@ class LeakedFunction:
         values = {**self._parameters, **self._constants}
         moved = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in values.items()}
         return LeakedFunction(self.architecture, moved)
+
+    def with_kinks_spread(self, width: float) -> "LeakedFunction":
+        """The same function, with other second derivatives of ReLUs; see `spread_kinks`."""
+        return LeakedFunction(spread_kinks(self.architecture, width), {**self._parameters, **self._constants})
 
     def gradient(self, images: Tensor, targets: Tensor) -> Gradients:
         """Of one client batch's mean cross-entropy.

@@ -36,6 +36,13 @@ _SMALLEST_STEP = 1e-6
 """From a prior, in pixel values: one that is exact on public images need not be so on all."""
 
 
+_STEP_SHARE = 0.3
+"""Of a start's error, to take as large steps near it as from noise."""
+
+_KINK_WIDTH = 0.03
+"""Of ReLUs, near a solution; from noise, it finds nearer gradients of worse images."""
+
+
 class Searched(NamedTuple):
     """What was found for ``B`` leaks.
 
@@ -73,19 +80,15 @@ class IterativeAttack:
     ) -> None:
         """Args: the leaked model as the attack knows it, settings, images per leak, a seed, what to start from.
 
-        ``prior_error`` is the root mean squared error of that start, in whose proportion searches from it take steps.
+        ``prior_error`` is the root mean squared error of that start, in whose proportion searches from it take steps;
+        None: they are as from noise.
         """
         self._architecture, self._function, self.settings = architecture, function, settings
         self._n_images, self._seed, self._prior = client_batch_size, seed, prior
         self._restart_spread = 0.2 * min(_SPREAD, _SPREAD if prior_error is None else prior_error)
         self.settings_from_prior = settings
         if prior_error is not None:
-            scale = min(1.0, prior_error)
-            self.settings_from_prior = replace(
-                settings,
-                step_size=max(_SMALLEST_STEP, settings.step_size * scale),
-                total_variation=settings.total_variation * scale**2,
-            )
+            self.settings_from_prior = _near(settings, min(1.0, prior_error))
         self.at_once = searches_at_once(architecture, settings, client_batch_size)
 
     def search(
@@ -217,6 +220,19 @@ class IterativeAttack:
             labels = labels_from_leak(self._architecture, gradients, self._n_images)
         assert labels is not None, "attack.labels=given hands them over"
         return torch.nn.functional.one_hot(labels.to(like.device), n_classes).to(like)
+
+
+def _near(settings: MatchingConfig, error: float) -> MatchingConfig:
+    """Settings of a search that begins at images of that root mean squared error."""
+    step = settings.step_size
+    if settings.optimizer != "lbfgs":  # whose steps have a length of their own
+        step = max(_SMALLEST_STEP, _STEP_SHARE * step * error)
+    return replace(
+        settings,
+        step_size=step,
+        total_variation=settings.total_variation * error**2,
+        kink_width=_KINK_WIDTH if settings.kink_width is None else settings.kink_width,
+    )
 
 
 def _assigned(function: LeakedFunction, images: Tensor, targets: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from gitlight.trained import generator_of_run
 log = logging.getLogger(__name__)
 
 _GRAY = "gray"
-_N_TRIED = 64
-"""Public images that a prior is tried on."""
+_N_TRIED, _N_SEARCHED = 64, 8
+"""Public images that a prior is tried on: a trained generator, and a search, which takes seconds for each."""
 
 _OF_THE_LAST_ATTACK = (
     "name", "prior", "prior_settings", "prior_weight", "prior_scaling", "knowledge", "recovered_from", "record_every",
@@ -130,10 +130,12 @@ def knowledge_of(config: Config, datamodule: GradientPairDataModule, device: tor
     )
     if start.error is not None:
         log.info(
-            "the prior's root mean squared error on public images is %.3g: steps of %.2g, total variation weighs %.2g",
+            "the prior's root mean squared error on public images is %.3g: steps of %.2g, total variation weighs %.2g, "
+            "kinks of ReLUs are %.2g wide",
             start.error,
             search.settings_from_prior.step_size,
             search.settings_from_prior.total_variation,
+            search.settings_from_prior.kink_width,
         )
     if isinstance(settings, GIASConfig):
         items.append("image_prior")
@@ -179,7 +181,8 @@ def _start(
                 parts.append(search.search(own, numbers[rows], None if known is None else known[rows]).images)
             return torch.cat(parts)
 
-        return _Start(found, ("image_prior", "prior") if isinstance(earlier, GIASConfig) else ("prior",))
+        error = _error(found, datamodule, device, _N_SEARCHED) if _scaled(settings) else None
+        return _Start(found, ("image_prior", "prior") if isinstance(earlier, GIASConfig) else ("prior",), error)
     path = Path(named)
     if path.is_dir():
         generator, _ = generator_of_run(
@@ -190,8 +193,7 @@ def _start(
             with torch.no_grad():
                 return generator.reconstruct(gradients).images
 
-        scaled = settings.prior_scaling and settings.optimizer != "lbfgs" and not isinstance(settings, GIASConfig)
-        error = _error(reconstructed, datamodule, device) if scaled else None
+        error = _error(reconstructed, datamodule, device, _N_TRIED) if _scaled(settings) else None
         return _Start(reconstructed, ("pairs", "prior"), error)
     image = torch.full(shape, 0.5) if named == _GRAY else _image_file(path, shape)
     return _Start(
@@ -236,11 +238,16 @@ def _earlier_attack(settings: MatchingConfig) -> MatchingConfig | None:
     return earlier
 
 
-def _error(prior: Prior, datamodule: GradientPairDataModule, device: torch.device) -> float | None:
-    """Root mean squared error on public images held out; None where there is no image."""
+def _scaled(settings: MatchingConfig) -> bool:
+    """Whether searches from the prior's images are other than from noise; GIAS does not start from pixels."""
+    return settings.prior_scaling and not isinstance(settings, GIASConfig)
+
+
+def _error(prior: Prior, datamodule: GradientPairDataModule, device: torch.device, n: int) -> float | None:
+    """Root mean squared error on ``n`` public images held out; None where there is no image."""
     squares = []
-    for pair in datamodule.held_out_pairs(device, max(_N_TRIED, datamodule.settings.client_batch_size)):
-        found = match(prior(pair.gradients, pair.indices[:, 0], None), pair.images)
+    for pair in datamodule.held_out_pairs(device, max(n, datamodule.settings.client_batch_size)):
+        found = match(prior(pair.gradients, pair.indices[:, 0], pair.labels), pair.images)
         error = (found - pair.images).square().flatten(1).mean(dim=1)
         squares.append(error[torch.isfinite(error)])
     errors = torch.cat(squares) if squares else torch.zeros(0)

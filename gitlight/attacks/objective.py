@@ -27,7 +27,7 @@ class Objective:
     """``distance(g(x), g) + regularisers``, for one leak; `torch.func.vmap` makes it many."""
 
     def __init__(self, function: LeakedFunction, settings: MatchingConfig) -> None:
-        self._function, self._settings = function, settings
+        self._function, self._settings = function.with_kinks_spread(settings.kink_width or 0.0), settings
 
     def __call__(
         self,

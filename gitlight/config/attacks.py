@@ -35,8 +35,8 @@ class MatchingConfig(AttackConfig):
     prior_settings: dict[str, Any] = setting({}, "settings of the attack that attack.prior names, its defaults else")
     prior_scaling: bool = setting(
         True,
-        "from a trained generator's images: take steps in proportion to its error on public images held out, and weigh "
-        "total variation in proportion to that error squared (not lbfgs, not gias); false: as from noise",
+        "from another's images: take steps in proportion to its error on public images held out (not lbfgs), and weigh "
+        "total variation in proportion to that error squared (not gias); false: as from noise",
     )
     prior_weight: float = setting(
         0.0, "weight of the mean squared distance to the prior, at the start; falls to zero along a cosine", minimum=0
@@ -56,6 +56,12 @@ class MatchingConfig(AttackConfig):
         "what each parameter's part of the distance counts: equal; linear: from 1 at the image to 2 at the output; "
         "size: the inverse of its squared norm in the leak, over all parameters' mean",
         choices=["equal", "linear", "size"],
+    )
+    kink_width: float | None = setting(
+        None,
+        "width over which the second derivative of ReLUs is spread, in root mean squares of their inputs; 0: as if no "
+        "unit ever switched; null: 0.03 from another's images with attack.prior_scaling, else 0",
+        minimum=0,
     )
     total_variation: float = setting(0.1, "weight of the mean absolute difference of neighbouring pixels", minimum=0)
     batch_norm_statistics: float = setting(

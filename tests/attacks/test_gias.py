@@ -33,7 +33,7 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def _no_download(monkeypatch):
-    for module in ("gitlight.callbacks.metrics", "gitlight.evaluation"):
+    for module in ("gitlight.callbacks.metrics", "gitlight.evaluation.measuring"):
         monkeypatch.setattr(f"{module}.load_lpips", lambda: None)
 
 
@@ -251,5 +251,28 @@ def test_steps_are_in_proportion_to_the_priors_error(run, tmp_path):
             prior_error.append((generator.reconstruct(pair.gradients).images - pair.images).square().flatten(1).mean(1))
     error = torch.cat(prior_error).mean().sqrt().item()
     assert found["false"].step_size == 0.1
-    assert found["true"].step_size == pytest.approx(0.1 * error, rel=1e-4)
+    assert found["true"].step_size == pytest.approx(0.3 * 0.1 * error, rel=1e-4)
     assert found["true"].total_variation == pytest.approx(0.1 * error**2, rel=1e-4)
+    assert (found["true"].kink_width, found["false"].kink_width) == (0.03, None)
+
+
+def test_an_attack_before_is_tried_on_public_images_too(run, tmp_path):
+    overrides = ["attack.prior=ig", "attack.prior_settings.iterations=20", "attack.labels=given", "attack.iterations=2"]
+    config = load_config(run / "small.yaml", ["attack=ig", *overrides, f"output_dir={tmp_path}"])
+    pairs = build_pairs(config)
+    near = knowledge_of(config, pairs, torch.device("cpu")).search.settings_from_prior
+    alone = load_config(
+        run / "small.yaml", ["attack=ig", "attack.labels=given", "attack.iterations=20", f"output_dir={tmp_path}"]
+    )
+    search = knowledge_of(alone, pairs, torch.device("cpu")).search
+    (pair,) = pairs.held_out_pairs(torch.device("cpu"), 8)
+    found = search.search(pair.gradients, pair.indices[:, 0], pair.labels).images
+    error = (found - pair.images).square().mean().sqrt().item()
+    assert near.step_size == pytest.approx(0.3 * 0.1 * error, rel=1e-3)
+
+
+def test_steps_of_lbfgs_have_their_own_length(run, tmp_path):
+    overrides = ["attack=dlg", f"attack.prior={run / 'mlp'}", "attack.kink_width=0", f"output_dir={tmp_path}"]
+    config = load_config(run / "small.yaml", overrides)
+    near = knowledge_of(config, build_pairs(config), torch.device("cpu")).search.settings_from_prior
+    assert (near.step_size, near.kink_width) == (1.0, 0.0)

@@ -20,16 +20,17 @@ def gradient(function, x):
     return found
 
 
+@pytest.mark.parametrize("history", [100, 3])  # 3: the oldest pairs make room
 @pytest.mark.parametrize("function", [quadratic, lambda x: 0.01 * rosenbrock(x)])
-def test_each_row_of_lbfgs_goes_where_torchs_goes(function):
+def test_each_row_of_lbfgs_goes_where_torchs_goes(function, history):
     torch.manual_seed(0)
     start = torch.randn(4, 6, dtype=torch.float64) / 2
-    x, optimizer = start.clone(), LBFGS()
+    x, optimizer = start.clone(), LBFGS(history)
     for _ in range(12):
         x = optimizer.step(x, gradient(function, x), 1.0)
     for row in range(4):
         alone = start[row].clone().requires_grad_()
-        reference = torch.optim.LBFGS([alone], lr=1.0, max_iter=1)
+        reference = torch.optim.LBFGS([alone], lr=1.0, max_iter=1, history_size=history)
 
         def closure(alone=alone, reference=reference):
             reference.zero_grad()
@@ -55,6 +56,19 @@ def test_adam_is_torchs(signed):
         reference_x.grad = found.sign() if signed else found
         reference.step()
     torch.testing.assert_close(x, reference_x.detach())
+
+
+def test_a_step_without_curvature_changes_no_direction():
+    def concave_on_the_way(x):  # the second row's gradient is the same everywhere
+        return torch.stack([quadratic(x[:1])[0], x[1].sum()])
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    optimizer = LBFGS(3)
+    for _ in range(5):
+        before, slope = x, gradient(concave_on_the_way, x)
+        x = optimizer.step(x, slope, 1.0)
+    torch.testing.assert_close(x[1], before[1] - slope[1])
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "adam", "signed_adam"])

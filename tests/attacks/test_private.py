@@ -28,7 +28,7 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def _no_download(monkeypatch):
-    for module in ("gitlight.callbacks.metrics", "gitlight.evaluation"):
+    for module in ("gitlight.callbacks.metrics", "gitlight.evaluation.measuring"):
         monkeypatch.setattr(f"{module}.load_lpips", lambda: None)
 
 

@@ -1,0 +1,58 @@
+"""Reconstructions beside the truth."""
+
+import torch
+from torch import Tensor
+
+from gitlight.architecture import Architecture
+from gitlight.attacks.labels import in_the_order_of, labels_from_leak
+from gitlight.data.datamodule import GradientPairDataModule
+from gitlight.data.pair import GradientPair
+from gitlight.generators.base import Reconstruction
+from gitlight.generators.exact.labels import labels_from_bias_gradient, output_bias
+from gitlight.lpips import load_lpips
+from gitlight.metrics import SMALLEST_LPIPS_IMAGE, PerceptualDistance, match
+from gitlight.report.attacked import AttackedImages, measure, to_bytes
+
+
+def measured(
+    pair: GradientPair,
+    found: Reconstruction,
+    datamodule: GradientPairDataModule,
+    class_names: tuple[str, ...],
+    lpips: PerceptualDistance | None,
+) -> AttackedImages:
+    """A batch's reconstructions beside the truth."""
+    reconstructions = match(found.images, pair.images)
+    metrics, failed = measure(reconstructions, pair.images, lpips)
+    per_leak = pair.images.shape[1]
+    positions = torch.arange(per_leak).expand(len(pair), -1)
+    identifiers = datamodule.split("test").identifiers
+    return AttackedImages(
+        indices=pair.indices.flatten().cpu(),
+        identifiers=tuple(identifiers[index] for index in pair.indices.flatten().tolist()),
+        positions=positions.flatten(),
+        labels=pair.labels.flatten().cpu(),
+        class_names=class_names,
+        recovered_labels=_recovered_labels(pair, datamodule.architecture),
+        metrics={name: values.flatten() for name, values in metrics.items()},
+        failed=failed.flatten(),
+        verdicts=tuple(verdict for verdict in found.verdicts for _ in range(per_leak)),
+        truth=to_bytes(pair.images.flatten(0, 1)),
+        reconstructions=to_bytes(reconstructions.flatten(0, 1)),
+    )
+
+
+def _recovered_labels(pair: GradientPair, architecture: Architecture) -> Tensor | None:
+    """``(B · N,)``: read off the leaks, each beside an equal true one where there is one; None where none can be."""
+    bias = output_bias(architecture)
+    if bias is None or bias in architecture.sketched:
+        return None
+    if pair.images.shape[1] == 1:
+        return labels_from_bias_gradient(pair.gradients[bias]).cpu()
+    found = labels_from_leak(architecture, pair.gradients, pair.images.shape[1])
+    return in_the_order_of(found.cpu(), pair.labels.cpu()).flatten()
+
+
+def perceptual_distance(architecture: Architecture) -> PerceptualDistance | None:
+    """LPIPS, where its weights are at hand and images are large enough."""
+    return load_lpips() if min(architecture.image_shape[-2:]) >= SMALLEST_LPIPS_IMAGE else None

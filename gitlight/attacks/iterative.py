@@ -1,7 +1,8 @@
 """`IterativeAttack`: leaks to images by gradient matching, from noise or from another attack's result."""
 
-from dataclasses import replace
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -43,7 +44,12 @@ _KINK_WIDTH = 0.03
 """Of ReLUs, near a solution; from noise, it finds nearer gradients of worse images."""
 
 
-class Searched(NamedTuple):
+Told = Callable[[Tensor, int, int, Tensor, Tensor], None]
+"""Is told now and then: which leaks ``(b,)``, restart, iteration, images ``(b, N, C, H, W)``, distances ``(b,)``."""
+
+
+@dataclass
+class Searched:
     """What was found for ``B`` leaks.
 
     Attributes:
@@ -51,12 +57,14 @@ class Searched(NamedTuple):
         verdicts: in words.
         distances: ``(B,)``, of the gradients.
         iterations: ``(B,)``, steps taken by the search that counts.
+        restarts: ``(B,)``, which one that is, from 0.
     """
 
     images: Tensor
-    verdicts: tuple[str, ...]
+    verdicts: list[str]
     distances: Tensor
     iterations: Tensor
+    restarts: Tensor
 
 
 class IterativeAttack:
@@ -92,7 +100,7 @@ class IterativeAttack:
         self.at_once = searches_at_once(architecture, settings, client_batch_size)
 
     def search(
-        self, gradients: Gradients, numbers: Tensor, labels: Tensor | None = None, record: Record | None = None
+        self, gradients: Gradients, numbers: Tensor, labels: Tensor | None = None, told: Told | None = None
     ) -> Searched:
         """Attack leaks, all at once.
 
@@ -100,86 +108,76 @@ class IterativeAttack:
             gradients: of ``B`` leaks.
             numbers: ``(B,)``: fixes each leak's noise, whatever its batch.
             labels: ``(B, N)``, for ``attack.labels=given``.
-            record: is told how the searches go.
+            told: is told how the searches go.
         """
         first = next(iter(gradients.values()))
         dtype = torch.float64 if self.settings.dtype == "float64" else torch.float32
-        usable = _usable(gradients)
-        which = usable.nonzero().squeeze(1)
-        images = first.new_full((len(first), self._n_images, *self._architecture.image_shape), torch.nan, dtype=dtype)
-        distances = torch.full((len(first),), torch.inf, dtype=dtype, device=first.device)
-        iterations = torch.zeros(len(first), dtype=torch.int64, device=first.device)
-        verdicts = ["failed: the gradient is zero, or not finite"] * len(first)
+        which = _usable(gradients).nonzero().squeeze(1)
+        shape = (len(first), self._n_images, *self._architecture.image_shape)
+        found = Searched(
+            first.new_full(shape, torch.nan, dtype=dtype),
+            ["failed: the gradient is zero, or not finite"] * len(first),
+            torch.full((len(first),), torch.inf, dtype=dtype, device=first.device),
+            torch.zeros(len(first), dtype=torch.int64, device=first.device),
+            torch.zeros(len(first), dtype=torch.int64, device=first.device),
+        )
         if len(which):
             with torch.autocast(first.device.type, enabled=False), full_float32():
                 known = None if labels is None else labels[which]
                 given = {name: gradient[which] for name, gradient in gradients.items()}
-                prior = None if self._prior is None else self._prior(given, numbers[which], known).to(images)
+                prior = None if self._prior is None else self._prior(given, numbers[which], known).to(found.images)
                 begun = torch.zeros_like(which, dtype=torch.bool)
                 if prior is not None:
                     begun = torch.isfinite(prior).flatten(1).all(dim=1)
                 # A leak for which the prior has no image is searched for from noise, with noise's steps.
                 for rows, settings in ((begun, self.settings_from_prior), (~begun, self.settings)):
-                    if not bool(rows.any()):
-                        continue
-                    start = prior[rows] if prior is not None and rows is begun else None
-                    self._search_usable(
-                        gradients, numbers, labels, which[rows], dtype, record, images, distances, iterations,
-                        verdicts, start, settings,
-                    )  # fmt: skip
-        return Searched(images.float().clamp(0, 1), tuple(verdicts), distances, iterations)
+                    if bool(rows.any()):
+                        start = prior[rows] if prior is not None and rows is begun else None
+                        own = {name: gradient[rows] for name, gradient in given.items()}
+                        its_labels = None if known is None else known[rows]
+                        self._search(which[rows], own, numbers[which[rows]], its_labels, start, settings, found, told)
+        found.images = found.images.float().clamp(0, 1)
+        return found
 
-    def _search_usable(
+    def _search(
         self,
+        which: Tensor,
         gradients: Gradients,
         numbers: Tensor,
         labels: Tensor | None,
-        which: Tensor,
-        dtype: torch.dtype,
-        record: Record | None,
-        images: Tensor,
-        distances: Tensor,
-        iterations: Tensor,
-        verdicts: list[str],
         prior: Tensor | None,
         settings: MatchingConfig,
+        found: Searched,
+        told: Told | None,
     ) -> None:
-        """Fill in what is found for the leaks that are ``which``."""
-        function = self._function.to(images.device, dtype)
-        given = {name: gradient[which] for name, gradient in gradients.items()}
-        leaks = {name: gradient.to(dtype) for name, gradient in given.items()}
-        known = None if labels is None else labels[which]
-        for restart in range(self.settings.restarts):
-            seeds = [mixed_seed("attack start", self._seed, restart, int(number)) for number in numbers[which]]
+        """Put in what is found for the leaks that are ``which``, to whom all else belongs."""
+        images = found.images
+        function = self._function.to(images.device, images.dtype)
+        leaks = {name: gradient.to(images.dtype) for name, gradient in gradients.items()}
+        for restart in range(settings.restarts):
+            seeds = [mixed_seed("attack start", self._seed, restart, int(number)) for number in numbers]
             start = self._start(prior, restart, seeds, images)
-            targets = self._targets(given, seeds, known, images)
-            if prior is not None and self._n_images > 1 and self.settings.labels != "optimised":
+            targets = self._targets(gradients, seeds, labels, images)
+            if prior is not None and self._n_images > 1 and settings.labels != "optimised":
                 targets = _assigned(function, start, targets)
 
-            def told(rows: Tensor, iteration: int, shown: Tensor, apart: Tensor) -> None:
-                assert record is not None
-                record(which[rows], iteration, shown, apart)
+            def record(rows: Tensor, iteration: int, shown: Tensor, apart: Tensor, restart: int = restart) -> None:
+                assert told is not None
+                told(which[rows], restart, iteration, shown, apart)
 
-            found = self._matched(
-                function,
-                leaks,
-                settings,
-                start,
-                seeds,
-                targets,
-                told if record is not None and restart == 0 else None,
-                prior,
+            matched = self._matched(
+                function, leaks, settings, start, seeds, targets, None if told is None else record, prior
             )
-            better = found.distances < distances[which]
+            better = matched.distances < found.distances[which]
             rows = which[better]
-            images[rows], distances[rows] = found.images[better], found.distances[better]
-            iterations[rows] = found.iterations[better]
-            for row, diverged in zip(which.tolist(), found.diverged.tolist(), strict=True):
+            found.images[rows], found.distances[rows] = matched.images[better], matched.distances[better]
+            found.iterations[rows], found.restarts[rows] = matched.iterations[better], restart
+            for row, diverged in zip(which.tolist(), matched.diverged.tolist(), strict=True):
                 if restart == 0 or not diverged:
-                    verdicts[row] = "diverged: the best image before is kept" if diverged else ""
+                    found.verdicts[row] = "diverged: the best image before is kept" if diverged else ""
         for row in which.tolist():
-            if not torch.isfinite(images[row]).all():
-                verdicts[row] = "failed: the search diverged at once"
+            if not torch.isfinite(found.images[row]).all():
+                found.verdicts[row] = "failed: the search diverged at once"
 
     def _matched(
         self,

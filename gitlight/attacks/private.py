@@ -102,7 +102,7 @@ class _Bar:
         self._iterations, self._n_leaks, self._done, self._best = settings.iterations, n_leaks, 0, torch.inf
         self._task = progress.add_task(self._name, total=n_leaks * settings.iterations)
 
-    def under_way(self, n_leaks: int, iteration: int, nearest: float) -> None:
+    def under_way(self, n_leaks: int, iteration: float, nearest: float) -> None:
         """So many searches have taken so many steps."""
         self._best = min(self._best, nearest)
         self._show(self._done * self._iterations + n_leaks * iteration)
@@ -112,7 +112,7 @@ class _Bar:
         self._done += n_leaks
         self._show(self._done * self._iterations)
 
-    def _show(self, steps: int) -> None:
+    def _show(self, steps: float) -> None:
         nearest = f", nearest {self._best:.1e}" if self._best < torch.inf else ""
         images = f"{self._done * self._per_leak}/{self._n_leaks * self._per_leak} images"
         self._progress.update(self._task, completed=steps, description=f"{self._name}: {images}{nearest}")
@@ -143,14 +143,20 @@ def _store(config: Config, datamodule: GradientPairDataModule) -> Finished:
         own,
         settings.prior_settings.get("image_prior"),
     ):
-        # A run that was made again under the same name is another one.
-        path = None if named is None else Path(named)
-        file = checkpoint_path(path, "best") if path is not None and path.is_dir() else path
-        if file is not None and file.is_file():
+        # A run that was made again under the same name is another one, and so is an image file.
+        for file in () if named is None else _files_of(Path(named)):
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
     key = digest.hexdigest()[:16]
     return Finished(run_folder(config) / "evaluation" / UNFINISHED, key)
+
+
+def _files_of(named: Path) -> list[Path]:
+    """What an image file, or a run's generator, is made of; nothing for ``gray`` or an attack's name."""
+    if not named.is_dir():
+        return [named] if named.is_file() else []
+    files = [named / "config.yaml", *(checkpoint_path(named, which) for which in ("best", "last"))]
+    return [file for file in files if file.is_file()]
 
 
 def _searched(
@@ -165,38 +171,42 @@ def _searched(
     """A part for the store: the leaks ``rows`` of a batch."""
     gradients: Gradients = {name: gradient[rows] for name, gradient in pair.gradients.items()}
     truth = pair.images[rows]
+    # A line for each point, and first images of the first leaks with places of their own; restarts beside both.
     lines: list[Tensor] = []
-    # First images of the first leaks; numbers and steps beside them.
-    drawn, places = [truth.new_zeros(0, *truth.shape[2:], dtype=torch.uint8).cpu()], [torch.zeros(0, 2).long()]
+    drawn, places = [truth.new_zeros(0, *truth.shape[2:], dtype=torch.uint8).cpu()], [torch.zeros(0, 3).long()]
 
-    def record(which: Tensor, iteration: int, images: Tensor, distances: Tensor) -> None:
-        theirs = truth[which].to(images.dtype)
+    def told(which: Tensor, restart: int, iteration: int, images: Tensor, distances: Tensor) -> None:
+        theirs, which = truth[which].to(images.dtype), which.cpu()
         matched = match(images.clamp(0, 1), theirs)
         error = (matched - theirs).square().flatten(2).mean(dim=2)
         psnr = (-10 * error.clamp_min(1e-12).log10()).mean(dim=1)
-        steps = torch.full_like(psnr, iteration)
-        lines.append(
-            torch.stack([numbers[which.cpu()].to(psnr), steps, distances.to(psnr), psnr], dim=1).cpu().double()
-        )
+        columns = [which, torch.full_like(which, restart), torch.full_like(which, iteration), distances, psnr]
+        lines.append(torch.stack([column.cpu().double() for column in columns], dim=1))
         if iteration in settings.snapshots:
-            early = numbers[which.cpu()] < n_pictures
-            steps_taken = torch.full((int(early.sum()),), iteration)
+            early = numbers[which] < n_pictures
             drawn.append(to_bytes(matched[early.to(matched.device), 0]))
-            places.append(torch.stack([numbers[which.cpu()][early], steps_taken], dim=1))
-        bar.under_way(len(rows), iteration, float(distances.min()) if len(distances) else torch.inf)
+            places.append(torch.stack(columns[:3], dim=1)[early])
+        taken = (restart * settings.iterations + iteration) / settings.restarts
+        bar.under_way(len(rows), taken, float(distances.min()) if len(distances) else torch.inf)
 
     started = time.perf_counter()
     labels = pair.labels[rows] if settings.labels == "given" else None
-    found = attack.search(gradients, pair.indices[rows][:, 0], labels, record)
+    found = attack.search(gradients, pair.indices[rows][:, 0], labels, told)
     seconds = time.perf_counter() - started
+    counted = found.restarts.cpu()
+    all_lines = torch.cat(lines) if lines else torch.zeros(0, 5, dtype=torch.float64)
+    all_lines = all_lines[counted[all_lines[:, 0].long()] == all_lines[:, 1]]
+    all_places = torch.cat(places)
+    counts = counted[all_places[:, 0]] == all_places[:, 1]
     return {
         "numbers": numbers,
         "images": found.images.cpu(),
         "verdicts": list(found.verdicts),
         "seconds": seconds,
-        "lines": torch.cat(lines) if lines else torch.zeros(0, 4, dtype=torch.float64),
-        "snapshots": torch.cat(drawn),
-        "places": torch.cat(places),
+        # Leaks by number from here on, and of restarts the one that counts alone.
+        "lines": torch.cat([numbers[all_lines[:, :1].long()].double(), all_lines[:, 2:]], dim=1),
+        "snapshots": torch.cat(drawn)[counts],
+        "places": torch.stack([numbers[all_places[counts, 0]], all_places[counts, 2]], dim=1),
     }
 
 

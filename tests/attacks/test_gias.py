@@ -93,7 +93,7 @@ def test_weights_reach_images_outside_the_prior(prior, function):
         )  # fmt: skip
         attack = GIAS(function.architecture, function, settings, 1, 0, image_prior=prior)
         shown = []
-        found = attack.search(leaks, torch.arange(2), labels, lambda *args, shown=shown: shown.append(args[1]))
+        found = attack.search(leaks, torch.arange(2), labels, lambda *args, shown=shown: shown.append(args[2]))
         distances.append(found.distances)
         seen.append(shown)
         assert found.iterations.tolist() == [400, 400]

@@ -1,0 +1,77 @@
+"""Training speed on one process and on several: ``python benchmarks/training.py [CONFIG ...]``.
+
+Runs ``train.py`` on each config (default: `CONFIGS`) with 1 process and with 2 on CPUs, a thread each, or on 1 to 8
+GPUs where there are so many; the global batch is the same each time. Pairs per second are those that
+`gitlight.callbacks.throughput` logs. Efficiency is pairs per second over those of one process, over the number of
+processes. Needs the CIFAR-10 sample at ``data/cifar10_subset``.
+"""
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from generators import DATA, ROOT, machine
+
+CONFIGS = ("lenet_hybrid", "lenet_mlp", "resnet20_coarse")
+STEPS, WARM_UP = 60, 20
+"""Steps of each run, and those of them that are left out: fits, first touches, caches."""
+
+
+def counts() -> list[int]:
+    """Numbers of processes to compare."""
+    gpus = torch.cuda.device_count()
+    return [n for n in (1, 2, 4, 8) if n <= gpus] if gpus else [1, 2]
+
+
+def measured(config: str, n: int, folder: Path) -> tuple[float, float, float]:
+    """Pairs per second, steps per second, and the share of time that making pairs takes."""
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        str(ROOT / "configs" / f"{config}.yaml"),
+        *DATA,
+        "logging.wandb=off",
+        "logging.quiet=true",
+        f"trainer.devices={n}",
+        f"trainer.max_steps={STEPS}",
+        "trainer.max_epochs=1000",
+        "data.n_public_images=2000",
+        "trainer.check_val_every_n_epoch=1000",
+        "trainer.limit_val_batches=1",
+        "trainer.log_every_n_steps=10",
+        f"output_dir={folder / f'{config}_{n}'}",
+    ]
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **threads}, check=True, stdout=subprocess.DEVNULL)
+    with (folder / f"{config}_{n}" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("throughput/pairs_per_second")]
+    late = [row for row in rows if int(row["step"]) >= WARM_UP]
+    pairs = statistics.median(float(row["throughput/pairs_per_second"]) for row in late)
+    making = statistics.median(float(row["throughput/share_making_pairs"]) for row in late)
+    with (folder / f"{config}_{n}" / "config.yaml").open() as file:
+        batch = next(int(line.split(":")[1]) for line in file if line.strip().startswith("batch_size:"))
+    return pairs, pairs / batch, making
+
+
+def main() -> None:
+    """The configs of the command line."""
+    print(f"\n{machine()}\n")
+    print("| config | processes | pairs/s | steps/s | share making pairs | efficiency |")
+    print("|" + " --- |" * 6)
+    with tempfile.TemporaryDirectory() as folder:
+        for config in sys.argv[1:] or CONFIGS:
+            alone = None
+            for n in counts():
+                pairs, steps, making = measured(config, n, Path(folder))
+                alone = alone or pairs
+                cells = [config, n, f"{pairs:.0f}", f"{steps:.2f}", f"{making:.0%}", f"{pairs / alone / n:.2f}"]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Train with SLURM, a task for each GPU. From the repository's root, on the cluster:
+#
+#     sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/slurm.sh CONFIG.yaml [key.path=value ...]
+#
+# Any of sbatch's options replace those below. The run's folder must be on a file system that all machines share.
+# A job that is pre-empted or out of time checkpoints, is queued again, and continues where it was.
+#SBATCH --job-name=gitlight
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=SIGUSR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=gitlight-%j.log
+set -euo pipefail
+if [ $# -eq 0 ]; then
+    echo "usage: sbatch scripts/slurm.sh CONFIG.yaml|RUN_DIR [key.path=value ...]" >&2
+    exit 2
+fi
+resume=()
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    resume=(trainer.resume=last)
+fi
+# One rank that ends badly ends the job: the others would wait for it.
+exec srun --kill-on-bad-exit=1 python train.py "$@" \
+    trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" \
+    trainer.strategy="${STRATEGY:-ddp}" "${resume[@]}"

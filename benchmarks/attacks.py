@@ -221,7 +221,8 @@ def _print_steps(folder: Path) -> None:
     for path in sorted(folder.glob("*.csv")):
         label, points = read_trajectories(path)
         curves[label] = mean_curve(points)
-    noise = {label.split("(")[0]: curve for label, curve in curves.items() if label.split("(")[1][:5] == "itera"}
+    from_noise = [label for label in curves if "prior=" not in label and "knowledge=" not in label]
+    noise = {label.split("(")[0]: curves[label] for label in from_noise}
     print()
     for label, curve in curves.items():
         target = noise[label.split("(")[0] if label.startswith("idlg") else "ig"][-1][1]

@@ -1,22 +1,32 @@
-"""`Throughput`: leaks processed per second of training, and what share of that time goes into making them."""
+"""`Throughput`: leaks processed per second of training, what share of it goes into making them, and FLOPs."""
 
 import time
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.flop_counter import FlopCounterMode
 
 from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import GradientPair
 
 PAIRS_PER_SECOND = "throughput/pairs_per_second"
 SHARE_MAKING_PAIRS = "throughput/share_making_pairs"
+TERAFLOPS = "throughput/teraflops_per_second"
+UTILIZATION = "throughput/model_flops_utilization"
+
+_TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Throughput(Callback):
-    """Logs ``throughput/pairs_per_second`` and ``throughput/share_making_pairs``.
+    """Logs ``throughput/*``: pairs per second, share of time making pairs, teraFLOPs per second, and their utilisation.
 
     The first is leaks over all ranks per second of training; the second the part of these seconds, from 0 to 1, in
-    which rank 0 made gradients and passed them through the channel.
+    which rank 0 made gradients and passed them through the channel. FLOPs are those of the generator's forward and
+    backward pass over all ranks, matrix products and convolutions as PyTorch counts them in the first step;
+    utilisation (MFU, Chowdhery et al. 2022) is their share of what the devices could do at most, where Lightning has a
+    figure for the device and the precision.
 
     A second of training is one of waiting for images, making gradients and optimising; validation, pictures and
     checkpoints do not count. Logged every ``log_every_n_steps`` optimiser steps for the steps since, and at the end
@@ -30,6 +40,19 @@ class Throughput(Callback):
         self._reported_step = 0
         self._window = _Tally()
         self._epoch = _Tally()
+        self._counter: FlopCounterMode | None = None
+        self._flops_per_pair: float | None = None
+        self._available: int | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the first step's operations."""
+        if self._flops_per_pair is None:
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop counting."""
+        self._stop_counting()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -41,6 +64,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: GradientPair, batch_idx: int
     ) -> None:
         """Count one batch, and report where a report is due."""
+        if self._counter is not None:
+            self._flops_per_pair = self._stop_counting() / len(batch)
         seconds, making = time.perf_counter() - self._mark, _seconds_making(trainer) - self._making_mark
         for tally in (self._window, self._epoch):
             tally.add(len(batch) * trainer.world_size, seconds, making)
@@ -51,6 +76,8 @@ class Throughput(Callback):
             pl_module.log(PAIRS_PER_SECOND, self._window.rate, prog_bar=True, on_step=True, on_epoch=False)
             if _makes_pairs(trainer):
                 pl_module.log(SHARE_MAKING_PAIRS, self._window.share_making, on_step=True, on_epoch=False)
+            for name, value in self._flops(trainer, self._window).items():
+                pl_module.log(name, value, on_step=True, on_epoch=False)
             self._window = _Tally()
             self._reported_step = step
 
@@ -64,6 +91,28 @@ class Throughput(Callback):
             pl_module.log(PAIRS_PER_SECOND, self._epoch.rate, prog_bar=True, sync_dist=True)
             if _makes_pairs(trainer):
                 pl_module.log(SHARE_MAKING_PAIRS, self._epoch.share_making, sync_dist=True)
+
+    def _stop_counting(self) -> int:
+        if self._counter is None:
+            return 0
+        self._counter.__exit__(None, None, None)
+        counted, self._counter = self._counter.get_total_flops(), None
+        return counted
+
+    def _flops(self, trainer: Trainer, tally: "_Tally") -> dict[str, float]:
+        """What to log of them; nothing of a generator in closed form, which has no step to take."""
+        if not self._flops_per_pair:
+            return {}
+        per_second = self._flops_per_pair * tally.rate
+        found = {TERAFLOPS: per_second / 1e12}
+        if trainer.strategy.root_device.type == "cuda":
+            kind = _TYPES.get(str(trainer.precision), torch.float32)
+            if self._available is None:
+                # One figure for the run: asking again would warn again of a device without one.
+                self._available = get_available_flops(trainer.strategy.root_device, kind) or 0
+            if self._available:
+                found[UTILIZATION] = per_second / (self._available * trainer.world_size)
+        return found
 
     def _set_marks(self, trainer: Trainer) -> None:
         self._mark, self._making_mark = time.perf_counter(), _seconds_making(trainer)

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 from tiny_run import Fit, TinyData, TinyModule, batches
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import gitlight.callbacks.throughput
 from gitlight.callbacks import Throughput
+from gitlight.data.pair import GradientPair
 from gitlight.loggers import CSVFileLogger, _read_rows
 
 
@@ -66,3 +69,37 @@ def test_a_real_clock_runs(fit: Fit) -> None:
     start = time.perf_counter()
     trainer = fit([Throughput()], max_epochs=1)
     assert float(trainer.callback_metrics["throughput/pairs_per_second"]) > 12 / (time.perf_counter() - start)
+
+
+class LinearModule(TimedModule):
+    """Paints images by a matrix of 12 × 20 from 12 numbers of each."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(clock)
+        self.generator.layer = nn.Linear(12, 20)
+
+    def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor:
+        found = self.generator.layer(pair.images[:, 0, 0, 0])
+        self.clock.now += 0.5
+        return found.square().mean()
+
+
+def test_flops_are_those_of_the_generators_step(fit: Fit, tmp_path: Path, clock: FakeClock) -> None:
+    logger = CSVFileLogger(tmp_path / "metrics.csv", None)
+    fit([Throughput()], LinearModule(clock), TinyData(batches(4, 4), batches(3)), logger=[logger], log_every_n_steps=1)
+    rows = _read_rows(tmp_path / "metrics.csv")
+    flops = [1e12 * float(value) for row in rows if (value := row["throughput/teraflops_per_second"])]
+    # Forward and the weight's gradient, a multiplication and an addition each; eight images a second.
+    assert flops == pytest.approx([8 * 2 * 2 * 12 * 20] * len(flops))
+    assert flops
+    assert not any(row.get("throughput/model_flops_utilization") for row in rows), "no CPU has a figure"
+
+
+def test_counting_ends_with_a_step_that_fails(fit: Fit, clock: FakeClock) -> None:
+    class Failing(TimedModule):
+        def training_step(self, *args: Any) -> Any:
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit([Throughput()], Failing(clock), TinyData(batches(4), batches(3)))
+    assert not _get_current_dispatch_mode_stack()

@@ -185,7 +185,7 @@ def _equations(inversion: "Inversion", leaks: "Leaks", found: "Found", step: Fit
         logarithms, variance = log_probabilities_of(delta, noise, torch.finfo(leaks.dtype).eps)
         weights = torch.where(variance < 1, 1 / variance, 0.0)
         least = weights.amin(dim=1, keepdim=True)
-        if int((least > 0).sum()) > 2 * inputs.shape[1]:
+        if int(_summed((least > 0).sum())) > 2 * inputs.shape[1]:
             # One weight for all classes: then the step is that of least squares for each of them.
             weights = least.expand_as(weights)
         return _usable(with_ones(inputs).unsqueeze(0), logarithms, weights, up_to_constant=True)
@@ -203,11 +203,8 @@ def _usable(rows: Tensor, targets: Tensor, weights: Tensor, up_to_constant: bool
     """Without what is not finite. The better half counts in full, so that no few equations count for all."""
     finite = torch.isfinite(rows).all(dim=2).T & torch.isfinite(targets)
     weights = torch.where(finite, weights, 0.0)
-    counting = weights[weights > 0]
+    counting = _gathered(weights[weights > 0])  # by one and the same median on all devices
     typical = counting.median() if counting.numel() else weights.new_zeros(())
-    # The mean of the devices' medians: all must weigh alike.
-    n_counting = _summed((typical > 0).double()).clamp_min(1)
-    typical = _summed(typical.clone()) / n_counting
     weights = (weights / typical.clamp_min(1e-300)).clamp_max(1)
     return _Equations(torch.nan_to_num(rows, posinf=0.0, neginf=0.0), targets.nan_to_num(), weights, up_to_constant)
 
@@ -241,3 +238,16 @@ def _summed(value: Tensor) -> Tensor:
     if _n_processes() > 1:
         torch.distributed.all_reduce(value)
     return value
+
+
+def _gathered(values: Tensor) -> Tensor:
+    """``(n,)`` of each device, which may differ in number, as one, the same on all."""
+    if _n_processes() == 1:
+        return values
+    largest = torch.tensor(len(values), device=values.device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    padded = torch.cat([values, values.new_full((int(largest) - len(values),), torch.nan)])
+    parts = [torch.empty_like(padded) for _ in range(_n_processes())]
+    torch.distributed.all_gather(parts, padded)
+    together = torch.cat(parts)
+    return together[~torch.isnan(together)]

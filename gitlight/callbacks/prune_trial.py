@@ -67,7 +67,9 @@ class PruneTrial(Callback):
     def _report(self, trial: optuna.Trial, metrics: dict[str, float]) -> bool:
         if self._metric not in metrics:
             logged = ", ".join(name for name in sorted(metrics) if name.startswith("val/"))
-            raise ConfigError(f"metric.name: {self._metric} is not logged by this run. At a validation it logs: {logged}.")
+            raise ConfigError(
+                f"metric.name: {self._metric} is not logged by this run. At a validation it logs: {logged}."
+            )
         # A trial that was killed after its report and before its checkpoint does that epoch again.
         if self._validations not in study_reports(trial):
             trial.report(metrics[self._metric], self._validations)

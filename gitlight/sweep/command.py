@@ -77,8 +77,9 @@ def sweep_command(arguments: Sequence[str]) -> int:
 def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None) -> int:
     from optuna.trial import TrialState
 
+    from gitlight.sweep.processes import SweepInterruptedError
     from gitlight.sweep.report import write_report
-    from gitlight.sweep.running import Interrupted, Runner
+    from gitlight.sweep.running import Runner
     from gitlight.sweep.specification import load_specification
     from gitlight.sweep.study import by_place, open_storage, open_study
 
@@ -93,7 +94,7 @@ def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None)
         interruption = None
         try:
             Runner(specification, study, storage, folder, n_trials, shared=storage_url is not None).run(workers)
-        except Interrupted as signalled:
+        except SweepInterruptedError as signalled:
             interruption = signalled
         print(f"\n{write_report(specification, study, folder)}", flush=True)
     if interruption is not None:

@@ -1,18 +1,13 @@
-"""Runs a sweep's trials: each a process of its own, several at a time, every one exactly once."""
+"""Runs a sweep's trials: several at a time, every one exactly once, whatever interrupts it."""
 
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import optuna
@@ -20,13 +15,14 @@ from filelock import FileLock
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from gitlight.runs import checkpoint_path
+from gitlight.sweep.processes import TrialProcesses, signals_as_exceptions, trial_environment
 from gitlight.sweep.specification import Specification
 from gitlight.sweep.study import (
     FINISHED,
     HEARTBEAT_SECONDS,
     OWNER,
     PLACE,
+    REASON,
     SURPLUS,
     best_value,
     conclude,
@@ -39,21 +35,6 @@ from gitlight.sweep.study import (
     trial_of,
 )
 from gitlight.sweep.trial import SweepTrial
-
-GRACE_SECONDS = 10.0
-"""What trials have to end by themselves when their sweep is interrupted."""
-
-
-_NOT_STARTED = 127
-"""A shell's exit code for a command that is not there."""
-
-
-class Interrupted(Exception):
-    """The sweep was told to end by a signal; it can be continued."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
 
 
 @dataclass(frozen=True)
@@ -93,21 +74,19 @@ class Runner:
         self._n_trials = n_trials
         self._shared = shared
         self._choosing = threading.Lock()  # of the next trial, and all use of the study
-        self._starting = threading.Lock()  # of processes
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._stopping = False
+        self._processes = TrialProcesses()
         self._interrupted: list[FrozenTrial] = []
 
     def run(self, workers: int) -> None:
         """Run trials until the sweep has all.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; all trials' processes are gone.
+            SweepInterruptedError: SIGINT or SIGTERM came; all trials' processes are gone.
         """
         with FileLock(self._folder / ".taking_over.lock"):
             self._interrupted = self._take_over()
-        environment = _environment(workers)
-        with _signals_as_exceptions(), ThreadPoolExecutor(workers) as pool:
+        environment = trial_environment(workers)
+        with signals_as_exceptions(), ThreadPoolExecutor(workers) as pool:
             try:
                 waiting = {pool.submit(self._work, environment) for _ in range(workers)}
                 beat = time.monotonic()
@@ -119,17 +98,17 @@ class Runner:
                         beat = time.monotonic()
                         self._send_heartbeats()
             finally:
-                # Nothing runs any more at the end of a sweep.
-                self._end_processes()
+                # At the end of a sweep nothing runs any more.
+                self._processes.end_all()
 
     def _work(self, environment: dict[str, str]) -> None:
-        while not self._stopping:
+        while not self._processes.ended:
             with self._choosing:
                 job = self._next()
             if job is None:
                 return
             exit_code = self._run_trial(job, environment)
-            if exit_code is None or self._stopping:
+            if exit_code is None or self._processes.ended:
                 return  # it stays a running trial, which the sweep takes up again when it goes on
             with self._choosing:
                 ended = conclude(self._study, self._storage, job.number, self._specification.metric, exit_code)
@@ -146,10 +125,10 @@ class Runner:
         if self._shared:
             fail_stale_trials(self._study)
         trials = self._study.get_trials(deepcopy=False)
-        retries = any(trial.state == TrialState.WAITING for trial in trials)
-        if not retries and len(originals(trials)) >= self._n_trials:
+        retry = any(trial.state == TrialState.WAITING for trial in trials)
+        if not retry and len(originals(trials)) >= self._n_trials:
             return None
-        return self._job(self._study.ask().number, again=retries)
+        return self._job(self._study.ask().number, again=retry)
 
     def _job(self, number: int, again: bool) -> _Job | None:
         identity = trial_id(self._study, self._storage, number)
@@ -160,95 +139,59 @@ class Runner:
             fail(self._study, self._storage, number, "one more than the sweep has", exit_code=None)
             return None
         self._storage.set_trial_user_attr(identity, PLACE, place)
-        self._storage.set_trial_user_attr(identity, OWNER, _this_process())
-        if self._shared:
-            self._storage.record_heartbeat(identity)
+        self._own(identity)
         self._study.sampler = make_sampler(self._specification, place)
         values = suggest(trial_of(self._study, self._storage, number), self._specification)
         return _Job(number, place, values, again)
 
     def _run_trial(self, job: _Job, environment: dict[str, str]) -> int | None:
-        """Its exit code; None if the sweep ends before it could start."""
+        """Its exit code; None if the sweep ended before it could start."""
         folder = self._folder / f"trial-{job.place:04d}"
         command = [*self._specification.expand_command(job.values), f"output_dir={folder}"]
-        goes_on = job.again and checkpoint_path(folder, "last").is_file()
+        goes_on = job.again and (folder / "checkpoints" / "last.ckpt").is_file()
         if goes_on:
             command.append("trainer.resume=last")
         elif job.again and folder.exists():
             shutil.rmtree(folder)  # killed in its first epoch; there is nothing to go on from
-        trial = SweepTrial(self._url, self._study.study_name, job.number)
-        with self._starting:
-            if self._stopping:
-                return None
-            print(f"trial {job.place}: {'goes on' if goes_on else 'starts'}: {_shown(job.values)}", flush=True)
-            with log_path(self._folder, job.place).open("ab") as log:
-                try:
-                    process = subprocess.Popen(
-                        command,
-                        env={**environment, **trial.environment()},
-                        stdin=subprocess.PIPE,  # see gitlight.sweep.trial.end_with_the_sweep
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        process_group=0,
-                    )
-                except OSError as error:
-                    log.write(f"{command[0]} cannot be started: {error}\n".encode())
-                    return _NOT_STARTED
-            self._processes[job.number] = process
-        exit_code = process.wait()
-        assert process.stdin is not None
-        process.stdin.close()  # ends what it may have left behind
-        with self._starting:
-            del self._processes[job.number]
-        return exit_code
-
-    @property
-    def _url(self) -> str:
-        return str(self._storage.url)
+        shown = " ".join(f"{name}={value}" for name, value in job.values.items())
+        print(f"trial {job.place}: {'goes on' if goes_on else 'starts'}: {shown}", flush=True)
+        trial = SweepTrial(str(self._storage.url), self._study.study_name, job.number)
+        return self._processes.run(
+            job.number, command, {**environment, **trial.environment()}, log_path(self._folder, job.place)
+        )
 
     def _say_end(self, place: int, trial: FrozenTrial) -> None:
-        metric = self._specification.metric
-        best = best_value(trial, self._specification.goal)
-        found = f"best {metric} {best:.6g} in {len(trial.intermediate_values)} validations" if best is not None else ""
         if trial.state == TrialState.FAIL:
-            found = f"{trial.user_attrs['reason']}; see {log_path(self._folder, place)}"
+            found = f"{trial.user_attrs[REASON]}; see {log_path(self._folder, place)}"
+        else:
+            best = best_value(trial, self._specification.goal)
+            found = f"best {self._specification.metric} {best:.6g} in {len(trial.intermediate_values)} validations"
         print(f"trial {place}: {state_name(trial)}: {found}", flush=True)
 
     def _take_over(self) -> list[FrozenTrial]:
         """The trials that a process which is gone left running; from now on they are this one's."""
-        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        trials = self._study.get_trials(deepcopy=False)
         # A database of this sweep's own has no other users, as one process at a time may run it.
         gone = [
             trial
-            for trial in running
-            if (not self._shared or _is_gone(trial.user_attrs.get(OWNER)))
-            and place_of(trial.number, self._study.get_trials(deepcopy=False)) < self._n_trials
+            for trial in trials
+            if trial.state == TrialState.RUNNING
+            and (not self._shared or _is_gone(trial.user_attrs.get(OWNER)))
+            and place_of(trial.number, trials) < self._n_trials
         ]
         for trial in gone:
-            identity = trial_id(self._study, self._storage, trial.number)
-            self._storage.set_trial_user_attr(identity, OWNER, _this_process())
-            if self._shared:
-                self._storage.record_heartbeat(identity)
+            self._own(trial_id(self._study, self._storage, trial.number))
         return gone
 
-    def _send_heartbeats(self) -> None:
-        with self._starting:
-            numbers = [*self._processes, *(trial.number for trial in self._interrupted)]
-        for number in numbers:
-            self._storage.record_heartbeat(trial_id(self._study, self._storage, number))
+    def _own(self, identity: int) -> None:
+        owner = {"host": socket.gethostname(), "process": os.getpid()}
+        self._storage.set_trial_user_attr(identity, OWNER, owner)
+        if self._shared:
+            self._storage.record_heartbeat(identity)
 
-    def _end_processes(self) -> None:
-        self._stopping = True
-        with self._starting:
-            processes = list(self._processes.values())
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in processes:
-                if process.poll() is None:
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, number)
-            deadline = time.monotonic() + GRACE_SECONDS
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-                time.sleep(0.05)
+    def _send_heartbeats(self) -> None:
+        for number in [*self._processes.running(), *(trial.number for trial in self._interrupted)]:
+            self._storage.record_heartbeat(trial_id(self._study, self._storage, number))
 
 
 def log_path(folder: Path, place: int) -> Path:
@@ -261,25 +204,8 @@ def state_name(trial: FrozenTrial) -> str:
     return {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
 
 
-def _shown(values: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _environment(workers: int) -> dict[str, str]:
-    """Of a trial's process: its share of the processor, unless the number of threads is set."""
-    environment = dict(os.environ)
-    if workers > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    return environment
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "process": os.getpid()}
-
-
 def _is_gone(owner: dict[str, Any] | None) -> bool:
-    """Whether a trial's process was on this machine, and is no more. Of others, heartbeats tell."""
+    """Whether a trial's process was on this machine, and is no more. Of other machines' heartbeats tell."""
     if owner is None or owner["host"] != socket.gethostname() or owner["process"] == os.getpid():
         return False
     try:
@@ -287,22 +213,5 @@ def _is_gone(owner: dict[str, Any] | None) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False  # another user's, alive
+        pass  # another user's, and alive
     return False
-
-
-@contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Interrupted` in the main thread, once."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for one in before:
-            signal.signal(one, signal.SIG_IGN)  # what follows takes seconds, and must not be cut short
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

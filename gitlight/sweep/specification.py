@@ -130,7 +130,9 @@ def load_specification(path: str | Path) -> Specification:
     metric, goal = _metric(content.get("metric"), file)
     program = content.get("program")
     if not isinstance(program, str) or not Path(program).is_file():
-        raise ConfigError(f"program: {program!r} (in {file}): expected a script that is there, seen from here: train.py.")
+        raise ConfigError(
+            f"program: {program!r} (in {file}): expected a script that is there, seen from here: train.py."
+        )
     specification = Specification(
         file=file,
         method=_method(content.get("method"), file),
@@ -173,8 +175,8 @@ def _metric(given: Any, file: Path) -> tuple[str, str]:
 def _command(given: Any, file: Path) -> tuple[str, ...]:
     if not isinstance(given, list) or not given:
         raise ConfigError(
-            f"command: {given!r} (in {file}): expected a list. W&B's default passes --key=value, which train.py does not "
-            f"read; give {_COMMAND}."
+            f"command: {given!r} (in {file}): expected a list. W&B's default passes --key=value, which train.py "
+            f"does not read; give {_COMMAND}."
         )
     command = tuple(map(str, given))
     for item in command:

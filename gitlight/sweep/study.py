@@ -11,6 +11,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -93,7 +94,7 @@ def open_study(specification: Specification, storage: RDBStorage) -> optuna.Stud
     study = optuna.create_study(
         storage=storage,
         study_name=specification.name,
-        direction=specification.goal,
+        direction=StudyDirection[specification.goal.upper()],
         pruner=make_pruner(specification.early_terminate),
         load_if_exists=True,
     )

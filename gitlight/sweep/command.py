@@ -81,8 +81,9 @@ def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None)
     from gitlight.sweep.report import write_report
     from gitlight.sweep.running import Runner
     from gitlight.sweep.specification import load_specification
-    from gitlight.sweep.study import by_place, open_storage, open_study
+    from gitlight.sweep.study import by_place, open_storage, open_study, quieten_optuna
 
+    quieten_optuna()
     specification = load_specification(file)
     n_trials = _number_of_trials(specification, trials)
     folder = SWEEPS / specification.name

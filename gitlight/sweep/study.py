@@ -40,10 +40,13 @@ MOST_RETRIES = 3
 # SQLite lets one process write at a time; the others wait this many seconds.
 _SQLITE_PATIENCE = 120
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-# Heartbeats outside Study.optimize and fixed values in a sampler: both are meant.
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
+
+def quieten_optuna() -> None:
+    """Of Optuna's messages, warnings alone, and none of those about choices that are made on purpose."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Heartbeats, outside Study.optimize; a sampler with fixed values.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
 
 
 def open_storage(url: str, shared: bool) -> RDBStorage:

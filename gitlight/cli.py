@@ -148,6 +148,7 @@ _NO_NEWS = (
     r".*`training_step` returned `None`",  # a generator in closed form
     r".*`LightningModule.configure_optimizers` returned `None`",
     r".*The number of training batches .* is smaller than the logging interval",
+    r".*Please add the following callbacks: \['PruneTrial'\]",  # a sweep's trial, continued outside of it
 )
 
 

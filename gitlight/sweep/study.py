@@ -1,6 +1,7 @@
 """The study behind a sweep: its database, how the next trial is chosen, and which trial has which place."""
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -59,19 +60,22 @@ def open_storage(url: str, shared: bool) -> RDBStorage:
     Raises:
         ConfigError: it cannot be opened.
     """
-    sqlite = url.startswith("sqlite")
-    try:
-        return RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": _SQLITE_PATIENCE}} if sqlite else {"pool_pre_ping": True},
-            heartbeat_interval=HEARTBEAT_SECONDS if shared else None,
-            grace_period=4 * HEARTBEAT_SECONDS if shared else None,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(
-                max_retry=MOST_RETRIES, inherit_intermediate_values=True
-            )
-            if shared
-            else None,
+    options: dict[str, Any] = {}
+    if url.startswith("sqlite"):
+        options["engine_kwargs"] = {"connect_args": {"timeout": _SQLITE_PATIENCE}}
+    if shared:
+        options["heartbeat_interval"] = HEARTBEAT_SECONDS
+        options["grace_period"] = 4 * HEARTBEAT_SECONDS
+        options["heartbeat_stale_trial_callback"] = RetryHeartbeatStaleTrialCallback(
+            max_retry=MOST_RETRIES, inherit_intermediate_values=True
         )
+    try:
+        try:
+            return RDBStorage(url, **options)
+        except SQLAlchemyError:
+            # Two that make the tables of a new database at once are in each other's way; a second later they are there.
+            time.sleep(1)
+            return RDBStorage(url, **options)
     except (SQLAlchemyError, ImportError, ValueError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -45,19 +45,19 @@ class Quality(TinyModule):
         self.log("val/quality", torch.tensor(self.first - self.current_epoch))
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands in for SIGKILL."""
 
 
-class KillAfter(PruneTrial):
-    """Dies after the report of its last epoch, before that epoch's checkpoint."""
+class MortalTrial(PruneTrial):
+    """Dies after its report in an epoch, before that epoch's checkpoint."""
 
-    epoch = 1
+    last_epoch = 99
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if trainer.current_epoch == self.epoch:
-            raise Killed
+        if trainer.current_epoch == self.last_epoch:
+            raise KilledError
 
 
 def test_each_validation_is_reported_and_the_end_said(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
@@ -79,14 +79,15 @@ def test_a_trial_that_is_worse_is_stopped_at_the_rung(study: optuna.Study, fit: 
 
 
 def test_a_killed_trial_counts_its_validations_on(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
-    first = callback(study, tmp_path)
-    with pytest.raises(Killed):
-        fit([KillAfter(first._which), last_checkpoint(tmp_path)], Quality(5.0), max_epochs=4)
+    trial = SweepTrial(f"sqlite:///{tmp_path / 'study.db'}", "mine", study.ask().number)
+    mortal = MortalTrial(trial)
+    mortal.last_epoch = 1
+    with pytest.raises(KilledError):
+        fit([mortal, last_checkpoint(tmp_path)], Quality(5.0), max_epochs=4)
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 4.0}
     assert FINISHED not in study.trials[0].user_attrs
-    again = [PruneTrial(first._which), last_checkpoint(tmp_path)]
-    checkpoint = str(tmp_path / "checkpoints" / "last.ckpt")
-    fit(again, Quality(5.0), max_epochs=4, ckpt_path=checkpoint)
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    fit([MortalTrial(trial), last_checkpoint(tmp_path)], Quality(5.0), max_epochs=4, ckpt_path=str(checkpoint))
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}
 
 

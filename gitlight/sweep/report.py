@@ -78,34 +78,41 @@ def best_trials(specification: Specification, trials: Mapping[int, FrozenTrial])
     return "\n".join([*_aligned(rows), "", f"{len(trials)} trials: {counts}"])
 
 
-def draw_importances(specification: Specification, study: optuna.Study, folder: Path) -> str:
-    """``importances.png``: how much each parameter decides whether a trial is among the best (PED-ANOVA).
+def importances(specification: Specification, study: optuna.Study) -> dict[str, float] | str:
+    """How much each parameter decides whether a trial is among the best; largest first, together 1.
 
-    Watanabe et al. 2023, https://arxiv.org/abs/2304.10255.
+    PED-ANOVA (Watanabe et al. 2023, https://arxiv.org/abs/2304.10255), over finished trials.
 
     Returns:
-        Where the picture is, or why there is none.
+        Parameter → importance, or why there are none.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     varied = [name for name, distribution in specification.space.items() if not distribution.single()]
     if len(varied) < 2:
-        return f"importances.png: none, as there is nothing to compare: {len(varied)} parameter varies."
+        return f"{len(varied)} of the parameters varies, so there is nothing to compare"
     if len(complete) < FEWEST_TRIALS:
-        return f"importances.png: none, as {len(complete)} trials finished; it takes {FEWEST_TRIALS}."
+        return f"{len(complete)} trials finished, and it takes {FEWEST_TRIALS}"
     if len({trial.value for trial in complete}) == 1:
-        return f"importances.png: none, as all trials have the same {specification.metric}."
+        return f"all trials have the same {specification.metric}"
     evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, _IN_THE_TOP / len(complete)))
-    importances = get_param_importances(study, evaluator=evaluator, params=varied)
+    return get_param_importances(study, evaluator=evaluator, params=varied)
+
+
+def draw_importances(specification: Specification, study: optuna.Study, folder: Path) -> str:
+    """Write ``importances.png``; returns where the picture is, or why there is none."""
     path = folder / "importances.png"
-    _draw(importances, f"{specification.name}: what decides {specification.metric} ({len(complete)} trials)", path)
+    found = importances(specification, study)
+    if isinstance(found, str):
+        return f"{path.name}: none: {found}."
+    _draw(found, f"{specification.name}: what decides {specification.metric}", path)
     return f"importances: {path}"
 
 
-def _draw(importances: Mapping[str, float], title: str, path: Path) -> None:
+def _draw(values: Mapping[str, float], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [(name, value) for name, value in importances.items() if math.isfinite(value)][::-1]
+    shown = [(name, value) for name, value in values.items() if math.isfinite(value)][::-1]
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(shown)), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gitlight.sweep.running import log_path, state_name
 from gitlight.sweep.specification import Specification
-from gitlight.sweep.study import EXIT_CODE, REASON, best_value, by_place
+from gitlight.sweep.study import EXIT_CODE, GIVEN_UP, REASON, best_value, by_place
 
 FEWEST_TRIALS = 10
 """Finished trials below which importances would be chance."""
@@ -37,7 +37,7 @@ def write_report(specification: Specification, study: optuna.Study, folder: Path
     failed = [place for place, trial in trials.items() if trial.state == TrialState.FAIL]
     lines = [best_trials(specification, trials), ""]
     lines += [
-        f"trial {place} failed: {trials[place].user_attrs.get(REASON, '')}; see {log_path(folder, place)}"
+        f"trial {place} failed: {trials[place].user_attrs.get(REASON, GIVEN_UP)}; see {log_path(folder, place)}"
         for place in failed
     ]
     lines += [f"table: {folder / 'table.csv'}", draw_importances(specification, study, folder)]
@@ -75,7 +75,7 @@ def best_trials(specification: Specification, trials: Mapping[int, FrozenTrial])
         rows.append([str(place), state_name(trial), f"{value:.6g}", *map(_short, cells)])
     states = [state_name(trial) for trial in trials.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none yet"
-    return "\n".join([*_aligned(rows), "", f"{len(trials)} trials: {counts}"])
+    return "\n".join([*_aligned(rows), "", f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}: {counts}"])
 
 
 def importances(specification: Specification, study: optuna.Study) -> dict[str, float] | str:

@@ -19,6 +19,7 @@ from gitlight.sweep.processes import TrialProcesses, signals_as_exceptions, tria
 from gitlight.sweep.specification import Specification
 from gitlight.sweep.study import (
     FINISHED,
+    GIVEN_UP,
     HEARTBEAT_SECONDS,
     OWNER,
     PLACE,
@@ -162,7 +163,7 @@ class Runner:
 
     def _say_end(self, place: int, trial: FrozenTrial) -> None:
         if trial.state == TrialState.FAIL:
-            found = f"{trial.user_attrs[REASON]}; see {log_path(self._folder, place)}"
+            found = f"{trial.user_attrs.get(REASON, GIVEN_UP)}; see {log_path(self._folder, place)}"
         else:
             best = best_value(trial, self._specification.goal)
             found = f"best {self._specification.metric} {best:.6g} in {len(trial.intermediate_values)} validations"

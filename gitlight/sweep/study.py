@@ -32,6 +32,9 @@ PRUNED_AFTER, FINISHED = "pruned_after", "finished"
 EXIT_CODE, REASON = "exit_code", "reason"
 """Attributes of a trial that failed."""
 
+GIVEN_UP = "given up, as its machine fell silent"
+"""Why a trial failed that has no reason of its own."""
+
 HEARTBEAT_SECONDS = 30
 """How often a shared database is told that a trial is alive; silent for four times as long, it counts as dead."""
 
@@ -222,6 +225,8 @@ def conclude(study: optuna.Study, storage: RDBStorage, number: int, metric: str,
         exit_code: its process's.
     """
     trial = study.trials[number]
+    if trial.state.is_finished():
+        return trial  # another machine gave it up
     value = best_value(trial, study.direction.name.lower())
     if exit_code != 0:
         return fail(study, storage, number, f"exit code {exit_code}", exit_code)

@@ -170,18 +170,23 @@ def test_a_sweep_runs_once_at_a_time_unless_its_database_is_shared(sweep: Sweepi
     assert_all_gone(sweep)
 
 
-def test_two_processes_share_a_database(sweep: Sweeping) -> None:
-    sweep.write(QUICK, quick(RATES[:5]))
+def test_two_processes_share_a_database_and_one_is_killed(sweep: Sweeping) -> None:
+    sweep.write(QUICK, quick(RATES[:6]))
     storage = ("--storage", f"sqlite:///{sweep.folder.parent / 'shared.db'}")
     sweep.folder.mkdir(parents=True)
-    processes = [sweep.start(*storage) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sum(output.count(": starts:") for output in outputs) == 5
-    assert all(": starts:" in output for output in outputs)
-    sweep(*storage)
-    assert [row["state"] for row in sweep.table()] == ["finished"] * 5
-    assert [float(row["optimizer.learning_rate"]) for row in sweep.table()] == RATES[:5]
+    killed, other = (sweep.start(*storage) for _ in range(2))
+    sweep.wait_for(other, "trial-0002/epochs.txt")
+    os.killpg(killed.pid, signal.SIGKILL)
+    outputs = [process.communicate(timeout=120)[0] for process in (killed, other)]
+    assert other.returncode == 0, outputs
+    outputs.append(sweep(*storage))
+    # Six trials, and the one that was killed a second time: from its checkpoint, if it had one by then.
+    taken_up = outputs[-1].count(": starts: ") + outputs[-1].count(": goes on: ")
+    assert taken_up == 1
+    assert sum(output.count(": starts: ") for output in outputs[:2]) == 6
+    table = sweep.table()
+    assert [row["state"] for row in table] == ["finished"] * 6
+    assert [float(row["optimizer.learning_rate"]) for row in table] == RATES[:6]
 
 
 TINY = [*SMALL, "data.n_public_images=48", "data.image_size=16", "generator.name=mlp", "generator.hidden_size=8"]

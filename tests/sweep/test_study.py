@@ -1,4 +1,5 @@
 import math
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from optuna.trial import TrialState
 from sweep_files import write_sweep
 
 from gitlight.errors import ConfigError
+from gitlight.sweep.running import Runner
 from gitlight.sweep.specification import EarlyTermination, Specification, load_specification
 from gitlight.sweep.study import (
     FINISHED,
@@ -172,6 +174,37 @@ def test_the_retry_of_a_lost_trial_has_its_place(sweep: Open) -> None:
     retry, new = ask(study, storage), ask(study, storage)
     assert (place_of(retry, study.trials), place_of(new, study.trials)) == (1, 3)
     assert {place: trial.number for place, trial in by_place(study.trials).items()} == {0: 0, 1: retry, 2: 2, 3: new}
+
+
+def test_the_trial_of_a_machine_that_falls_silent_is_run_by_another(tmp_path: Path) -> None:
+    specification = load_specification(
+        write_sweep(tmp_path, parameters="{optimizer.learning_rate: {min: 0.5, max: 1.5}}")
+    )
+
+    def machine() -> Runner:
+        storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}", shared=True)
+        return Runner(specification, open_study(specification, storage), storage, tmp_path, n_trials=2, shared=True)
+
+    silent, alive = machine(), machine()
+    lost, own = silent._next(), alive._next()
+    assert lost is not None
+    assert own is not None
+    assert (lost.place, own.place) == (0, 1)
+    assert alive._next() is None  # while the first one may be alive
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute(
+            "UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00' WHERE trial_id = "
+            "(SELECT trial_id FROM trials WHERE number = ?)",
+            [lost.number],
+        )
+    retry = alive._next()
+    assert retry is not None
+    assert (retry.place, retry.values, retry.again) == (lost.place, lost.values, True)
+    assert retry.number not in (lost.number, own.number)
+    assert alive._next() is None
+    # The silent one comes back: its trial is not its any more.
+    ended = conclude(silent._study, silent._storage, lost.number, "val/psnr", exit_code=0)
+    assert ended.state == TrialState.FAIL
 
 
 def test_bad_trials_are_pruned_by_the_pruner_that_a_trials_process_loads(sweep: Open) -> None:

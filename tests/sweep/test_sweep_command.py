@@ -72,6 +72,6 @@ def test_a_grid_has_as_many_trials_as_combinations_and_not_more(
     nothing.write_text("")
     file = str(write_sweep(tmp_path, program=str(nothing), method="grid"))
     assert sweep_command([file, "--trials", "1"]) == 1
-    assert "1 trials: 1 failed" in capsys.readouterr().out
+    assert "1 trial: 1 failed" in capsys.readouterr().out
     assert sweep_command([file, "--trials", "9"]) == 1
     assert "2 trials: 2 failed" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ class Runner:
             trial
             for trial in trials
             if trial.state == TrialState.RUNNING
-            and (not self._shared or _is_gone(trial.user_attrs.get(OWNER)))
+            and (not self._shared or _is_gone(trial))
             and place_of(trial.number, trials) < self._n_trials
         ]
         for trial in gone:
@@ -205,9 +206,14 @@ def state_name(trial: FrozenTrial) -> str:
     return {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
 
 
-def _is_gone(owner: dict[str, Any] | None) -> bool:
-    """Whether a trial's process was on this machine, and is no more. Of other machines' heartbeats tell."""
-    if owner is None or owner["host"] != socket.gethostname() or owner["process"] == os.getpid():
+def _is_gone(trial: FrozenTrial) -> bool:
+    """Whether a trial's sweep was on this machine, and is no more. Of other machines' heartbeats tell."""
+    owner = trial.user_attrs.get(OWNER)
+    if owner is None:
+        # It asked for the trial, and was killed before it could say who it is, or send a heartbeat.
+        started = trial.datetime_start or datetime.now()
+        return datetime.now() - started > timedelta(seconds=4 * HEARTBEAT_SECONDS)
+    if owner["host"] != socket.gethostname() or owner["process"] == os.getpid():
         return False
     try:
         os.kill(owner["process"], 0)

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 from filelock import FileLock
+from optuna.trial import TrialState
 from small_run import SMALL
 
-from gitlight.sweep.study import REASON, load_study, open_storage
+from gitlight.sweep.study import OWNER, REASON, load_study, open_storage
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = Path(__file__).parent / "quick_trial.py"
@@ -73,9 +75,8 @@ class Sweeping:
     def states(self) -> list[str]:
         return [trial.state.name for trial in self.study().trials]
 
-    def study(self):
-        storage = open_storage(f"sqlite:///{self.folder / 'study.db'}", shared=False)
-        return load_study(storage, "sweep")
+    def study(self, url: str | None = None) -> optuna.Study:
+        return load_study(open_storage(url or f"sqlite:///{self.folder / 'study.db'}", shared=False), "sweep")
 
     def alive(self) -> list[int]:
         """Processes of quick trials."""
@@ -176,6 +177,11 @@ def test_two_processes_share_a_database_and_one_is_killed(sweep: Sweeping) -> No
     sweep.folder.mkdir(parents=True)
     killed, other = (sweep.start(*storage) for _ in range(2))
     sweep.wait_for(other, "trial-0002/epochs.txt")
+    while not any(
+        trial.state == TrialState.RUNNING and trial.user_attrs.get(OWNER, {}).get("process") == killed.pid
+        for trial in sweep.study(storage[1]).trials
+    ):
+        assert killed.poll() is None
     os.killpg(killed.pid, signal.SIGKILL)
     outputs = [process.communicate(timeout=120)[0] for process in (killed, other)]
     assert other.returncode == 0, outputs

@@ -13,6 +13,7 @@ from gitlight.config_loading import COMPONENTS, load_config
 from gitlight.errors import ConfigError, GitlightError
 from gitlight.gradients import CHANNELS
 from gitlight.registry import Registry
+from gitlight.sweep.trial import end_with_the_sweep
 
 USER_ERROR = 2
 """Exit code for mistakes in what the user gave."""
@@ -55,6 +56,7 @@ JSON, too; with --json - it is printed instead of the table.
 
 def train_command(arguments: Sequence[str], default_config: Path) -> int:
     """``train.py``; returns the exit code."""
+    end_with_the_sweep()
     return _run(arguments, _TRAIN_USAGE, _train, default_config)
 
 
@@ -146,6 +148,7 @@ _NO_NEWS = (
     r".*`training_step` returned `None`",  # a generator in closed form
     r".*`LightningModule.configure_optimizers` returned `None`",
     r".*The number of training batches .* is smaller than the logging interval",
+    r".*Please add the following callbacks: \['PruneTrial'\]",  # a sweep's trial, continued outside of it
 )
 
 

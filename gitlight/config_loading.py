@@ -17,6 +17,7 @@ from gitlight.generators import GENERATORS
 from gitlight.gradients import CHANNELS
 from gitlight.leaked import LEAKED_MODELS
 from gitlight.registry import Registry, did_you_mean
+from gitlight.sweep.trial import agent_run_folder
 
 COMPONENTS: dict[str, Registry] = {"data": SOURCES, "leaked": LEAKED_MODELS, "generator": GENERATORS, "attack": ATTACKS}
 """Sections of `Config` whose settings depend on their ``name``."""
@@ -63,7 +64,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if folder and "output_dir" not in [override.partition("=")[0] for override in overrides]:
         config.output_dir = str(folder)  # where the run is now, which may have been moved
     elif config.output_dir is None:
-        config.output_dir = str(Path("runs") / path.stem)
+        config.output_dir = str(agent_run_folder() or Path("runs") / path.stem)
     return config
 
 

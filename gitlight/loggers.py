@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from gitlight.config import Config
+from gitlight.sweep.trial import agent_run_folder
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +166,10 @@ class ForgivingWandbLogger(WandbLogger):
         super().__init__(**settings)
         # Lightning passes it on unasked, and wandb warns that it has no effect.
         self._wandb_init.pop("anonymous", None)
+        if agent_run_folder() is not None:
+            # The agent has given them, and wandb warns of what is given twice.
+            for key in ("project", "id"):
+                self._wandb_init.pop(key, None)
         self._warned = False
 
     @property
@@ -305,10 +310,11 @@ def _wandb_logger(config: Config, output_dir: Path, run_name: str, mode: str, re
 
 
 def _run_id(path: Path, resume: bool) -> str:
-    """The W&B run's id: that of the run which is continued, or a new one."""
-    if resume and path.exists() and (known := path.read_text().strip()):
+    """The W&B run's id: that of the run which is continued, that which ``wandb agent`` gave, or a new one."""
+    given = os.environ["WANDB_RUN_ID"] if agent_run_folder() is not None else None
+    if given is None and resume and path.exists() and (known := path.read_text().strip()):
         return known
-    new = uuid.uuid4().hex[:8]
+    new = given or uuid.uuid4().hex[:8]
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         path.write_text(new + "\n")
     return new

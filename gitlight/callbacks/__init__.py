@@ -15,6 +15,7 @@ from gitlight.callbacks.throughput import Throughput
 from gitlight.callbacks.weight_distance import WeightDistance
 from gitlight.callbacks.weight_distance_curves import WeightDistancePoint, draw_weight_distances
 from gitlight.config import Config
+from gitlight.sweep.trial import trial_from_environment
 
 __all__ = [
     "LearningRate",
@@ -41,7 +42,7 @@ def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
     Every task has a progress display, the learning rate and the two checkpoints with the run's settings in them;
     ``task=generator`` adds what concerns reconstructions, ``task=image_prior`` their metrics and pictures. The display
     is a progress bar, or one plain line an epoch where ``logging.quiet`` asks for it or standard output is not a
-    terminal.
+    terminal. A trial of a sweep reports to it.
 
     Args:
         config: the run's settings.
@@ -51,6 +52,7 @@ def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
     # The display comes after what it shows.
     return [
         *_reconstruction_callbacks(config, output_dir),
+        *_sweep_callbacks(),
         LearningRate(),
         RunSettings(config),
         QuietProgress() if config.logging.quiet or not sys.stdout.isatty() else PairsProgressBar(),
@@ -64,3 +66,13 @@ def _reconstruction_callbacks(config: Config, output_dir: Path) -> list[Callback
         return []
     seen: list[Callback] = [ReconstructionMetrics(), ReconstructionGrid(output_dir, config.evaluation.n_pictures)]
     return seen if config.task == "image_prior" else [*seen, WeightDistance(output_dir), Throughput()]
+
+
+def _sweep_callbacks() -> list[Callback]:
+    trial = trial_from_environment()
+    if trial is None:
+        return []
+    # Optuna is loaded by trials alone.
+    from gitlight.callbacks.prune_trial import PruneTrial
+
+    return [PruneTrial(trial)]

@@ -1,0 +1,85 @@
+"""`PruneTrial`: a sweep's trial reports its metric at each validation, and ends where it is not worth going on."""
+
+from typing import Any
+
+import optuna
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from optuna.storages import RDBStorage
+
+from gitlight.errors import ConfigError
+from gitlight.sweep.study import FINISHED, METRIC, PRUNED_AFTER, load_study, open_storage, trial_of
+from gitlight.sweep.trial import SweepTrial
+
+
+class PruneTrial(Callback):
+    """Reports to the sweep's study after each validation, and stops the run if the study's pruner says so.
+
+    Steps of the report are validations, from 1. Rank 0 reports and asks; the others do what it was told.
+
+    Args:
+        trial: which trial this run is.
+    """
+
+    def __init__(self, trial: SweepTrial) -> None:
+        self._which = trial
+        self._validations = 0
+        self._metric = ""
+        self._trial: optuna.Trial | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were: a resumed trial counts on."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._validations = state_dict["validations"]
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the study."""
+        storage: RDBStorage = open_storage(self._which.storage, shared=False)
+        study = load_study(storage, self._which.study)
+        self._metric = study.user_attrs[METRIC]
+        self._trial = trial_of(study, storage, self._which.number)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report, ask, and stop if so told.
+
+        Raises:
+            ConfigError: the run does not log the sweep's metric.
+        """
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        stop = False
+        if self._trial is not None:
+            stop = self._report(self._trial, {name: float(value) for name, value in trainer.callback_metrics.items()})
+        if trainer.strategy.broadcast(stop):
+            trainer.should_stop = True
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that training came to its end: a run that a signal ends can exit with 0, too."""
+        if self._trial is not None:
+            self._trial.set_user_attr(FINISHED, True)
+
+    def _report(self, trial: optuna.Trial, metrics: dict[str, float]) -> bool:
+        if self._metric not in metrics:
+            logged = ", ".join(name for name in sorted(metrics) if name.startswith("val/"))
+            raise ConfigError(
+                f"metric.name: {self._metric} is not logged by this run. At a validation it logs: {logged}."
+            )
+        # A trial that was killed after its report and before its checkpoint does that epoch again.
+        if self._validations not in study_reports(trial):
+            trial.report(metrics[self._metric], self._validations)
+        if not trial.should_prune():
+            return False
+        trial.set_user_attr(PRUNED_AFTER, self._validations)
+        return True
+
+
+def study_reports(trial: optuna.Trial) -> dict[int, float]:
+    """Step → value of what a trial has reported, in this process or before."""
+    (frozen,) = (one for one in trial.study.get_trials(deepcopy=False) if one.number == trial.number)
+    return frozen.intermediate_values

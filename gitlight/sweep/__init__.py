@@ -1,0 +1,1 @@
+"""Hyperparameter sweeps: files in W&B's sweep format, run locally with Optuna (docs/sweeps.md)."""

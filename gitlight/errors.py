@@ -1,5 +1,8 @@
 """Errors that are the user's to mend: the command lines print them as one message, without a traceback."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class GitlightError(Exception):
     """A mistake in what the user gave; its message says what, where, what was expected and what to do."""
@@ -19,3 +22,22 @@ class ArchitectureError(GitlightError):
 
 class CheckpointError(GitlightError):
     """A checkpoint or a run folder is missing, damaged, or belongs to another set-up."""
+
+
+def differences(former: Mapping[str, Any], now: Mapping[str, Any], where: str) -> str:
+    """Which settings have changed, for messages; empty if none.
+
+    Args:
+        former: by name.
+        now: the same, perhaps with others.
+        where: what to call the former's place or time.
+
+    >>> differences({"seed": 0, "task": "leaked"}, {"seed": 1, "task": "leaked", "new": 2}, "then")
+    'seed: 0 then, 1 now; new: none then, 2 now'
+    """
+    keys = [*former, *(key for key in now if key not in former)]
+    return "; ".join(
+        f"{key}: {former.get(key, 'none')} {where}, {now.get(key, 'none')} now"
+        for key in keys
+        if former.get(key) != now.get(key)
+    )

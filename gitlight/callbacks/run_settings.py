@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 from gitlight.config import Config
 from gitlight.config_loading import dotted
-from gitlight.errors import CheckpointError
+from gitlight.errors import CheckpointError, differences
 
 STATE_KEY = "RunSettings"
 
@@ -60,14 +60,9 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], config: Config) -> N
     if saved is None:
         raise CheckpointError(f"{path} holds weights, but not a run that could be continued.")
     now = _deciding(config)
-    changed = [
-        f"{key}: {saved.get(key, 'none')} there, {now.get(key, 'none')} now"
-        for key in [*saved, *(key for key in now if key not in saved)]
-        if saved.get(key) != now.get(key)
-    ]
-    if changed:
+    if changed := differences(saved, now, "there"):
         raise CheckpointError(
-            f"{path} is a checkpoint of a run with other settings ({'; '.join(changed)}). A run goes on with its own: "
+            f"{path} is a checkpoint of a run with other settings ({changed}). A run goes on with its own: "
             "give its folder as the config and leave these out. For others start a new run, without trainer.resume."
         )
 

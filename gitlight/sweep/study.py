@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from gitlight.errors import ConfigError
+from gitlight.errors import ConfigError, differences
 from gitlight.sweep.specification import EarlyTermination, Specification
 
 SPECIFICATION, TERMINATION, METRIC = "specification", "early_termination", "metric"
@@ -116,15 +116,10 @@ def open_study(specification: Specification, storage: RDBStorage) -> optuna.Stud
         study.set_user_attr(METRIC, specification.metric)
         study.set_user_attr(SPECIFICATION, now)
         return study
-    changed = [
-        f"{key}: {began.get(key, 'none')} then, {now.get(key, 'none')} now"
-        for key in [*began, *(key for key in now if key not in began)]
-        if began.get(key) != now.get(key)
-    ]
-    if changed:
+    if changed := differences(began, now, "then"):
         raise ConfigError(
             f"{specification.file} is not the file that the sweep {specification.name} began with "
-            f"({'; '.join(changed)}). A sweep goes on as it began: undo the change, or give the changed file another "
+            f"({changed}). A sweep goes on as it began: undo the change, or give the changed file another "
             f"name, which starts another sweep."
         )
     return study

@@ -31,6 +31,26 @@ def test_two_processes_follow_the_curve_of_one(command, tmp_path, generator, cli
         assert two == pytest.approx(one, rel=1e-4), column
 
 
+def test_descent_takes_the_steps_of_one_process(command, tmp_path):
+    """With 400 leaks there are more than twice the 192 inputs of the last layer, and with half of them not."""
+    (tmp_path / "run.yaml").write_text(
+        "data: {n_public_images: 416, batch_size: 400, image_size: 16}\n"
+        "leaked: {width: 12}\n"
+        "gradients: {dtype: float64}\n"
+        "generator: {name: exact, fit: descent}\n"
+        "optimizer: {name: sgd, momentum: 0, learning_rate: 0.9, schedule: constant, warmup_fraction: 0}\n"
+        "trainer: {max_epochs: 6, check_val_every_n_epoch: 6, limit_val_batches: 1}\n"
+    )
+    own = {"data.n_public_images", "data.batch_size", "leaked.width"}
+    settings = ["run.yaml", *(setting for setting in SMALL if setting.partition("=")[0] not in own)]
+    command("train.py", *settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}")
+    command("train.py", *settings, *TWO_PROCESSES, f"output_dir={tmp_path / 'two'}")
+    one, two = logged(tmp_path / "one", "train/loss"), logged(tmp_path / "two", "train/loss")
+    assert len(one) == 6
+    # Samples that weigh the equations are drawn in the order of a rank's batch.
+    assert two == pytest.approx(one, rel=3e-4)
+
+
 def test_a_batch_that_cannot_be_shared_is_named(command, tmp_path):
     (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 8}\n")
     output = command("train.py", "run.yaml", *SMALL, "data.batch_size=15", *TWO_PROCESSES, code=2)

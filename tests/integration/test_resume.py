@@ -1,26 +1,46 @@
 import csv
+import shutil
 
 import pytest
 import torch
 from small_run import SMALL
 
+from gitlight.cli import train_command
 from gitlight.runs import load_checkpoint
 
 EPOCHS = 4
 STEPS_AN_EPOCH = 6  # 96 images in batches of 16
 
 
+# Mirroring and channel noise are random numbers that a resumed run must find again.
+CONFIG = (
+    "generator: {name: hybrid, channels: 8, blocks: 1}\n"
+    "data: {horizontal_flip: true}\n"
+    "channel: [{name: gaussian_noise, relative_std: 0.001}]\n"
+    f"trainer: {{max_epochs: {EPOCHS}}}\n"
+)
+
+
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "run.yaml"
-    # Mirroring and channel noise are random numbers that a resumed run must find again.
-    path.write_text(
-        "generator: {name: hybrid, channels: 8, blocks: 1}\n"
-        "data: {horizontal_flip: true}\n"
-        "channel: [{name: gaussian_noise, relative_std: 0.001}]\n"
-        f"trainer: {{max_epochs: {EPOCHS}}}\n"
-    )
+    path.write_text(CONFIG)
     return path
+
+
+@pytest.fixture(scope="module")
+def of_one_epoch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_epoch")
+    (folder / "run.yaml").write_text(CONFIG)
+    settings = [*SMALL, f"output_dir={folder / 'run'}", "trainer.max_epochs=1"]
+    assert train_command([str(folder / "run.yaml"), *settings], folder / "run.yaml") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(of_one_epoch, tmp_path):
+    """A run of one epoch, to continue."""
+    return shutil.copytree(of_one_epoch, tmp_path / "run")
 
 
 def metrics(run):
@@ -49,16 +69,12 @@ def test_a_killed_run_resumed_ends_like_one_never_interrupted(command, config, t
     assert same_weights(killed, whole)
 
 
-def test_images_may_have_moved_and_computing_may_differ(train, config, tmp_path):
-    run = tmp_path / "run"
-    assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
+def test_images_may_have_moved_and_computing_may_differ(train, run):
     moved = ["data.root=elsewhere", "data.num_workers=1", "gradients.memory_limit_gb=1", "gradients.method=loop"]
     assert train(str(run), "trainer.resume=last", "trainer.max_epochs=2", *moved) == 0
 
 
-def test_resuming_can_prolong_a_finished_run(train, config, tmp_path):
-    run = tmp_path / "run"
-    assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
+def test_resuming_can_prolong_a_finished_run(train, run):
     assert train(str(run), "trainer.resume=last", "trainer.max_epochs=2") == 0
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2 * STEPS_AN_EPOCH
 
@@ -74,9 +90,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "weights alone", *CHANGES])
-def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, config, tmp_path, capsys, damage):
-    run = tmp_path / "run"
-    assert train(str(config), *SMALL, f"output_dir={run}", "trainer.max_epochs=1") == 0
+def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, run, capsys, damage):
     checkpoint = run / "checkpoints" / "last.ckpt"
     before = (run / "metrics.csv").read_bytes()
     changed = []

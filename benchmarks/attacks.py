@@ -17,7 +17,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from generators import DATA, ROOT, machine
+from generators import DATA
+from machine import ROOT, machine
 from torch import Tensor
 
 from gitlight import load_config

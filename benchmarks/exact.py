@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from generators import DATA, ROOT, machine
+from generators import DATA
+from machine import ROOT, machine
 
 IMAGENET = ["data.name=folder", "data.root=data/imagenet_sample"]
 

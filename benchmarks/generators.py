@@ -4,21 +4,18 @@ Needs the CIFAR-10 sample at ``data/cifar10_subset`` (10,000 training and 2,000 
 Seconds are those of ``train.py`` as a user waits for it, start of Python, closed-form fits and validation included.
 """
 
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
+
+from machine import ROOT, machine
 
 from gitlight import load_config
 from gitlight.generators.width import n_trainable
 from gitlight.training import build_generator, build_pairs
 
-ROOT = Path(__file__).parent.parent
 DATA = ["data.name=folder", "data.root=data/cifar10_subset", "data.download=false"]
 
 
@@ -75,22 +72,6 @@ def measure(name: str) -> str:
         cells.append(f"{found['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
     cells += [f"{100 * result['label_accuracy']:.1f} %", str(result["n_images"])]
     return "| " + " | ".join(cells) + " |"
-
-
-def machine() -> str:
-    """Date, commit, processor, cores, versions."""
-    import torch
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    devices = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    date = datetime.datetime.now(tz=datetime.UTC).date()
-    return f"{date}, commit {commit}, {model}, {os.cpu_count()} cores, {devices}, torch {torch.__version__}, seed 0"
 
 
 def main() -> None:

@@ -7,9 +7,6 @@ several rounds in which all take turns. Peaks are of processes of their own.
 """
 
 import argparse
-import datetime
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gitlight.architecture import Architecture
-from gitlight.config import GradientsConfig, LeNetConfig, ResNetConfig, ViTB16Config, ViTConfig
+from gitlight.config import GradientsConfig, LeNetConfig, ResNetConfig, SketchConfig, ViTB16Config, ViTConfig
 from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.precision import full_float32
+from gitlight.gradients.sketch import Sketch
 from gitlight.leaked import LEAKED_MODELS
 
-ROOT = Path(__file__).parent.parent
 METHODS = ("loop", "vmap", "opacus", "compiled", "captured", "batched")
 OTHERS = ("loop", "vmap", "opacus")
 """What the ratio compares with."""
@@ -37,21 +35,30 @@ OTHERS = ("loop", "vmap", "opacus")
 
 @dataclass(frozen=True)
 class Case:
-    """A leaked model, its image size, and leaks at once."""
+    """A leaked model, its image size, and leaks at once on CPUs and on a GPU."""
 
     settings: Any
     image_size: int
-    batch_size: int
+    on_cpus: int
+    on_gpu: int
+    sketch: SketchConfig | None = None
+
+    def batch_size(self, device: torch.device) -> int:
+        """Leaks at once."""
+        return self.on_gpu if device.type == "cuda" else self.on_cpus
 
 
 CASES = {
-    "lenet": Case(LeNetConfig(), 32, 128),
-    "lenet_512": Case(LeNetConfig(), 32, 512),
-    "resnet20": Case(ResNetConfig(), 32, 64),
-    "resnet18": Case(None, 32, 16),
-    "vit": Case(ViTConfig(), 32, 32),
-    "vit_b_16": Case(ViTB16Config(), 224, 2),
+    "lenet": Case(LeNetConfig(), 32, 128, 4096),
+    "lenet_512": Case(LeNetConfig(), 32, 512, 16384),
+    "resnet20": Case(ResNetConfig(), 32, 64, 1024),
+    "resnet18": Case(None, 32, 16, 64),
+    "vit": Case(ViTConfig(), 32, 32, 256),
+    "vit_b_16": Case(ViTB16Config(), 224, 2, 32),
+    "vit_b_16_sketched": Case(ViTB16Config(), 224, 2, 64, SketchConfig(name="count", size=4096)),
 }
+LOOPED = 16
+"""Leaks of which ``loop`` makes the gradients on a GPU: its rate does not depend on their number."""
 
 
 def network(name: str) -> nn.Module:
@@ -71,18 +78,32 @@ def ways(name: str, device: torch.device, wanted: tuple[str, ...] = METHODS) -> 
     """Each method as a function that makes one batch of gradients."""
     case, model = CASES[name], network(name).to(device)
     shape = (3, case.image_size, case.image_size)
-    images = torch.rand(case.batch_size, 1, *shape, device=device)
-    labels = torch.randint(10, (case.batch_size, 1), device=device)
+    n_leaks = case.batch_size(device)
+    images = torch.rand(n_leaks, 1, *shape, device=device)
+    labels = torch.randint(10, (n_leaks, 1), device=device)
     architecture = Architecture.of(model, shape, 10)
+    sketch = None if case.sketch is None else Sketch(architecture, case.sketch)
     found: dict[str, Callable[[], object]] = {}
     for method in ("vmap", "captured", "compiled"):
-        engine = GradientEngine(model, architecture, GradientsConfig(method=method, memory_limit_gb=64))
-        found[method] = partial(engine, images, labels)
-    found["loop"] = lambda: loop(model, images, labels)
+        settings = GradientsConfig(method=method, memory_limit_gb=memory_limit_gb(device))
+        found[method] = partial(GradientEngine(model, architecture, settings, sketch), images, labels)
+    looped = looped_leaks(n_leaks, device)
+    if sketch is None:
+        found["loop"] = lambda: loop(model, images[:looped], labels[:looped])
     found["batched"] = lambda: batched(model, images, labels)
-    if "opacus" in wanted and (made := opacus(network(name).to(device), images, labels)) is not None:
+    if "opacus" in wanted and sketch is None and (made := opacus(network(name).to(device), images, labels)) is not None:
         found["opacus"] = made
     return {method: found[method] for method in wanted if method in found}
+
+
+def memory_limit_gb(device: torch.device) -> float:
+    """What the engine may use: on a GPU, half of what is free, as others' results are held beside its own."""
+    return torch.cuda.mem_get_info(device)[0] / 2e9 if device.type == "cuda" else 64
+
+
+def looped_leaks(n_leaks: int, device: torch.device) -> int:
+    """How many leaks ``loop`` is timed on."""
+    return min(n_leaks, LOOPED) if device.type == "cuda" else n_leaks
 
 
 def loop(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
@@ -147,7 +168,7 @@ def fastest(runs: dict[str, Callable[[], object]], device: torch.device, budget:
     """The best time of each, taken in turns, after one call that is not counted."""
     best = {name: float("inf") for name in runs}
     for run in runs.values():
-        run()
+        seconds(run, device)
     rounds = 0
     end = time.perf_counter() + budget
     while rounds < 3 or (time.perf_counter() < end and rounds < 50):
@@ -157,11 +178,22 @@ def fastest(runs: dict[str, Callable[[], object]], device: torch.device, budget:
     return best
 
 
-def peak(name: str, method: str) -> str:
-    """Peak memory above what the model itself takes, in MB, of a process of its own."""
+def peak(name: str, method: str, run: Callable[[], object], device: torch.device) -> str:
+    """Peak memory above what the model itself takes, in MB; on CPUs of a process of its own."""
+    if device.type == "cuda":
+        return on_gpu(run, device)
     command = [sys.executable, __file__, "--peak", name, method]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return result.stdout.strip().splitlines()[-1] if result.returncode == 0 and result.stdout.strip() else "–"
+
+
+def on_gpu(run: Callable[[], object], device: torch.device) -> str:
+    """Peak of the allocator in MB, less what it holds before."""
+    torch.cuda.empty_cache()
+    allocated = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return str(round((torch.cuda.max_memory_allocated(device) - allocated) / 1e6))
 
 
 def print_peak(name: str, method: str, device: torch.device) -> None:
@@ -169,12 +201,6 @@ def print_peak(name: str, method: str, device: torch.device) -> None:
     run = ways(name, device, (method,)).get(method)
     if run is None:
         print("–")
-        return
-    if device.type == "cuda":
-        allocated = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        print(round((torch.cuda.max_memory_allocated(device) - allocated) / 1e6))
         return
     before = _status("VmRSS")
     kept = run()
@@ -202,24 +228,16 @@ def limits(device: torch.device) -> tuple[float, float]:
 
 
 def arithmetic(name: str) -> tuple[float, float]:
-    """What one leak needs at least: GFLOP of forward and backward pass, and GB of its gradient written once."""
+    """What one leak needs at least: GFLOP of a forward and backward pass, and GB of its gradient or sketch."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, size = network(name), CASES[name].image_size
+    model, size, sketched = network(name), CASES[name].image_size, CASES[name].sketch
+    shapes = Architecture.of(model, (3, size, size), 10).parameter_shapes
+    if sketched is not None:
+        shapes = Sketch(Architecture.of(model, (3, size, size), 10), sketched).shapes
     with FlopCounterMode(display=False) as counter:
         batched(model, torch.rand(1, 1, 3, size, size), torch.zeros(1, 1, dtype=torch.int64))
-    return counter.get_total_flops() / 1e9, sum(p.numel() for p in model.parameters()) * 4 / 1e9
-
-
-def machine(device: torch.device) -> str:
-    """Date, commit, processor, cores, versions."""
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
-    date = datetime.datetime.now(tz=datetime.UTC).date()
-    return f"{date}, commit {commit}, {model}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}, seed 0"
+    return counter.get_total_flops() / 1e9, sum(torch.Size(shape).numel() for shape in shapes.values()) * 4 / 1e9
 
 
 def main() -> None:
@@ -238,24 +256,30 @@ def main() -> None:
         print_peak(arguments.peak[0], arguments.peak[1], device)
         return
     bandwidth, products = limits(device)
-    print(f"{machine(device)}; copy {bandwidth:.1f} GB/s, matrix products {products:.0f} GFLOP/s\n")
+    print(f"{machine()}; copy {bandwidth:.1f} GB/s, matrix products {products:.0f} GFLOP/s\n")
     methods = tuple(method for method in METHODS if arguments.compiled or method != "compiled")
     columns = ["model, image size, batch", *methods, "ours / (d)", "ours / best of (a), (b), (c)", "limit"]
     print("| " + " | ".join(columns) + " |")
     print("|" + " --- |" * len(columns))
     for name in arguments.models:
         case = CASES[name]
-        best = fastest(ways(name, device, methods), device, arguments.seconds)
-        rates = {method: case.batch_size / best[method] for method in best}
+        n_leaks = case.batch_size(device)
+        runs = ways(name, device, methods)
+        best = fastest(runs, device, arguments.seconds)
+        made = dict.fromkeys(runs, n_leaks) | {"loop": looped_leaks(n_leaks, device)}
+        rates = {method: made[method] / best[method] for method in best}
         cells = []
         for method in methods:
             cell = f"{rates[method]:.4g}" if method in rates else "–"
-            cells.append(cell if arguments.no_memory else f"{cell} ({peak(name, method)} MB)")
+            if method in rates and not arguments.no_memory:
+                cell += f" ({peak(name, method, runs[method], device)} MB)"
+            cells.append(cell)
         other = max(rates[method] for method in OTHERS if method in rates)
+        del runs
         work, written = arithmetic(name)
         limit = 1 / max(work / products, written / (bandwidth / 2))
         cells += [f"{rates['captured'] / rates['batched']:.2f}", f"{rates['captured'] / other:.2f}", f"{limit:.3g}"]
-        print(f"| {name} {case.image_size}, {case.batch_size} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {name} {case.image_size}, {n_leaks} | " + " | ".join(cells) + " |", flush=True)
     try:
         import opacus as _  # noqa: F401
     except ImportError:

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from generators import DATA, ROOT, machine
+from generators import DATA
+from machine import ROOT, machine
 
 CONFIGS = ("lenet_hybrid", "lenet_mlp", "resnet20_coarse")
 STEPS, WARM_UP = 60, 20

@@ -1,0 +1,112 @@
+"""What only a GPU can show; skipped where there is none."""
+
+import json
+import math
+
+import pytest
+import torch
+from small_run import SMALL
+from torch.nn import functional as F
+from torchvision.models import resnet18
+
+from gitlight.architecture import Architecture
+from gitlight.config import FullyConnectedConfig, GradientsConfig, LeNetConfig, ResNetConfig, SketchConfig, ViTConfig
+from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.sketch import Sketch
+from gitlight.leaked import LEAKED_MODELS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+SHAPE, N_CLASSES = (3, 32, 32), 10
+LEAKED = {
+    "lenet": LeNetConfig(),
+    "mlp": FullyConnectedConfig(),
+    "resnet20": ResNetConfig(),
+    "vit": ViTConfig(),
+}
+GPU = [setting for setting in SMALL if not setting.startswith(("trainer.accelerator", "leaked.width"))]
+GPU += ["trainer.accelerator=gpu", "trainer.devices=1", "data.n_public_images=2048", "data.batch_size=128"]
+
+
+def built(name):
+    torch.manual_seed(0)
+    if name == "resnet18":
+        return resnet18(num_classes=N_CLASSES).eval()
+    return LEAKED_MODELS[name].load()(LEAKED[name], SHAPE, N_CLASSES).eval()
+
+
+def leaks(n_leaks=3, n_images=2):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(n_leaks, n_images, *SHAPE, generator=generator)
+    return images, torch.randint(N_CLASSES, (n_leaks, n_images), generator=generator)
+
+
+def float64_loop_on_the_cpu(network, images, labels):
+    network.double()
+    parameters = list(network.parameters())
+    made = [
+        torch.autograd.grad(F.cross_entropy(network(own), its), parameters)
+        for own, its in zip(images.double(), labels, strict=True)
+    ]
+    network.float()
+    return [torch.stack(parts) for parts in zip(*made, strict=True)]
+
+
+@pytest.mark.parametrize("method", ["captured", "vmap"])
+@pytest.mark.parametrize("name", [*LEAKED, "resnet18"])
+def test_gradients_are_those_of_the_float64_loop_on_the_cpu(name, method):
+    network, (images, labels) = built(name), leaks()
+    wanted = float64_loop_on_the_cpu(network, images, labels)
+    network.cuda()
+    for dtype, tolerance in (("float64", 1e-10), ("float32", 1e-5)):
+        settings = GradientsConfig(method=method, dtype=dtype)
+        engine = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), settings)
+        found = engine(images.cuda(), labels.cuda())
+        for (parameter, gradient), reference in zip(found.items(), wanted, strict=True):
+            error = (gradient.cpu() - reference).norm() / reference.norm().clamp_min(1e-30)
+            assert error < tolerance, (parameter, dtype, float(error))
+
+
+def test_sketches_are_the_same_on_every_device():
+    network, (images, labels) = built("resnet20"), leaks()
+    architecture = Architecture.of(network, SHAPE, N_CLASSES)
+    settings = GradientsConfig(dtype="float64")
+    sketches = [Sketch(architecture, SketchConfig(name="count", size=256)) for _ in range(2)]
+    on_cpu = GradientEngine(network, architecture, settings, sketches[0])(images, labels)
+    network.cuda()
+    on_gpu = GradientEngine(network, architecture, settings, sketches[1])(images.cuda(), labels.cuda())
+    for name, sketched in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name].cpu(), sketched, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("generator", ["hybrid", "coarse", "mlp"])
+def test_generators_train_and_are_evaluated(train, evaluate, tmp_path, generator, precision):
+    run = tmp_path / "run"
+    (tmp_path / "run.yaml").write_text(f"generator: {{name: {generator}}}\ntrainer: {{max_epochs: 2}}\n")
+    assert train("run.yaml", *GPU, f"trainer.precision={precision}", f"output_dir={run}") == 0
+    assert evaluate(str(run), "evaluation.n_images=32", "logging.quiet=true") == 0
+    (result,) = json.loads((run / "evaluation" / "metrics.json").read_text())["results"]
+    assert result["n_images"] == 32
+    assert result["metrics"]["psnr"]["mean"] > (15 if generator == "hybrid" else 8)
+
+
+def test_exact_inversion_is_exact(train, evaluate, tmp_path):
+    run = tmp_path / "run"
+    (tmp_path / "run.yaml").write_text("generator: {name: exact}\ngradients: {dtype: float64}\n")
+    assert train("run.yaml", *GPU, f"output_dir={run}") == 0
+    assert evaluate(str(run), "evaluation.n_images=8", "logging.quiet=true") == 0
+    (result,) = json.loads((run / "evaluation" / "metrics.json").read_text())["results"]
+    assert result["metrics"]["psnr"]["mean"] > 100
+
+
+@pytest.mark.parametrize("attack", ["ig", "dlg"])
+def test_searches_come_nearer(evaluate, tmp_path, attack):
+    (tmp_path / "run.yaml").write_text(f"attack: {{name: {attack}, iterations: 100}}\n")
+    settings = [s for s in GPU if not s.startswith(("trainer.devices", "data.batch_size"))]
+    code = evaluate(str(tmp_path / "run.yaml"), *settings, "evaluation.n_images=4", f"output_dir={tmp_path / 'run'}")
+    assert code == 0
+    (result,) = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())["results"]
+    psnr = result["metrics"]["psnr"]["mean"]
+    assert math.isfinite(psnr)
+    assert psnr > 10

@@ -1,87 +1,180 @@
 """Trains and evaluates generators and prints a table: ``python benchmarks/generators.py [NAME ...]``.
 
-Needs the CIFAR-10 sample at ``data/cifar10_subset`` (10,000 training and 2,000 test images as an image folder).
-Seconds are those of ``train.py`` as a user waits for it, start of Python, closed-form fits and validation included.
+``--seeds 0 1 2`` trains each case once per seed, ``--workers N`` trains ``N`` at the same time (on a GPU that one run
+does not fill; seconds are then those of runs beside each other). On a GPU the cases get more epochs, and the same time
+for LTI as for what it is compared with, or more. Needs the CIFAR-10 sample at ``data/cifar10_subset`` (10,000 training
+and 2,000 test images as an image folder). Seconds are those of training alone, closed-form fits and validation
+included.
 """
 
+import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from machine import ROOT, machine
 
-from gitlight import load_config
+from gitlight import evaluate, load_config, train
+from gitlight.config import Config
 from gitlight.generators.width import n_trainable
 from gitlight.training import build_generator, build_pairs
 
 DATA = ["data.name=folder", "data.root=data/cifar10_subset", "data.download=false"]
+N4 = ("data.client_batch_size=4", "data.n_validation=800")
+
+
+def noise(highest: float, lowest: float | None = None) -> str:
+    """The setting of a channel with white noise of one level, or of a range of them."""
+    rest = "" if lowest is None else f", lowest_std: {lowest}"
+    return f"channel=[{{name: gaussian_noise, relative_std: {highest}{rest}}}]"
 
 
 class Case(NamedTuple):
-    """A config, and what is changed in it."""
+    """A config, what is changed in it, epochs on a GPU, and the settings of further evaluations."""
 
     config: str
     settings: tuple[str, ...] = ()
+    epochs_on_gpu: int | None = None
+    further: tuple[tuple[str, ...], ...] = ()
 
 
+LEVELS = (1e-3, 1e-2, 1e-1)
 CASES = {
-    "lenet_mlp": Case("lenet_mlp"),
-    "lenet_coarse": Case("lenet_coarse"),
-    "lenet_hybrid": Case("lenet_hybrid"),
+    "lenet_mlp": Case("lenet_mlp", epochs_on_gpu=60),
+    "lenet_coarse": Case("lenet_coarse", epochs_on_gpu=24),
+    "lenet_hybrid": Case("lenet_hybrid", epochs_on_gpu=6),
     # LTI as published (Wu et al. 2023): 81 million parameters, raw gradients. An hour and more on two cores.
     "lenet_lti": Case(
         "lenet_mlp",
         (
             *("generator.hidden_size=3000", "generator.scale_inputs=false", "optimizer.learning_rate=1e-4"),
             *("optimizer.schedule=step", "optimizer.warmup_fraction=0", "data.batch_size=256"),
-            *("data.horizontal_flip=false", "trainer.max_epochs=200"),
+            *("data.horizontal_flip=false", "trainer.max_epochs=200", "trainer.check_val_every_n_epoch=10"),
         ),
     ),
-    "resnet20_mlp": Case("resnet20_mlp"),
-    "resnet20_coarse": Case("resnet20_coarse"),
-    "resnet20_hybrid": Case("resnet20_hybrid"),
+    "resnet20_mlp": Case("resnet20_mlp", epochs_on_gpu=30),
+    "resnet20_coarse": Case("resnet20_coarse", epochs_on_gpu=12),
+    "resnet20_hybrid": Case("resnet20_hybrid", epochs_on_gpu=6),
+    "vit_mlp": Case("vit_mlp", epochs_on_gpu=20),
+    "vit_hybrid": Case("vit_hybrid", epochs_on_gpu=6),
+    "lenet_mlp_n4": Case("lenet_mlp", (*N4, "trainer.max_epochs=60"), 160),
+    "lenet_coarse_n4": Case("lenet_coarse", (*N4, "trainer.max_epochs=30"), 60),
+    "lenet_hybrid_n4": Case("lenet_hybrid", (*N4, "trainer.max_epochs=24"), 60),
+    # One generator for a range of noise, and one for half of each of its levels.
+    "lenet_hybrid_range": Case(
+        "lenet_hybrid", (noise(0.1, 1e-6),), 12, tuple((noise(level),) for level in (0, *LEVELS))
+    ),
+    **{
+        f"lenet_hybrid_half_{level:g}": Case("lenet_hybrid", (noise(level / 2),), 12, ((noise(level),),))
+        for level in LEVELS
+    },
     # What each part is worth.
-    "lenet_coarse_no_averages": Case("lenet_coarse", ("generator.averages=false",)),
-    "lenet_coarse_one_module": Case("lenet_coarse", ("generator.modules=['*']",)),
-    "resnet20_coarse_no_averages": Case("resnet20_coarse", ("generator.averages=false",)),
-    "resnet20_hybrid_no_averages": Case("resnet20_hybrid", ("generator.averages=false",)),
+    "lenet_coarse_no_averages": Case("lenet_coarse", ("generator.averages=false",), 24),
+    "lenet_coarse_one_module": Case("lenet_coarse", ("generator.modules=['*']",), 24),
+    "lenet_hybrid_head_alone": Case("lenet_hybrid", ("generator.exact_depth=1",), 6),
+    "lenet_hybrid_no_gradients": Case("lenet_hybrid", ("generator.gradient_channels=0",), 6),
+    "lenet_hybrid_no_averages": Case("lenet_hybrid", ("generator.averages=false",), 6),
+    "resnet20_coarse_no_averages": Case("resnet20_coarse", ("generator.averages=false",), 12),
+    "resnet20_hybrid_no_averages": Case("resnet20_hybrid", ("generator.averages=false",), 6),
+    "resnet20_hybrid_no_gradients": Case("resnet20_hybrid", ("generator.gradient_channels=0",), 6),
 }
 """Name → what is trained. Without names on the command line all but ``lenet_lti`` are."""
 
 
-def measure(name: str) -> str:
-    """One row of the table."""
+def run_one(name: str, seed: int) -> None:
+    """Train and evaluate, and print a line of JSON for each evaluation."""
     case = CASES[name]
-    run = ROOT / "runs" / "benchmarks" / name
-    settings = [*DATA, *case.settings, f"output_dir={run}", "logging.quiet=true", "logging.wandb=off"]
+    folder = ROOT / "runs" / "benchmarks" / (name if seed == 0 else f"{name}_seed{seed}")
+    settings = [
+        *DATA,
+        *case.settings,
+        f"seed={seed}",
+        f"output_dir={folder}",
+        "logging.quiet=true",
+        "logging.wandb=off",
+    ]
+    if torch.cuda.is_available():
+        settings += ["gradients.memory_limit_gb=4", "trainer.devices=1"]
+        settings += [f"trainer.max_epochs={case.epochs_on_gpu}"] if case.epochs_on_gpu else []
+    config = load_config(ROOT / "configs" / f"{case.config}.yaml", settings)
     started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "train.py", f"configs/{case.config}.yaml", *settings], cwd=ROOT, check=True, stdout=sys.stderr
-    )
+    train(config)
     seconds = time.perf_counter() - started
-    subprocess.run([sys.executable, "evaluate.py", str(run)], cwd=ROOT, check=True, stdout=sys.stderr)
-    result = json.loads((run / "evaluation" / "metrics.json").read_text())["results"][0]
-    config = load_config(run)
-    parameters = n_trainable(build_generator(config, build_pairs(config).architecture))
-    cells = [name, f"{parameters / 1e6:.1f}", f"{seconds:.0f}", f"{1000 * result['seconds_per_image']:.1f}"]
-    for metric, digits in (("psnr", 2), ("ssim", 4), ("mse", 5)):
-        found = result["metrics"][metric]
-        low, high = found["ci95"]
-        cells.append(f"{found['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
-    cells += [f"{100 * result['label_accuracy']:.1f} %", str(result["n_images"])]
-    return "| " + " | ".join(cells) + " |"
+    for changed in case.further or ((),):
+        evaluate(load_config(folder, [f"output_dir={folder}", *changed]))
+        result = json.loads((folder / "evaluation" / "metrics.json").read_text())["results"][-1]
+        row = {"name": name, "seed": seed, "changed": " ".join(changed), "seconds": seconds, "result": result}
+        print("ROW " + json.dumps(row | {"parameters": n_parameters(config)}), flush=True)
+
+
+def n_parameters(config: Config) -> int:
+    """Trainable ones of its generator."""
+    return n_trainable(build_generator(config, build_pairs(config).architecture))
+
+
+def measure(name: str, seed: int) -> list[dict[str, Any]]:
+    """`run_one` in a process of its own."""
+    command = [sys.executable, __file__, name, "--one", str(seed)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        print(f"{name}, seed {seed}, ended with {done.returncode}", file=sys.stderr, flush=True)
+    return [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+
+
+def table_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each case and evaluation: means over seeds; the interval over images of the first seed."""
+    lines = []
+    for changed in dict.fromkeys(row["changed"] for row in rows):
+        its = [row for row in rows if row["changed"] == changed]
+        first = its[0]["result"]
+        seconds = statistics.mean(row["seconds"] for row in its)
+        cells = [its[0]["name"], changed, f"{its[0]['parameters'] / 1e6:.1f}", f"{seconds:.0f}"]
+        cells.append(f"{1000 * first['seconds_per_image']:.1f}")
+        for metric, digits in (("psnr", 2), ("ssim", 4), ("mse", 5)):
+            means = [row["result"]["metrics"][metric]["mean"] for row in its]
+            low, high = first["metrics"][metric]["ci95"]
+            cell = f"{statistics.mean(means):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            if len(its) > 1:
+                cell += f" ({min(means):.{digits}f} to {max(means):.{digits}f})"
+            cells.append(cell)
+        cells += [f"{100 * first['label_accuracy']:.1f} %", str(first["n_images"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def main() -> None:
     """Measure the cases named on the command line, or all but the longest."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rows", type=Path, help="a file to which each evaluation is added as a line of JSON")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    names = arguments.names or [name for name in CASES if name != "lenet_lti"]
+    if unknown := [name for name in names if name not in CASES]:
+        parser.error(f"no case of the name {unknown[0]}; there are {', '.join(CASES)}")
+    if arguments.one is not None:
+        run_one(names[0], arguments.one)
+        return
     print(f"\n{machine()}\n")
-    columns = ["case", "million parameters", "training, s", "ms per image", "PSNR, dB", "SSIM", "MSE", "labels right"]
-    print("| " + " | ".join([*columns, "images"]) + " |")
-    print("|" + " --- |" * (len(columns) + 1), flush=True)
-    for name in sys.argv[1:] or [name for name in CASES if name != "lenet_lti"]:
-        print(measure(name), flush=True)
+    columns = ["case", "evaluated with", "million parameters", "training, s", "ms per image", "PSNR, dB", "SSIM", "MSE"]
+    print("| " + " | ".join([*columns, "labels right", "images"]) + " |")
+    print("|" + " --- |" * (len(columns) + 2), flush=True)
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        waiting = {name: [pool.submit(measure, name, seed) for seed in arguments.seeds] for name in names}
+        for futures in waiting.values():
+            rows = [row for future in futures for row in future.result()]
+            if arguments.rows is not None:
+                with arguments.rows.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+            print("\n".join(table_rows(rows)), flush=True)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,10 @@ class ViTConfig(LeakedConfig):
     depth: int = setting(6, "transformer blocks", minimum=1)
     heads: int = setting(3, "attention heads of a block; divides leaked.hidden_size", minimum=1)
     mlp_size: int = setting(768, "hidden units of a block's multilayer perceptron", minimum=1)
+    learned_positions: bool = setting(
+        True,
+        "whether the position embedding is a parameter, whose gradient gives the image away; else sines and cosines",
+    )
 
 
 @dataclass

@@ -102,13 +102,14 @@ class WeightedAverages(StandardisedFeatures):
             return first.new_zeros(len(first), 0, dtype=torch.float32)
         found = []
         for pair in self._pairs:
-            # In double precision, and relative to their size: squares of small gradients would vanish.
-            delta = gradients[pair.bias].double()
-            size = delta.norm(dim=1, keepdim=True).clamp_min(1e-300)
-            delta = delta / size
-            weight = gradients[pair.weight].flatten(2).double()
-            least = _ROUNDING * torch.finfo(gradients[pair.weight].dtype).eps * weight.flatten(1).norm(dim=1)
-            average = torch.einsum("bo,boi->bi", delta, weight) / size
+            # Sizes in double precision: squares of small gradients would vanish. Products in the gradients' own: they
+            # are no more exact than that, and a copy of all weights' in double takes longer than all else.
+            delta, weight = gradients[pair.bias], gradients[pair.weight].flatten(2)
+            size = torch.linalg.vector_norm(delta, dim=1, keepdim=True, dtype=torch.float64).clamp_min(1e-300)
+            least = torch.linalg.vector_norm(weight, dim=(1, 2), dtype=torch.float64)
+            least = _ROUNDING * torch.finfo(weight.dtype).eps * least
+            unit = (delta / size).to(weight.dtype)
+            average = (unit.unsqueeze(1) @ weight).squeeze(1) / size
             if pair.activation:
                 average = _INVERSES[pair.activation](average)
             says_something = size > least.unsqueeze(1).clamp_min(1e-300)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.passes import move_to_device_pass
 from torch.fx.node import map_aggregate, map_arg
 
 from gitlight.architecture import ImageShape
@@ -118,7 +119,9 @@ def trace(
         NoRuleError: it cannot be traced for any number of images, is random or ties its images together in this mode,
             or an operation uses a leaked parameter in a way that no rule covers. The message names it.
     """
-    exported = _export(network, image_shape, dtype, device)
+    exported = _export(network, image_shape, dtype)
+    if device.type != "cpu":
+        exported = move_to_device_pass(exported, str(device))
     signature = exported.graph_signature
     held = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
     lifted = dict(getattr(signature, "inputs_to_lifted_tensor_constants", {}))
@@ -132,19 +135,20 @@ def trace(
     return TracedNetwork(constants, held, tuple(builder.prologue), builder.module(), tuple(builder.steps))
 
 
-def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype, device: torch.device) -> Any:
+def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> Any:
+    """The graph on the CPU, wherever the network is: for batch norm on a GPU, export bounds the number of images."""
     tensors = [*network.parameters(), *network.buffers()]
-    same = all(t.dtype == dtype and t.device == device for t in tensors if t.is_floating_point())
+    same = all(t.device.type == "cpu" and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
     # Modules are copied, as their hooks are not to see the tracing; weights only where they have another precision.
     twin = copy.deepcopy(network, {id(t): t for t in tensors} if same else {})
     if not same:
-        twin = twin.to(device, dtype)
+        twin = twin.to("cpu", dtype)
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-    images = torch.zeros(_TRACED_IMAGES, *image_shape, dtype=dtype, device=device)
+    images = torch.zeros(_TRACED_IMAGES, *image_shape, dtype=dtype)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")

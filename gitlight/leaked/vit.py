@@ -2,6 +2,7 @@
 
 from math import sqrt
 
+import torch
 from torch import nn
 from torchvision.models import vision_transformer
 
@@ -25,7 +26,8 @@ def vit(settings: ViTConfig, image_shape: ImageShape, n_classes: int) -> nn.Modu
         n_classes: number of outputs.
 
     Raises:
-        ConfigError: the images are not square, or a size does not divide the one that it has to divide.
+        ConfigError: the images are not square, a size does not divide the one that it has to divide, or the
+            transformer is too narrow for positions that are not learned.
 
     >>> from gitlight.config import ViTConfig
     >>> sum(p.numel() for p in vit(ViTConfig(), (3, 32, 32), 10).parameters())
@@ -51,7 +53,30 @@ def vit(settings: ViTConfig, image_shape: ImageShape, n_classes: int) -> nn.Modu
         mlp_dim=settings.mlp_size,
         num_classes=n_classes,
     )
+    if not settings.learned_positions:
+        _fix_positions(network.encoder, size // settings.patch_size, settings.hidden_size)
     return _leaking(network, settings, image_shape)
+
+
+def _fix_positions(encoder: nn.Module, side: int, width: int) -> None:
+    """Sines and cosines of a patch's row and column instead of parameters (Beyer et al. 2022, arXiv 2205.01580).
+
+    A quarter of the width each; what four does not divide, and the class token's position, stay zero.
+    """
+    quarter = width // 4
+    if quarter == 0:
+        raise ConfigError(
+            f"leaked.hidden_size: {width} is too narrow for positions in sines and cosines, which take 4 at least; "
+            "give leaked.learned_positions=true."
+        )
+    frequencies = 10000.0 ** -(torch.arange(quarter) / max(1, quarter - 1))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
+    waves = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    positions = torch.zeros(1, 1 + side**2, width)
+    positions[0, 1:, : 4 * quarter] = waves
+    del encoder.pos_embedding
+    encoder.register_buffer("pos_embedding", positions)
 
 
 def vit_b_16(settings: ViTB16Config, image_shape: ImageShape, n_classes: int) -> nn.Module:

@@ -109,4 +109,4 @@ def test_searches_come_nearer(evaluate, tmp_path, attack):
     (result,) = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())["results"]
     psnr = result["metrics"]["psnr"]["mean"]
     assert math.isfinite(psnr)
-    assert psnr > 10
+    assert psnr > 8

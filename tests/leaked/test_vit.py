@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import pytest
@@ -47,6 +48,22 @@ def test_it_takes_square_images_of_any_size_that_patches_fill(shape):
     assert leaked(torch.rand(2, *shape)).shape == (2, 7)
     positions = leaked.network.encoder.pos_embedding
     assert positions.shape == (1, 1 + (shape[1] // 4) ** 2, 6)  # one for the class token
+
+
+def test_positions_that_are_not_learned_do_not_leak():
+    torch.manual_seed(0)
+    network = vit(ViTConfig(**TINY, learned_positions=False), SHAPE, 10).eval()
+    assert "encoder.pos_embedding" not in dict(network.named_parameters())
+    positions = network.encoder.pos_embedding[0]
+    assert (positions[0] == 0).all()
+    assert (positions[:, 4:] == 0).all(), "four does not divide six"
+    # Two rows and columns of patches; the only frequency is 1.
+    wanted = [[math.sin(x), math.cos(x), math.sin(y), math.cos(y)] for y in (0, 1) for x in (0, 1)]
+    torch.testing.assert_close(positions[1:, :4], torch.tensor(wanted))
+    images, labels = torch.rand(2, 1, *SHAPE), torch.tensor([[1], [2]])
+    assert relative_error_of_the_engine(network, "captured", images, labels) < 1e-10
+    with pytest.raises(ConfigError, match=r"leaked.hidden_size: 2 is too narrow.*leaked.learned_positions=true"):
+        vit(ViTConfig(hidden_size=2, heads=1, depth=1, learned_positions=False), SHAPE, 10)
 
 
 def test_grey_images_meet_the_initial_weights_that_colour_ones_do():

@@ -180,7 +180,7 @@ class AffineRule(InverseRule, ABC):
         Args:
             delta: ``(B, *output_shape)``.
             weight_gradient: ``(B, *weight.shape)``.
-            damping: ``(B,)``, what is added to the diagonal, over its mean.
+            damping: ``(B,)``, what is added to the diagonal of ``KᵀK`` for a ``δ`` of norm one.
 
         Returns:
             the input ``(B, *input_shape)``; for each entry, the variance of its error for errors of variance 1 in the
@@ -193,17 +193,20 @@ class AffineRule(InverseRule, ABC):
         gradient = torch.where(_like(solvable, weight_gradient), weight_gradient / _like(safe, weight_gradient), 0.0)
         normal = self.normal(unit)
         diagonal = normal.diagonal(dim1=-2, dim2=-1)
-        level = diagonal.mean(dim=(1, 2)).clamp_min(1e-300)
-        diagonal += (damping * level)[:, None, None] + 1e-300
+        diagonal += damping[:, None, None] + 1e-300
         factor, failed = torch.linalg.cholesky_ex(normal)
         solvable = solvable & (failed == 0).all(dim=1)
-        factor = torch.where(_like(solvable, factor), factor, torch.eye(self.n_unknowns).to(factor))
+        identity = torch.eye(self.n_unknowns, dtype=factor.dtype, device=factor.device)
+        factor[~solvable] = identity
+        # L⁻¹ gives the variances, too. Products with it are what a GPU does at once for all leaks; triangular solves of
+        # several right sides it does leak by leak.
+        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         found = torch.zeros(len(delta), *self.layer.input_shape, dtype=delta.dtype, device=delta.device)
         for _ in range(3):
             # The residual of the equations themselves, not of the normal equations, whose condition number is squared.
             missing = self.columns(self.right(unit, gradient - self.weight_gradient(found, unit)))
-            found = found + self.from_columns(torch.cholesky_solve(missing.transpose(-1, -2), factor).transpose(-1, -2))
-        spread = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).unsqueeze(2)
+            found = found + self.from_columns(missing @ inverse.mT @ inverse)
+        spread = inverse.square().sum(dim=-2).unsqueeze(2)
         columns = self.columns(found)
         variance = self.from_columns(spread.expand_as(columns)) / _like(safe, found).square()
         # Entries in no column, such as pixels beyond the last whole patch, meet no equation at all.

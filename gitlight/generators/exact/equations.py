@@ -9,7 +9,6 @@ from gitlight.architecture import Layer
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.conservation import layer_above, share_of, summed_by_channel
 from gitlight.generators.exact.forward import forward_values
-from gitlight.generators.exact.noise import rounding_level
 
 if TYPE_CHECKING:
     from gitlight.generators.exact.inversion import Inversion, Leaks
@@ -61,7 +60,7 @@ class ConservationEquations(NamedTuple):
 def logit_equations(leaks: "Leaks", found: "Found", layer: Layer) -> LogitEquations:
     """Of the last layer."""
     # Rounding is relative to each entry of δ, however small; only noise beyond it drowns small probabilities.
-    beyond = leaks.noise > 30 * rounding_level(leaks.gradients, leaks.dtype)
+    beyond = leaks.noise > 30 * leaks.rounding
     noise = torch.where(beyond, leaks.noise, 0.0)
     return LogitEquations(found.values[layer.inputs[0]].value, found.deltas[layer.name], noise)
 

@@ -17,14 +17,17 @@ _SEED = 2505
 
 
 class Noise:
-    """Standard normal samples, the same for the same sequence of calls."""
+    """Standard normal samples, the same for the same sequence of calls.
+
+    All leaks share them: what is found of a leak then does not depend on the batch that it came in, and few are drawn.
+    """
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(_SEED)
 
     def normal(self, like: Tensor) -> Tensor:
-        """For ``(B, …)``: ``(B, N_DEVIATIONS, …)``."""
-        size = (len(like), N_DEVIATIONS, *like.shape[1:])
+        """For ``(B, …)``: ``(1, N_DEVIATIONS, …)``."""
+        size = (1, N_DEVIATIONS, *like.shape[1:])
         return torch.randn(size, generator=self._generator, dtype=torch.float64, device="cpu").to(like)
 
 

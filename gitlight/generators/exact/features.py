@@ -14,6 +14,7 @@ from gitlight.generators.base import PairFit, ParameterEstimate
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.moves import MoveRule
 from gitlight.generators.exact.plan import Do, Known
+from gitlight.generators.exact.rule import InverseRule
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,20 @@ def _features(inversion: Inversion, architecture: Architecture) -> tuple[Feature
             continue
         name = action.layer.inputs[0]
         how_well = plan.known[name]
-        # An estimate that leaves the range of an activation cannot be sent back through it; it can be reshaped.
-        while name in undone and (how_well is not Known.ESTIMATE or isinstance(inversion.rules[name], MoveRule)):
+        while name in undone and _carries_over(inversion.rules[name], how_well):
             name = undone[name]
         shape = architecture.image_shape if name == IMAGE else architecture[name].output_shape
         found.append(Feature(action.layer.name, name, tuple(shape), how_well is Known.EXACT))
     return tuple(found)
+
+
+def _carries_over(rule: InverseRule, how_well: Known) -> bool:
+    """Whether an operation's input says as much as its output.
+
+    Not where entries are dropped, as all but the class token's are in a transformer; and an estimate that leaves the
+    range of an activation cannot be sent back through it.
+    """
+    return rule.complete if isinstance(rule, MoveRule) else how_well is not Known.ESTIMATE
 
 
 def _end(inversion: Inversion, architecture: Architecture, depth: int | None, n_found: int) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gitlight.generators.exact.labels import labels_from_bias_gradient
+from gitlight.generators.exact.leading import leading_direction
 
 _STEPS = 50
 _ARRIVED = 1e-13
@@ -56,19 +57,18 @@ def solve_head(
         rounding: relative error of the leaked model's own probabilities, that of its precision.
     """
     joined = torch.cat([weight_gradient, bias_gradient.unsqueeze(2)], dim=2)
-    left, values, right = torch.linalg.svd(joined, full_matrices=False)
+    left, value, right = leading_direction(joined)
     # The scale t: a = t · direction, and δ = size · error / t.
-    positive = right[:, 0, -1] >= 0
-    direction = torch.where(positive[:, None], right[:, 0, :-1], -right[:, 0, :-1])
-    error = torch.where(positive[:, None], left[:, :, 0], -left[:, :, 0]) * values[:, :1]
-    first = 1 / right[:, 0, -1].abs().clamp_min(1e-300)
+    sign = torch.where(right[:, -1] >= 0, 1.0, -1.0).to(right)[:, None]
+    direction, error = sign * right[:, :-1], sign * left * value[:, None]
+    first = 1 / right[:, -1].abs().clamp_min(1e-300)
     relative = noise / bias_gradient.norm(dim=1).clamp_min(1e-300)
     label = torch.nn.functional.one_hot(labels_from_bias_gradient(bias_gradient), bias_gradient.shape[1]).to(error)
     logits = direction @ weight.T
 
     def own(scale: Tensor) -> Tensor:
         """Variance of the direction's errors, in units of the input."""
-        return (noise / values[:, 0].clamp_min(1e-300) * scale).square()
+        return (noise / value.clamp_min(1e-300) * scale).square()
 
     scale = first
     precision = torch.zeros_like(first)

@@ -23,7 +23,7 @@ from gitlight.generators.exact.fits import (
 from gitlight.generators.exact.forward import gradient_mismatch
 from gitlight.generators.exact.labels import labels_from_bias_gradient
 from gitlight.generators.exact.matching import matching_fits
-from gitlight.generators.exact.noise import rank_one, rounding_level
+from gitlight.generators.exact.noise import entry_size, rank_one
 from gitlight.generators.exact.plan import Do, Plan, plan_walk, rules_of
 from gitlight.generators.exact.posterior import Prior
 from gitlight.generators.exact.rule import InverseRule
@@ -44,24 +44,28 @@ class Leaks(NamedTuple):
     """Leaks that can be inverted.
 
     Attributes:
-        gradients: in float64, finite, not zero.
+        gradients: those that the walk uses, in float64, finite, not zero.
         noise: ``(B,)``, standard deviation of the error of an entry.
         which: ``(B,)``, their positions in the batch that they came from.
         dtype: precision that they came in.
+        entry_size: ``(B,)``, root mean square of all entries.
     """
 
     gradients: Gradients
     noise: Tensor
     which: Tensor
     dtype: torch.dtype
+    entry_size: Tensor
 
     @property
     def relative_noise(self) -> Tensor:
         """``(B,)``: over the root mean square of the leak's entries."""
-        total = sum(gradient.flatten(1).square().sum(dim=1) for gradient in self.gradients.values())
-        count = sum(gradient[0].numel() for gradient in self.gradients.values())
-        assert isinstance(total, Tensor)
-        return self.noise / (total / count).sqrt()
+        return self.noise / self.entry_size
+
+    @property
+    def rounding(self) -> Tensor:
+        """``(B,)``: the error that the precision alone leaves on an entry of typical size."""
+        return torch.finfo(self.dtype).eps * self.entry_size
 
 
 def _seen(key: str) -> str:
@@ -128,6 +132,9 @@ class Inversion(nn.Module):
             self.register_buffer(f"seen{number}", torch.ones(shape, dtype=torch.bool))
         self._found: set[str] = set()
         self._plan = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked)
+        layers = [*layers, *(action.layer for action in self._plan.actions), architecture[architecture.output]]
+        of_the_walk = {name for layer in layers for name in layer.parameters.values()}
+        self._used = set(architecture.parameter_shapes) if stacked else of_the_walk
         self._priors: dict[str, str] = {}
         self._made_priors: dict[str, tuple[tuple[int, int, int], Prior]] = {}
         for action in self._plan.actions:
@@ -213,15 +220,17 @@ class Inversion(nn.Module):
         status = screen(gradients)
         which = (status == Status.EXACT).nonzero().squeeze(1)
         dtype = next(iter(gradients.values())).dtype
-        kept = {name: gradient[which].double() for name, gradient in gradients.items()}
-        return Leaks(kept, self.noise_of(kept, dtype), which, dtype)
+        if len(which) < len(status):
+            gradients = {name: gradient[which] for name, gradient in gradients.items()}
+        # Of large models a walk may use the last layer's alone: all others in double take longer than it does.
+        kept = {name: gradient.double() for name, gradient in gradients.items() if name in self._used}
+        size = entry_size(gradients)
+        return Leaks(kept, self._noise_of(kept, _SUMMED * torch.finfo(dtype).eps * size, size), which, dtype, size)
 
-    def noise_of(self, gradients: Gradients, dtype: torch.dtype) -> Tensor:
+    def _noise_of(self, gradients: Gradients, rounding: Tensor, entry_size: Tensor) -> Tensor:
         """``(B,)``: the given relative noise, or what the last layer's gradient shows; rounding at least."""
-        of_an_entry = rounding_level(gradients, dtype)
-        rounding = _SUMMED * of_an_entry
         if self._noise is not None:
-            return torch.maximum(rounding, self._noise / torch.finfo(dtype).eps * of_an_entry)
+            return torch.maximum(rounding, self._noise * entry_size)
         head = self.architecture[self.architecture.output]
         rule = self.rules[head.name]
         if not isinstance(rule, AffineRule) or rule.reveals_delta() is None or rule.weight is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gitlight.data.pair import Gradients
+from gitlight.generators.exact.leading import leading_direction
 
 
 class RankOne(NamedTuple):
@@ -26,26 +27,24 @@ class RankOne(NamedTuple):
 def rank_one(weight_gradient: Tensor) -> RankOne:
     """Split ``(B, classes, features)`` into its rank-one part and the rest."""
     n_classes, n_features = weight_gradient.shape[1:]
-    # The smaller side's Gram matrix loses half the digits; the triangular factor does not.
-    triangle = torch.linalg.qr(weight_gradient.double().transpose(1, 2), mode="r")[1]
-    values = torch.linalg.svdvals(triangle)
-    rest = values[:, 1:]
-    if rest.shape[1] == 0:
-        zeros = values.new_zeros(len(values))
+    if min(n_classes, n_features) == 1:
+        zeros = weight_gradient.new_zeros(len(weight_gradient), dtype=torch.float64)
         return RankOne(zeros, zeros, zeros.bool())
+    gradient = weight_gradient.double()
+    left, largest, _ = leading_direction(gradient)
+    rest = gradient - left.unsqueeze(2) * (left.unsqueeze(1) @ gradient)
     # One direction of the n_classes is taken by the signal.
-    noise = (rest.square().sum(dim=1) / ((n_classes - 1) * max(1, n_features - 1))).sqrt()
-    largest = values[:, 0].clamp_min(1e-300)
-    second = rest[:, 0] / largest
+    noise = rest.flatten(1).norm(dim=1) / ((n_classes - 1) * max(1, n_features - 1)) ** 0.5
+    second_value = leading_direction(rest).value
+    second = second_value / largest.clamp_min(1e-300)
     # Every image's δ adds up to zero over the classes, and so does an average over images: their sum is noise alone.
-    white = weight_gradient.double().sum(dim=1).norm(dim=1) / (n_classes * n_features) ** 0.5
-    structured = (rest[:, 0] > 3 * white * (n_classes**0.5 + n_features**0.5)) & (second > 1e-5)
+    white = gradient.sum(dim=1).norm(dim=1) / (n_classes * n_features) ** 0.5
+    structured = (second_value > 3 * white * (n_classes**0.5 + n_features**0.5)) & (second > 1e-5)
     return RankOne(noise, second, structured)
 
 
-def rounding_level(gradients: Gradients, dtype: torch.dtype) -> Tensor:
-    """``(B,)``: the error that the precision alone leaves on an entry of typical size."""
-    total = sum(g.double().flatten(1).square().sum(dim=1) for g in gradients.values())
-    count = sum(g[0].numel() for g in gradients.values())
-    assert isinstance(total, Tensor)
-    return torch.finfo(dtype).eps * (total / count).sqrt()
+def entry_size(gradients: Gradients) -> Tensor:
+    """``(B,)`` float64: the root mean square of each leak's entries."""
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients.values()]
+    count = sum(gradient[0].numel() for gradient in gradients.values())
+    return torch.stack(norms).norm(dim=0) / count**0.5

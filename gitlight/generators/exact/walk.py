@@ -21,8 +21,8 @@ from gitlight.generators.exact.signs import TwoSlopes, expected_outputs, solve_w
 from gitlight.generators.exact.status import Status, worsen
 
 _OPEN = 1e-10
-"""Damping where equations leave directions open, over the mean diagonal: it keeps rounding out of these, and refinement
-takes it out of all others."""
+"""Damping where equations leave directions open, for a ``δ`` of norm one: it keeps rounding out of these, and
+refinement takes it out of all others."""
 
 _MOST_SATURATED = 0.01
 """Share of a layer's units at their bounds from which a leak is reported as saturated."""
@@ -173,9 +173,7 @@ class _Walk:
             return self._head(rule)
         # Damped by what noise there is against a spread of about one, the prior of those who know nothing else.
         damping = (self._noise / size.clamp_min(1e-300)).square() / 0.1 + (0.0 if rule.exact else _OPEN)
-        level = rule.normal(delta[:1] / _like(size[:1].clamp_min(1e-300), delta))
-        mean_diagonal = level.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-300)
-        value, variance, solved = rule.solve(delta, self._gradients[rule.weight], damping / mean_diagonal)
+        value, variance, solved = rule.solve(delta, self._gradients[rule.weight], damping)
         rows = row_noise(rule, self._errors[layer.name], self._noise, self._priors.get(layer.inputs[0]))
         variance = variance * _like(rows.square().mean(dim=1), value)
         if rule.determined is not None and not rule.exact:

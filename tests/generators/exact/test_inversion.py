@@ -44,7 +44,7 @@ def test_noise_is_not_taken_for_a_rounded_probability(lenet_architecture):
     name = inversion.rules[lenet_architecture.output].reveals_delta()
     delta = torch.tensor([[0.9, -0.7, 0.1, 0.05, 0.05], [0.9, -0.7, 0.1, 0.05, 0.05], [0.5, -1.0, 0.25, 0.15, 0.1]])
     noise = torch.tensor([0.1, 1e-6, 1e-6]).double()
-    leaks = Leaks({name: delta.double()}, noise, torch.arange(3), torch.float32)
+    leaks = Leaks({name: delta.double()}, noise, torch.arange(3), torch.float32, torch.ones(3).double())
     assert inversion.rounded(leaks).tolist() == [False, True, False]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_layers import quick
 from torch import nn
 
-from gitlight.generators.exact.noise import rank_one, rounding_level
+from gitlight.generators.exact.noise import entry_size, rank_one
 
 SHAPES = [(10, 768), (10, 64), (10, 20), (10, 10), (20, 10), (100, 64)]
 
@@ -65,10 +65,10 @@ def test_the_second_singular_value_is_that_of_a_dense_svd(classes, features, see
     assert found.noise.shape == found.structured.shape == (3,)
 
 
-def test_the_rounding_level_is_the_error_of_single_precision():
+def test_precision_times_the_size_of_entries_is_the_error_of_rounding():
     generator = torch.Generator().manual_seed(0)
     exact = {"weight": torch.randn(4, 300, 30, generator=generator, dtype=torch.float64), "bias": torch.ones(4, 2) / 3}
     error = (exact["weight"].float().double() - exact["weight"]).square().mean(dim=(1, 2)).sqrt()
-    found = rounding_level(exact, torch.float32)
+    found = torch.finfo(torch.float32).eps * entry_size(exact)
     assert found.shape == (4,)
     assert ((error < found) & (found < 10 * error)).all()

@@ -1,9 +1,9 @@
 """Training speed on one process and on several: ``python benchmarks/training.py [CONFIG ...]``.
 
 Runs ``train.py`` on each config (default: `CONFIGS`) with 1 process and with 2 on CPUs, a thread each, or on 1 to 8
-GPUs where there are so many; the global batch is the same each time. Pairs per second are those that
-`gitlight.callbacks.throughput` logs. Efficiency is pairs per second over those of one process, over the number of
-processes. Needs the CIFAR-10 sample at ``data/cifar10_subset``.
+GPUs where there are so many; the global batch is the same each time (on GPUs a larger one, in bf16). Pairs per second
+are those that `gitlight.callbacks.throughput` logs. Efficiency is pairs per second over those of one process, over the
+number of processes. Needs the CIFAR-10 sample at ``data/cifar10_subset``.
 """
 
 import csv
@@ -21,6 +21,9 @@ from machine import ROOT, machine
 CONFIGS = ("lenet_hybrid", "lenet_mlp", "resnet20_coarse")
 STEPS, WARM_UP = 60, 20
 """Steps of each run, and those of them that are left out: fits, first touches, caches."""
+
+ON_GPUS = ("data.n_public_images=10000", "data.batch_size=1024", "trainer.precision=bf16-mixed")
+"""Settings of runs there, where a batch for two CPU cores leaves a device idle."""
 
 
 def counts() -> list[int]:
@@ -46,6 +49,7 @@ def measured(config: str, n: int, folder: Path) -> tuple[float, float, float]:
         "trainer.limit_val_batches=1",
         "trainer.log_every_n_steps=10",
         f"output_dir={folder / f'{config}_{n}'}",
+        *(ON_GPUS if torch.cuda.is_available() else ()),
     ]
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env={**os.environ, **threads}, check=True, stdout=subprocess.DEVNULL)

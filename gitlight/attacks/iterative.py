@@ -1,5 +1,6 @@
 """`IterativeAttack`: leaks to images by gradient matching, from noise or from another attack's result."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gitlight.architecture import Architecture
 from gitlight.attacks.gradients import LeakedFunction
-from gitlight.attacks.labels import labels_from_leak
+from gitlight.attacks.labels import labels_from_leak, labels_leak
 from gitlight.attacks.matching import Matched, Record, match_gradients, searches_at_once
 from gitlight.attacks.variables import Pixels
 from gitlight.config import MatchingConfig
@@ -39,6 +40,9 @@ _SMALLEST_STEP = 1e-6
 
 _STEP_SHARE = 0.3
 """Of a start's error, to take as large steps near it as from noise."""
+
+_SURE = 0.99
+"""Probability of the label read off a leak, where a search for labels begins near a prior's images."""
 
 _KINK_WIDTH = 0.03
 """Of ReLUs, near a solution; from noise, it finds nearer gradients of worse images."""
@@ -157,9 +161,7 @@ class IterativeAttack:
         for restart in range(settings.restarts):
             seeds = [mixed_seed("attack start", self._seed, restart, int(number)) for number in numbers]
             start = self._start(prior, restart, seeds, images)
-            targets = self._targets(gradients, seeds, labels, images)
-            if prior is not None and self._n_images > 1 and settings.labels != "optimised":
-                targets = _assigned(function, start, targets)
+            targets = self._targets(function, gradients, seeds, labels, start, prior is not None)
 
             def record(rows: Tensor, iteration: int, shown: Tensor, apart: Tensor, restart: int = restart) -> None:
                 assert told is not None
@@ -204,20 +206,33 @@ class IterativeAttack:
             start = torch.where(usable, prior + (0.0 if restart == 0 else self._restart_spread) * drawn, start)
         return start.clamp(0, 1) if self.settings.box else start
 
-    def _targets(self, gradients: Gradients, seeds: list[int], labels: Tensor | None, like: Tensor) -> Tensor:
-        n_classes = self._architecture.n_classes
-        if self.settings.labels == "optimised":
+    def _targets(
+        self,
+        function: LeakedFunction,
+        gradients: Gradients,
+        seeds: list[int],
+        labels: Tensor | None,
+        start: Tensor,
+        from_prior: bool,
+    ) -> Tensor:
+        """Labels, or logits of labels that are searched for: ``(B, N, classes)``."""
+        n_classes, searched = self._architecture.n_classes, self.settings.labels == "optimised"
+        if searched and not (from_prior and labels_leak(self._architecture)):
             logits = [
                 torch.randn(
                     (self._n_images, n_classes), generator=torch.Generator().manual_seed(seed + 1), device="cpu"
                 )
                 for seed in seeds
             ]
-            return torch.stack(logits).to(like)
-        if self.settings.labels == "recovered":
+            return torch.stack(logits).to(start)
+        if self.settings.labels != "given":
             labels = labels_from_leak(self._architecture, gradients, self._n_images)
         assert labels is not None, "attack.labels=given hands them over"
-        return torch.nn.functional.one_hot(labels.to(like.device), n_classes).to(like)
+        targets = torch.nn.functional.one_hot(labels.to(start.device), n_classes).to(start)
+        if from_prior and self._n_images > 1:
+            targets = _assigned(function, start, targets)
+        # Beside good images, labels drawn at random would be what is most wrong, and images would pay for it.
+        return targets * math.log(_SURE / (1 - _SURE) * (n_classes - 1)) if searched else targets
 
 
 def _near(settings: MatchingConfig, error: float) -> MatchingConfig:

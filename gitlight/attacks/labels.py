@@ -28,10 +28,8 @@ def labels_from_leak(architecture: Architecture, gradients: Gradients, client_ba
     Raises:
         ConfigError: the model does not end in a linear layer whose whole gradient leaks.
     """
-    last = architecture[architecture.output]
-    names = [last.parameters[role] for role in ("bias", "weight") if role in last.parameters]
-    names = [name for name in names if name not in architecture.sketched]
-    if last.kind != "linear" or not names:
+    last, names = architecture[architecture.output], _tell_labels(architecture)
+    if not names:
         raise ConfigError(
             f"attack.labels: recovered: labels are read off the gradient of a last linear layer, and the leaked model "
             f"ends in {last.place}. Give attack.labels=optimised, or attack.labels=given."
@@ -50,6 +48,18 @@ def labels_from_leak(architecture: Architecture, gradients: Gradients, client_ba
         found.append(smallest)
         error = error.scatter_add(1, smallest, torch.full_like(smallest, share, dtype=error.dtype))
     return torch.cat(found, dim=1).sort(dim=1).values
+
+
+def labels_leak(architecture: Architecture) -> bool:
+    """Whether `labels_from_leak` can read them."""
+    return bool(_tell_labels(architecture))
+
+
+def _tell_labels(architecture: Architecture) -> list[str]:
+    """The parameters of a last linear layer whose whole gradients leak, the bias first."""
+    last = architecture[architecture.output]
+    names = [last.parameters[role] for role in ("bias", "weight") if role in last.parameters]
+    return [name for name in names if name not in architecture.sketched] if last.kind == "linear" else []
 
 
 def in_the_order_of(recovered: Tensor, labels: Tensor) -> Tensor:

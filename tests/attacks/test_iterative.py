@@ -101,3 +101,11 @@ def test_client_batches_start_from_a_prior_in_any_order():
     found = attack.search(gradients, torch.arange(3), labels)
     assert found.distances.isfinite().all()
     torch.testing.assert_close(found.images, images.flip(1))
+
+
+def test_from_a_prior_labels_that_are_searched_for_begin_at_those_that_leak():
+    images, _, gradients = leaks(make(MatchingConfig())[0], 4)
+    settings = MatchingConfig(iterations=1, step_size=1e-9, labels="optimised", total_variation=0.0, objective="l2")
+    _, attack = make(settings, prior=lambda *_: images)
+    # The right images with labels of a probability of 0.99: no more is wrong.
+    assert (attack.search(gradients, torch.arange(4)).distances < 1e-3).all()

@@ -140,7 +140,7 @@ def test_damping_is_tikhonovs_three_times_over(module, damping):
     gradient, _ = backward(module, inputs, delta)
     matrix = gradient_matrix(module, delta[0], shape)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    level = damping * (matrix.square().sum() / rule.n_inputs)
+    level = damping * delta.square().sum()
     filtered = 1 - (level / (values.square() + level)) ** 3
     wanted = right.T @ (filtered / values.clamp_min(1e-300) * (left.T @ gradient.flatten()))
     found, _, _ = rule.solve(delta, gradient, torch.tensor([damping]))

@@ -1,5 +1,6 @@
 """Trained generators: from a run's checkpoint, with a clear word on what does not fit."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor
 from gitlight.architecture import Architecture
 from gitlight.config import Config
 from gitlight.config_loading import load_config
-from gitlight.errors import CheckpointError, ConfigError
+from gitlight.errors import CheckpointError, ConfigError, differences
 from gitlight.generators.base import Generator
 from gitlight.runs import checkpoint_path, load_checkpoint, run_folder
 from gitlight.training import build_generator
+
+log = logging.getLogger(__name__)
 
 
 def trained_checkpoint(config: Config) -> dict[str, Any]:
@@ -32,6 +35,10 @@ def trained_checkpoint(config: Config) -> dict[str, Any]:
         )
         raise CheckpointError(f"{folder} holds no trained generator: {path} does not exist. {advice}")
     return dict(load_checkpoint(path))
+
+
+_CHOOSING = ("name", "root", "n_public_images", "n_validation", "public_classes")
+"""Settings of ``data`` that, with ``seed``, choose the public images and those of them that are held out."""
 
 
 def load_generator_weights(generator: Generator, state: dict[str, Tensor], path: Path) -> None:
@@ -94,3 +101,27 @@ def generator_of_run(
 
 def _names_a_leaked_model(part: Any) -> bool:
     return isinstance(part, dict) and "leaked_fingerprint" in part
+
+
+def warn_of_other_images(key: str, folder: Path, config: Config) -> None:
+    """Warn where a run was trained on another choice of public images than a config's attack knows of.
+
+    Args:
+        key: the setting that names the run, for the message.
+        folder: the run's; a folder that is none is somebody else's to complain of.
+        config: the attack's.
+    """
+    if not (folder / "config.yaml").is_file():
+        return
+    theirs, ours = (
+        {"seed": one.seed} | {f"data.{name}": getattr(one.data, name) for name in _CHOOSING}
+        for one in (load_config(folder), config)
+    )
+    if other := differences(theirs, ours, "there"):
+        log.warning(
+            "%s: %s was trained on another choice of public images (%s): images that are held out, or private, here "
+            "may be among them, and results then look better than they are",
+            key,
+            folder,
+            other,
+        )

@@ -22,7 +22,7 @@ from gitlight.errors import ConfigError
 from gitlight.gradients.updates import describe_leak
 from gitlight.metrics import match
 from gitlight.runs import run_folder
-from gitlight.trained import generator_of_run
+from gitlight.trained import generator_of_run, warn_of_other_images
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,8 @@ def knowledge_of(config: Config, datamodule: GradientPairDataModule, device: tor
         )
     if settings.labels == "given":
         items.append("labels")
+    for folder in _image_priors(settings):
+        warn_of_other_images("attack.image_prior", folder, config)
     function = LeakedFunction(architecture, weights)
     start = _start(config, settings, function, datamodule, device)
     items += start.items
@@ -141,6 +143,12 @@ def knowledge_of(config: Config, datamodule: GradientPairDataModule, device: tor
         items.append("image_prior")
     order = ("architecture", "pairs", "parameters", "labels", "image_prior", "prior")
     return Knowledge(search, tuple(item for item in order if item in items))
+
+
+def _image_priors(settings: MatchingConfig) -> list[Path]:
+    """The runs whose image prior an attack, and the one before it, search through."""
+    named = [s.image_prior for s in (settings, _earlier_attack(settings)) if isinstance(s, GIASConfig)]
+    return [Path(name) for name in named if name is not None]
 
 
 def _recovered(
@@ -185,6 +193,7 @@ def _start(
         return _Start(found, ("image_prior", "prior") if isinstance(earlier, GIASConfig) else ("prior",), error)
     path = Path(named)
     if path.is_dir():
+        warn_of_other_images("attack.prior", path, config)
         generator, _ = generator_of_run(
             path, "attack.prior", datamodule.architecture, datamodule.leaked_model.fingerprint(), n_images, device
         )

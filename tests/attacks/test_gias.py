@@ -168,6 +168,27 @@ def test_evaluations_search_through_an_image_prior(run, tmp_path, attack):
     assert "image_prior" in entry["knowledge"]
 
 
+@pytest.mark.parametrize(
+    ("attack", "named"),
+    [
+        (["attack=gias", "attack.image_prior=VAE"], "attack.image_prior"),
+        (["attack=ig", "attack.prior=gias", "attack.prior_settings.image_prior=VAE"], "attack.image_prior"),
+        (["attack=ig", "attack.prior=MLP"], "attack.prior"),
+    ],
+)
+def test_runs_of_other_public_images_are_warned_of(run, tmp_path, caplog, attack, named):
+    overrides = [entry.replace("MLP", str(run / "mlp")).replace("VAE", str(run / "vae")) for entry in attack]
+    for seed in (0, 1):
+        caplog.clear()
+        config = load_config(run / "small.yaml", [*overrides, f"seed={seed}", f"output_dir={tmp_path}"])
+        config.attack.iterations = 1
+        knowledge_of(config, build_pairs(config), torch.device("cpu"))
+        warned = [record.getMessage() for record in caplog.records if "public images (" in record.getMessage()]
+        assert len(warned) == seed
+    assert warned[0].startswith(named)
+    assert "seed: 0 there, 1 now" in warned[0]
+
+
 def test_bad_image_priors_are_named(run, tmp_path):
     def attack(*overrides, name="gias"):
         config = load_config(

@@ -141,6 +141,8 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RunStopped as stopped:
+        if not _is_first_process():
+            return 0  # the first one reports it: launchers end all ranks where any ends badly
         print(stopped, file=sys.stderr)
         return stopped.exit_code
     except OSError as error:
@@ -166,12 +168,16 @@ _NO_NEWS = (
 )
 
 
-def _configure_logging() -> None:
-    """Plain lines for gitlight's messages, from the first process; of Lightning's, only warnings."""
+def _is_first_process() -> bool:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _configure_logging() -> None:
+    """Plain lines for gitlight's messages, from the first process; of Lightning's, only warnings."""
     own = logging.getLogger("gitlight")
-    own.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
+    own.setLevel(logging.INFO if _is_first_process() else logging.WARNING)
     own.handlers[:] = [logging.StreamHandler(sys.stdout)]
     own.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):

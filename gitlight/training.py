@@ -15,7 +15,6 @@ from torchmetrics import MeanMetric
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks import build_callbacks
-from gitlight.callbacks.rank_watch import RankWatch
 from gitlight.callbacks.run_settings import check_resumable
 from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig, TrainerConfig
@@ -30,6 +29,7 @@ from gitlight.leaked.model import LeakedModel
 from gitlight.loggers import build_loggers
 from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
+from gitlight.rank_watch import RankWatch
 from gitlight.runs import (
     checkpoint_path,
     checkpoint_to_resume,
@@ -203,14 +203,13 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     with run_lock(folder), StopSignals() as signals:
         prepare_run_folder(config, resume)
         trainer = build_trainer(config, settings, folder, resume, resumed, signals)
-        watch = RankWatch()
-        trainer.callbacks.insert(0, watch)  # type: ignore[attr-defined]
-        try:
-            trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
-        except Exception as error:
-            if lost := watch.explain(error):
-                raise LostRankError(lost) from error
-            raise
+        with RankWatch(trainer) as watch:
+            try:
+                trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+            except Exception as error:
+                if lost := watch.explain(error):
+                    raise LostRankError(lost) from error
+                raise
     return folder
 
 

@@ -57,12 +57,16 @@ def main() -> int:
         print(
             f"uninterrupted: {steps_logged(whole)} steps, {starting:.1f} s to the first, {training:.1f} s of training"
         )
-        print(f"{'kill':>4} {'after s':>8} {'checkpoint':>10} {'logged':>6} {'lost':>4}")
+        print(f"{'kill':>4} {'while':>9} {'after s':>8} {'checkpoint':>10} {'logged':>6} {'lost':>4}")
         n_kills = restarts = most_lost = 0
         while n_kills < options.kills:
-            # From the start of the process on, loading and resuming included.
-            moment = draw.uniform(0, starting + 2 * training / options.kills)
+            # Every fifth while it starts, and the others after its first step.
+            in_training = n_kills % 5 != 4
+            moment = draw.uniform(0, 2 * training / options.kills if in_training else starting)
+            before = modified(killed)
             process = start(folder, killed)
+            while in_training and process.poll() is None and modified(killed) == before:
+                time.sleep(0.01)
             try:
                 process.wait(moment)
             except subprocess.TimeoutExpired:
@@ -76,8 +80,9 @@ def main() -> int:
                 continue
             n_kills += 1
             kept, logged = step_of(killed), steps_logged(killed)
-            most_lost = max(most_lost, logged - kept)
-            print(f"{n_kills:4d} {moment:8.2f} {kept:10d} {logged:6d} {logged - kept:4d}", flush=True)
+            most_lost = max(most_lost, lost := logged - kept)
+            when = "training" if in_training else "starting"
+            print(f"{n_kills:4d} {when:>9} {moment:8.2f} {kept:10d} {logged:6d} {lost:4d}", flush=True)
         check(start(folder, killed))
         equal = same(whole, killed)
     print(
@@ -117,6 +122,12 @@ def rows(run: Path) -> list[dict[str, str]]:
 def steps_logged(run: Path) -> int:
     """How many optimiser steps the run has logged the loss of."""
     return max((int(row["step"]) + 1 for row in rows(run) if row.get("train/loss")), default=0)
+
+
+def modified(run: Path) -> int:
+    """When the log was last written to; it is at the first step of every process."""
+    path = run / "metrics.csv"
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def step_of(run: Path) -> int:

@@ -38,8 +38,8 @@ def build_loggers(config: Config, output_dir: Path, run_name: str, resumed: Mapp
         config: the run's settings; logged as the W&B run's config.
         output_dir: the run's folder: ``metrics.csv``, ``wandb/``.
         run_name: name of the run at W&B.
-        resumed: the checkpoint that the run continues from: rows of ``metrics.csv`` before its ``global_step`` and its
-            W&B run (``wandb_run_id``) are continued; ``None`` for a new run, which replaces the file.
+        resumed: of the checkpoint that the run continues from, ``global_step``, before which rows of ``metrics.csv``
+            are kept, and ``wandb_run_id``, which is continued; ``None`` for a new run, which replaces the file.
     """
     output_dir = Path(output_dir)
     loggers: list[Logger] = [

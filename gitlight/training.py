@@ -16,6 +16,7 @@ from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks import build_callbacks
 from gitlight.callbacks.run_settings import check_resumable
+from gitlight.callbacks.run_state import WANDB_ID
 from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig, TrainerConfig
 from gitlight.config_loading import load_config
@@ -241,7 +242,7 @@ def _check_weights_from(config: Config, datamodule: GradientPairDataModule) -> N
 def _checked_checkpoint(
     path: Path, module: LightningModule, datamodule: ImageDataModule, config: Config
 ) -> dict[str, Any]:
-    """A checkpoint that is sure to fit: before anything of the run is touched."""
+    """What loggers need of a checkpoint, once it is sure to fit: before anything of the run is touched."""
     try:
         checkpoint = load_checkpoint(path)
     except CheckpointError as error:
@@ -256,7 +257,8 @@ def _checked_checkpoint(
         ) from error
     if isinstance(datamodule, GradientPairDataModule):
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
-    return checkpoint
+    # Not all of it, which would keep the file on the disk when it has been replaced.
+    return {key: checkpoint[key] for key in ("global_step", WANDB_ID)}
 
 
 def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
@@ -306,7 +308,7 @@ def build_trainer(
         settings: what `trainer_settings` found.
         folder: the run's.
         resume: the checkpoint that the run continues, and
-        resumed: what is in it; None for a new run.
+        resumed: its ``global_step`` and ``wandb_run_id``; None for a new run.
         signals: what stops the run.
     """
     callbacks = build_callbacks(config, folder, signals)

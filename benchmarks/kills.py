@@ -26,7 +26,7 @@ from gitlight.runs import checkpoint_path, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 EVERY = 7
-"""Optimiser steps between checkpoints; an epoch has 20."""
+"""Optimiser steps between checkpoints; an epoch has 21."""
 CONFIG = f"""\
 generator: {{name: hybrid, channels: 8, blocks: 1}}
 data: {{n_public_images: 336, n_validation: 16, batch_size: 16, horizontal_flip: true}}

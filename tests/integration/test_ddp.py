@@ -68,7 +68,7 @@ def test_two_processes_stop_together_and_one_goes_on(command, train, tmp_path):
     config.write_text(
         "generator: {name: mlp, hidden_size: 8}\ndata: {horizontal_flip: true}\n"
         "channel: [{name: gaussian_noise, relative_std: 0.001}]\n"
-        "trainer: {max_epochs: 40, check_val_every_n_epoch: 20, checkpoint_every_n_steps: 4, resume: auto}\n"
+        "trainer: {max_epochs: 20, check_val_every_n_epoch: 10, checkpoint_every_n_steps: 4, resume: auto}\n"
     )
     run = tmp_path / "two"
     last = run / "checkpoints" / "last.ckpt"
@@ -91,6 +91,6 @@ def test_two_processes_stop_together_and_one_goes_on(command, train, tmp_path):
     assert "was killed by SIGKILL. The run ends" in output
     assert "Traceback" not in output
 
-    assert stopped_at < load_checkpoint(last)["global_step"] < 40 * 6
+    assert stopped_at < load_checkpoint(last)["global_step"] < 20 * 6
     assert train(*settings) == 0
     assert logged(run, "train/loss") == pytest.approx(logged(tmp_path / "one", "train/loss"), rel=1e-4)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from gitlight.errors import CheckpointError
+from gitlight.runs import LAST, previous_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -17,7 +19,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning's own writer collects the file in the system's temporary folder and moves it, which is a copy, and so can
     be cut short, wherever that folder is on another file system.
+
+    Args:
+        keep_last: how many of the latest checkpoints to keep: where ``last.ckpt`` is replaced, the one before becomes
+            ``last-1.ckpt``, and so on.
+        last_is_good: whether the ``last.ckpt`` that is there already is worth keeping. It is not if a run continues
+            from another one, as it may be damaged, and must not push out one that can be read.
     """
+
+    def __init__(self, keep_last: int = 1, last_is_good: bool = True) -> None:
+        super().__init__()
+        self._keep_last = keep_last
+        self._last_is_good = last_is_good
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -30,22 +43,44 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             storage_options: part of Lightning's signature; not used.
 
         Raises:
-            OSError: the file cannot be written (the old one is still there).
+            CheckpointError: the file cannot be written, as on a full disk; those that were there are as they were.
         """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         # A fixed name: what a killed run leaves behind is overwritten by the next save, not added to.
         partial = target.with_name(f".{target.name}.partial")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if target.name == LAST:
+                if self._last_is_good:
+                    self._keep_former(target)
+                self._last_is_good = True
             os.replace(partial, target)
+        except (OSError, RuntimeError) as error:  # torch.save raises either, as the disk is full
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(_cannot_write(target, error)) from error
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
         _sync_folder(target.parent)
+
+    def _keep_former(self, last: Path) -> None:
+        """Move former checkpoints on by one, without a moment in which ``last.ckpt`` is not there."""
+        if not last.exists() or self._keep_last < 2:
+            return
+        for number in range(self._keep_last - 1, 1, -1):
+            if (newer := previous_path(last, number - 1)).exists():
+                os.replace(newer, previous_path(last, number))
+        linked = last.with_name(f".{last.name}.former")
+        linked.unlink(missing_ok=True)
+        try:
+            os.link(last, linked)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(last, linked)
+        os.replace(linked, previous_path(last, 1))
 
     def load_checkpoint(
         self,
@@ -80,6 +115,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not isinstance(checkpoint, dict):
             raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.")
         return checkpoint
+
+
+def _cannot_write(target: Path, error: Exception) -> str:
+    try:
+        free = f"{shutil.disk_usage(target.parent).free / 1e9:.3g} GB are free there"
+    except OSError:
+        free = "its folder is not there"
+    return (
+        f"The checkpoint {target} cannot be written ({str(error).splitlines()[0]}); {free}. Those written before are "
+        "as they were. Make room, or give another output_dir; trainer.resume=last then goes on."
+    )
 
 
 def _sync_folder(folder: Path) -> None:

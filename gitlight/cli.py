@@ -1,6 +1,7 @@
 """The command lines ``train.py``, ``evaluate.py``, ``python -m gitlight.identify``. Imports torch only when needed."""
 
 import dataclasses
+import errno
 import logging
 import sys
 import warnings
@@ -10,13 +11,15 @@ from typing import Any
 
 from gitlight.config import ChannelConfig, Config
 from gitlight.config_loading import COMPONENTS, load_config
-from gitlight.errors import ConfigError, GitlightError
+from gitlight.errors import ConfigError, GitlightError, LostRankError, RunStopped
 from gitlight.gradients import CHANNELS
 from gitlight.registry import Registry
 from gitlight.sweep.trial import end_with_the_sweep
 
 USER_ERROR = 2
 """Exit code for mistakes in what the user gave."""
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 _TRAIN_USAGE = """\
 usage: python train.py [CONFIG.yaml] [key.path=value ...]
@@ -134,6 +137,19 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         # From a process that reads images an error arrives with that process's traceback before it.
         print(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}", file=sys.stderr)
         return USER_ERROR
+    except LostRankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RunStopped as stopped:
+        if not _is_first_process():
+            return 0  # the first one reports it: launchers end all ranks where any ends badly
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except OSError as error:
+        if error.errno not in _FULL_DISK:
+            raise
+        print(f"error: {error}. Make room; trainer.resume=auto continues from the last checkpoint.", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -152,12 +168,16 @@ _NO_NEWS = (
 )
 
 
-def _configure_logging() -> None:
-    """Plain lines for gitlight's messages, from the first process; of Lightning's, only warnings."""
+def _is_first_process() -> bool:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _configure_logging() -> None:
+    """Plain lines for gitlight's messages, from the first process; of Lightning's, only warnings."""
     own = logging.getLogger("gitlight")
-    own.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
+    own.setLevel(logging.INFO if _is_first_process() else logging.WARNING)
     own.handlers[:] = [logging.StreamHandler(sys.stdout)]
     own.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):

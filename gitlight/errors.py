@@ -1,6 +1,8 @@
 """Errors that are the user's to mend: the command lines print them as one message, without a traceback."""
 
+import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +24,28 @@ class ArchitectureError(GitlightError):
 
 class CheckpointError(GitlightError):
     """A checkpoint or a run folder is missing, damaged, or belongs to another set-up."""
+
+
+class LostRankError(Exception):
+    """A process of a run on several was lost, so that the others cannot go on; not the user's mistake."""
+
+
+class RunStopped(Exception):  # noqa: N818 - nothing went wrong
+    """A signal asked a run to stop; it wrote a checkpoint first.
+
+    Attributes:
+        signal_number: the signal.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path, step: int) -> None:
+        self.signal_number = signal_number
+        name = signal.Signals(signal_number).name
+        super().__init__(f"{name}: stopped at step {step}; {checkpoint} continues from there (trainer.resume=last).")
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports of a process that the signal ends: 143 for SIGTERM, 138 for SIGUSR1 on Linux."""
+        return 128 + self.signal_number
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any], where: str) -> str:

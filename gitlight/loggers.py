@@ -15,6 +15,7 @@ from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experime
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from gitlight.callbacks.run_state import WANDB_ID
 from gitlight.config import Config
 from gitlight.sweep.trial import agent_run_folder
 
@@ -27,7 +28,7 @@ WANDB_FINISH_TIMEOUT = 60.0
 """Seconds that the end of a run waits for uploads; what is left stays on disk for ``wandb sync``."""
 
 
-def build_loggers(config: Config, output_dir: Path, run_name: str, resume_step: int | None) -> list[Logger]:
+def build_loggers(config: Config, output_dir: Path, run_name: str, resumed: Mapping[str, Any] | None) -> list[Logger]:
     """The loggers of a training run.
 
     ``logging.wandb=auto`` follows ``WANDB_MODE`` if set; otherwise it is online where W&B finds credentials
@@ -37,16 +38,19 @@ def build_loggers(config: Config, output_dir: Path, run_name: str, resume_step: 
         config: the run's settings; logged as the W&B run's config.
         output_dir: the run's folder: ``metrics.csv``, ``wandb/``.
         run_name: name of the run at W&B.
-        resume_step: ``global_step`` of the checkpoint that the run continues from: earlier rows of ``metrics.csv`` and
-            the W&B run are continued; ``None`` for a new run, which replaces the file.
+        resumed: of the checkpoint that the run continues from, ``global_step``, before which rows of ``metrics.csv``
+            are kept, and ``wandb_run_id``, which is continued; ``None`` for a new run, which replaces the file.
     """
     output_dir = Path(output_dir)
-    loggers: list[Logger] = [CSVFileLogger(output_dir / "metrics.csv", resume_step)]
+    loggers: list[Logger] = [
+        CSVFileLogger(output_dir / "metrics.csv", None if resumed is None else resumed["global_step"])
+    ]
     # wandb reports its own crashes to a third party unless told not to, before it is imported.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     mode = _wandb_mode(config.logging.wandb)
     if mode is not None:
-        loggers.append(_wandb_logger(config, output_dir, run_name, mode, resume=resume_step is not None))
+        run_id = None if resumed is None else resumed.get(WANDB_ID)
+        loggers.append(_wandb_logger(config, output_dir, run_name, mode, run_id))
     return loggers
 
 
@@ -63,7 +67,7 @@ def log_curve(config: Config, folder: Path, name: str, curve: Sequence[tuple[int
     mode = _wandb_mode(config.logging.wandb)
     if mode is None:
         return
-    logger = _wandb_logger(config, folder, f"{folder.parent.name} {name}", mode, resume=False)
+    logger = _wandb_logger(config, folder, f"{folder.parent.name} {name}", mode, run_id=None)
     for iteration, distance, psnr in curve:
         logger.log_metrics({"attack/iteration": iteration, "attack/distance": distance, "attack/psnr": psnr})
     logger.finalize("success")
@@ -278,7 +282,9 @@ def _wandb_credentials() -> bool:
     return found is not None
 
 
-def _wandb_logger(config: Config, output_dir: Path, run_name: str, mode: str, resume: bool) -> ForgivingWandbLogger:
+def _wandb_logger(
+    config: Config, output_dir: Path, run_name: str, mode: str, run_id: str | None
+) -> ForgivingWandbLogger:
     import wandb
 
     silent = config.logging.quiet or mode == "offline"
@@ -301,7 +307,7 @@ def _wandb_logger(config: Config, output_dir: Path, run_name: str, mode: str, re
     return ForgivingWandbLogger(
         name=run_name,
         save_dir=output_dir,
-        id=_run_id(output_dir / "wandb" / "run_id.txt", resume),
+        id=_agent_run_id() or run_id or uuid.uuid4().hex[:8],
         project=config.logging.project,
         mode=mode,
         config=asdict(config),
@@ -309,12 +315,6 @@ def _wandb_logger(config: Config, output_dir: Path, run_name: str, mode: str, re
     )
 
 
-def _run_id(path: Path, resume: bool) -> str:
-    """The W&B run's id: that of the run which is continued, that which ``wandb agent`` gave, or a new one."""
-    given = os.environ["WANDB_RUN_ID"] if agent_run_folder() is not None else None
-    if given is None and resume and path.exists() and (known := path.read_text().strip()):
-        return known
-    new = given or uuid.uuid4().hex[:8]
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        path.write_text(new + "\n")
-    return new
+def _agent_run_id() -> str | None:
+    """The id that ``wandb agent`` gave this run."""
+    return os.environ["WANDB_RUN_ID"] if agent_run_folder() is not None else None

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from filelock import FileLock, Timeout
@@ -18,7 +19,8 @@ from gitlight.errors import CheckpointError, ConfigError
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-_RESUMABLE = ("last", "best")
+LAST = "last.ckpt"
+_WORDS = "last, previous, best, auto, or the path of a checkpoint"
 
 
 def checkpoint_path(run_folder: Path, which: str) -> Path:
@@ -26,22 +28,58 @@ def checkpoint_path(run_folder: Path, which: str) -> Path:
     return run_folder / CHECKPOINTS / f"{which}.ckpt"
 
 
+def previous_path(last: Path, number: int) -> Path:
+    """Where the checkpoint is that was ``last.ckpt`` so many checkpoints ago, from 1."""
+    return last.with_name(f"{last.stem}-{number}{last.suffix}")
+
+
 def checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint that ``trainer.resume`` names, or None for a fresh run.
 
     Raises:
-        CheckpointError: it does not exist.
+        CheckpointError: it does not exist; or none before the last can be read, for ``previous``.
     """
     named = config.trainer.resume
     if named is None:
         return None
-    path = checkpoint_path(run_folder(config), named) if named in _RESUMABLE else Path(named)
+    last = run_folder(config) / CHECKPOINTS / LAST
+    if named == "previous":
+        return _previous(last)
+    if named == "auto" and not last.is_file():
+        return None
+    path = checkpoint_path(run_folder(config), named) if named in ("last", "best") else Path(named)
+    path = last if named == "auto" else path
     if not path.is_file():
         raise CheckpointError(
-            f"trainer.resume: {named}: {path} does not exist. Give last, best or the path of a checkpoint; "
-            "leave trainer.resume out to start afresh."
+            f"trainer.resume: {named}: {path} does not exist. Give {_WORDS}; leave trainer.resume out to start "
+            f"afresh.{previous_hint(path)}"
         )
     return path
+
+
+def _previous(last: Path) -> Path:
+    """The newest checkpoint before the last that can be read."""
+    number = 1
+    while (path := previous_path(last, number)).is_file():
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            number += 1
+        else:
+            return path
+    raise CheckpointError(
+        f"trainer.resume: previous: {last.parent} has no checkpoint before {last.name} that can be read, such as "
+        f"{previous_path(last, 1).name}. trainer.keep_last says how many are kept. Give {_WORDS}."
+    )
+
+
+def previous_hint(path: Path) -> str:
+    """A sentence on what to do without a run's last checkpoint, where there is one before it; else nothing."""
+    former = previous_path(path, 1)
+    if path.name != LAST or not former.is_file():
+        return ""
+    return f" trainer.resume=previous goes on from the checkpoint before it, {former.name}."
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -51,6 +89,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or not a checkpoint.
     """
     try:
+        with ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise BadZipFile(f"the checksum of {damaged} is not the one written")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist.") from error
@@ -106,5 +148,5 @@ def prepare_run_folder(config: Config, resume: Path | None) -> None:
         log.warning("%s held a run; it is now %s", folder, former)
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     # Run again, the saved config repeats the run; a continued one from its beginning, not from its own checkpoint.
-    repeatable = replace(config.trainer, resume=None if continues else config.trainer.resume)
+    repeatable = replace(config.trainer, resume=None if continues or resume is None else config.trainer.resume)
     save_config(replace(config, trainer=repeatable), folder / "config.yaml")

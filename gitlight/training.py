@@ -16,12 +16,13 @@ from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks import build_callbacks
 from gitlight.callbacks.run_settings import check_resumable
+from gitlight.callbacks.run_state import WANDB_ID
 from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig, TrainerConfig
 from gitlight.config_loading import load_config
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
-from gitlight.errors import CheckpointError, ConfigError
+from gitlight.errors import CheckpointError, ConfigError, LostRankError
 from gitlight.generators import GENERATORS
 from gitlight.generators.base import Generator
 from gitlight.gradients.updates import describe_leak
@@ -29,14 +30,17 @@ from gitlight.leaked.model import LeakedModel
 from gitlight.loggers import build_loggers
 from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
+from gitlight.rank_watch import RankWatch
 from gitlight.runs import (
     checkpoint_path,
     checkpoint_to_resume,
     load_checkpoint,
     prepare_run_folder,
+    previous_hint,
     run_folder,
     run_lock,
 )
+from gitlight.stop_signals import StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +174,10 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
             `gitlight.evaluate` needs it again.
 
     Raises:
-        GitlightError: the settings, the images or the checkpoint to resume from are not right; nothing is trained.
+        GitlightError: the settings, the images or the checkpoint to resume from are not right, and nothing is trained;
+            or a checkpoint cannot be written.
+        RunStopped: SIGTERM or SIGUSR1 came; a checkpoint is written.
+        LostRankError: another process of the run is gone.
     """
     config = with_network(config, network)
     resume = checkpoint_to_resume(config)
@@ -191,13 +198,19 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         if description := generator.describe():
             log.info("%s", description)
         module = GITModule(generator, config.optimizer)
-    resume_step = None if resume is None else _check_checkpoint(resume, module, datamodule, config)
+    resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
     folder = run_folder(config)
-    with run_lock(folder):
+    with run_lock(folder), StopSignals() as signals:
         prepare_run_folder(config, resume)
-        trainer = build_trainer(config, settings, folder, resume_step)
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+        trainer = build_trainer(config, settings, folder, resume, resumed, signals)
+        with RankWatch(trainer) as watch:
+            try:
+                trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+            except Exception as error:
+                if lost := watch.explain(error):
+                    raise LostRankError(lost) from error
+                raise
     return folder
 
 
@@ -226,9 +239,14 @@ def _check_weights_from(config: Config, datamodule: GradientPairDataModule) -> N
         )
 
 
-def _check_checkpoint(path: Path, module: LightningModule, datamodule: ImageDataModule, config: Config) -> int:
-    """The step that a checkpoint was made at, once it is sure to fit: before anything of the run is touched."""
-    checkpoint = load_checkpoint(path)
+def _checked_checkpoint(
+    path: Path, module: LightningModule, datamodule: ImageDataModule, config: Config
+) -> dict[str, Any]:
+    """What loggers need of a checkpoint, once it is sure to fit: before anything of the run is touched."""
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}.{previous_hint(path)}") from error
     check_resumable(path, checkpoint, config)
     try:
         module.load_state_dict(checkpoint["state_dict"])
@@ -239,7 +257,8 @@ def _check_checkpoint(path: Path, module: LightningModule, datamodule: ImageData
         ) from error
     if isinstance(datamodule, GradientPairDataModule):
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
-    return int(checkpoint["global_step"])
+    # Not all of it, which would keep the file on the disk when it has been replaced.
+    return {key: checkpoint[key] for key in ("global_step", WANDB_ID)}
 
 
 def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
@@ -253,7 +272,8 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
         ConfigError: Lightning does not accept them on this machine.
     """
     settings = dict(vars(config.trainer))
-    settings.pop("resume")
+    for own in ("checkpoint_every_n_steps", "keep_last", "resume"):
+        settings.pop(own)
     settings["accelerator"] = accelerator(config.trainer)
     if nothing_to_train:
         settings["devices"] = 1
@@ -273,14 +293,31 @@ def _default(key: str) -> Any:
     return getattr(TrainerConfig(), key)
 
 
-def build_trainer(config: Config, settings: dict[str, Any], folder: Path, resume_step: int | None) -> Trainer:
-    """Lightning's trainer with the callbacks, loggers and checkpoint writer of a run."""
-    callbacks = build_callbacks(config, folder)
-    return Trainer(
+def build_trainer(
+    config: Config,
+    settings: dict[str, Any],
+    folder: Path,
+    resume: Path | None,
+    resumed: dict[str, Any] | None,
+    signals: StopSignals,
+) -> Trainer:
+    """Lightning's trainer with the callbacks, loggers and checkpoint writer of a run.
+
+    Args:
+        config: the run's settings.
+        settings: what `trainer_settings` found.
+        folder: the run's.
+        resume: the checkpoint that the run continues, and
+        resumed: its ``global_step`` and ``wandb_run_id``; None for a new run.
+        signals: what stops the run.
+    """
+    callbacks = build_callbacks(config, folder, signals)
+    continues_last = resume is not None and resume.resolve() == checkpoint_path(folder, "last").resolve()
+    trainer = Trainer(
         **settings,
         callbacks=callbacks,
-        logger=build_loggers(config, folder, folder.name, resume_step),
-        plugins=[AtomicCheckpointIO()],
+        logger=build_loggers(config, folder, folder.name, resumed),
+        plugins=[AtomicCheckpointIO(config.trainer.keep_last, last_is_good=continues_last)],
         default_root_dir=folder,
         inference_mode=False,  # gradients are made in validation, too
         num_sanity_val_steps=0,  # they would run before the closed-form fits
@@ -288,6 +325,10 @@ def build_trainer(config: Config, settings: dict[str, Any], folder: Path, resume
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
+    # Lightning's handlers communicate within a signal, which can hang, and requeue SLURM's jobs from checkpoints of
+    # their own, made in the middle of a step. Ours are the last checkpoint's.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def accelerator(settings: TrainerConfig) -> str:

@@ -4,13 +4,16 @@
 #     sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/slurm.sh CONFIG.yaml [key.path=value ...]
 #
 # Any of sbatch's options replace those below. The run's folder must be on a file system that all machines share.
-# A job that SLURM starts again, after a pre-emption or the loss of a machine, continues from the end of the latest epoch.
+# Two minutes before its time is over the run writes a checkpoint, and the job goes back into the queue. A job that SLURM
+# starts again, for that or after a pre-emption or the loss of a machine, continues from the last checkpoint, and so does
+# the same command given again; trainer.resume=null begins afresh. trainer.checkpoint_every_n_steps=N saves within epochs.
 #SBATCH --job-name=gitlight
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=SIGUSR1@120
 #SBATCH --open-mode=append
 #SBATCH --output=gitlight-%j.log
 set -euo pipefail
@@ -18,14 +21,15 @@ if [ $# -eq 0 ]; then
     echo "usage: sbatch scripts/slurm.sh CONFIG.yaml|RUN_DIR [key.path=value ...]" >&2
     exit 2
 fi
-resume=()
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    folder=$(python -c "import sys; from gitlight import load_config; print(load_config(sys.argv[1], sys.argv[2:]).output_dir)" "$@")
-    if [ -f "$folder/checkpoints/last.ckpt" ]; then
-        resume=(trainer.resume=last)
-    fi
-fi
+# SLURM's signals are for the tasks; this shell is to see how they end.
+trap : TERM USR1
 # One rank that ends badly ends the job: the others would wait for it.
-exec srun --kill-on-bad-exit=1 python train.py "$@" \
+status=0
+srun --kill-on-bad-exit=1 python train.py "$1" trainer.resume=auto "${@:2}" \
     trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" \
-    trainer.strategy="${STRATEGY:-ddp}" "${resume[@]}"
+    trainer.strategy="${STRATEGY:-ddp}" || status=$?
+# 138: stopped with a checkpoint by the warning. After a pre-emption SLURM puts the job back by itself.
+if [ "$status" -eq 138 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -9,7 +9,8 @@
 #   MACHINE      number of this one, from 0 (default: 0)
 #   MASTER_ADDR  name or address of machine 0, which all others can reach (default: localhost)
 #   MASTER_PORT  a port there that is free (default: 29400)
-# The run's folder must be on a file system that all machines share.
+# The run's folder must be on a file system that all machines share. SIGTERM stops the run with a checkpoint, and torchrun
+# ends all processes where one is lost; the same command with trainer.resume=auto then goes on.
 set -euo pipefail
 if [ $# -eq 0 ]; then
     echo "usage: scripts/torchrun.sh CONFIG.yaml|RUN_DIR [key.path=value ...]" >&2

@@ -22,20 +22,52 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["last.ckpt"]
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of processes on this system")
+def test_a_full_disk_leaves_the_old_checkpoints_and_one_message(tmp_path: Path) -> None:
+    import resource
+
     path = tmp_path / "last.ckpt"
-    io = AtomicCheckpointIO()
-    io.save_checkpoint({"epoch": 1}, path)
+    io = AtomicCheckpointIO(keep_last=3)
+    for epoch in (1, 2):
+        io.save_checkpoint({"epoch": epoch}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The system refuses to write on, as on a full disk, in the middle of the weights.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be written .*GB are free") as failure:
+            io.save_checkpoint({"epoch": 3, "state": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "as they were" in str(failure.value)
+    assert io.load_checkpoint(path) == {"epoch": 2}
+    assert io.load_checkpoint(tmp_path / "last-1.ckpt") == {"epoch": 1}
+    assert sorted(os.listdir(tmp_path)) == ["last-1.ckpt", "last.ckpt"]
 
-    def half_a_write(checkpoint: object, file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", half_a_write)
-    with pytest.raises(OSError, match="No space"):
-        io.save_checkpoint({"epoch": 2}, path)
-    assert io.load_checkpoint(path) == {"epoch": 1}
-    assert os.listdir(tmp_path) == ["last.ckpt"]
+@pytest.mark.parametrize("links", [True, False])
+def test_the_latest_checkpoints_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if not links:
+
+        def refuse(*paths: object) -> None:
+            raise OSError("no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    io = AtomicCheckpointIO(keep_last=3)
+    for epoch in range(5):
+        io.save_checkpoint({"epoch": epoch}, tmp_path / "last.ckpt")
+        io.save_checkpoint({"epoch": epoch}, tmp_path / "best.ckpt")
+    kept = {path.name: io.load_checkpoint(path)["epoch"] for path in tmp_path.iterdir()}
+    assert kept == {"best.ckpt": 4, "last.ckpt": 4, "last-1.ckpt": 3, "last-2.ckpt": 2}
+
+
+def test_a_last_checkpoint_that_a_run_did_not_go_on_from_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"damaged")
+    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, tmp_path / "last-1.ckpt")
+    io = AtomicCheckpointIO(keep_last=2, last_is_good=False)
+    io.save_checkpoint({"epoch": 2}, tmp_path / "last.ckpt")
+    assert io.load_checkpoint(tmp_path / "last-1.ckpt") == {"epoch": 1}
+    io.save_checkpoint({"epoch": 3}, tmp_path / "last.ckpt")
+    assert io.load_checkpoint(tmp_path / "last-1.ckpt") == {"epoch": 2}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")

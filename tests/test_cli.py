@@ -1,3 +1,5 @@
+import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gitlight.cli import evaluate_command, settings_help, train_command
+from gitlight.errors import LostRankError, RunStopped
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -70,3 +73,21 @@ def test_a_config_may_have_an_equals_sign_in_its_name(tmp_path, capsys):
     path.write_text("datta: 1")
     assert train_command([str(path)], DEMO) == 2
     assert "datta: no such setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RunStopped(signal.SIGTERM, Path("last.ckpt"), 7), 143, "SIGTERM: stopped at step 7; last.ckpt continues"),
+        (RunStopped(signal.SIGUSR1, Path("last.ckpt"), 7), 138, "SIGUSR1: stopped at step 7"),
+        (LostRankError("rank 1 was killed."), 1, "error: rank 1 was killed."),
+        (OSError(errno.ENOSPC, "No space left on device", "metrics.csv"), 2, "No space left on device: 'metrics.csv'"),
+    ],
+)
+def test_how_a_run_ends_shows_in_its_exit_code(monkeypatch, capsys, error, code, message):
+    def end(config):
+        raise error
+
+    monkeypatch.setattr("gitlight.cli._train", end)
+    assert train_command([], DEMO) == code
+    assert message in capsys.readouterr().err

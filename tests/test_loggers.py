@@ -95,7 +95,7 @@ def settings(mode: str) -> Config:
 
 def wandb_mode(mode: str, folder: Path) -> str | None:
     """The mode that the W&B logger would start in; ``None`` where there is no such logger."""
-    loggers = build_loggers(settings(mode), folder, "name", resume_step=None)
+    loggers = build_loggers(settings(mode), folder, "name", resumed=None)
     assert isinstance(loggers[0], CSVFileLogger)
     return loggers[1]._wandb_init["mode"] if len(loggers) > 1 else None  # type: ignore[attr-defined]
 
@@ -152,8 +152,8 @@ assert "wandb" not in sys.modules
     assert not (tmp_path / "wandb").exists()
 
 
-def wandb_logger(folder: Path, mode: str = "offline", resume_step: int | None = None) -> ForgivingWandbLogger:
-    logger = build_loggers(settings(mode), folder, "name", resume_step)[1]
+def wandb_logger(folder: Path, mode: str = "offline", resumed: dict[str, Any] | None = None) -> ForgivingWandbLogger:
+    logger = build_loggers(settings(mode), folder, "name", resumed)[1]
     assert isinstance(logger, ForgivingWandbLogger)
     return logger
 
@@ -176,7 +176,8 @@ def test_an_offline_run_is_kept_on_disk_with_its_config(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_credentials")
 def test_a_resumed_run_has_the_same_id_and_a_new_run_another(tmp_path: Path) -> None:
     first = wandb_logger(tmp_path).version
-    assert wandb_logger(tmp_path, resume_step=7).version == first
+    assert wandb_logger(tmp_path, resumed={"global_step": 7, "wandb_run_id": first}).version == first
+    assert wandb_logger(tmp_path, resumed={"global_step": 7, "wandb_run_id": None}).version != first
     assert wandb_logger(tmp_path).version != first
 
 

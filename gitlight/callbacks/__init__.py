@@ -11,10 +11,12 @@ from gitlight.callbacks.metrics import ReconstructionMetrics
 from gitlight.callbacks.progress import PairsProgressBar, QuietProgress
 from gitlight.callbacks.reconstructions import ReconstructionGrid, draw_grid
 from gitlight.callbacks.run_settings import RunSettings
+from gitlight.callbacks.run_state import RunState
 from gitlight.callbacks.throughput import Throughput
 from gitlight.callbacks.weight_distance import WeightDistance
 from gitlight.callbacks.weight_distance_curves import WeightDistancePoint, draw_weight_distances
 from gitlight.config import Config
+from gitlight.stop_signals import StopSignals
 from gitlight.sweep.trial import trial_from_environment
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "ReconstructionGrid",
     "ReconstructionMetrics",
     "RunSettings",
+    "RunState",
     "Throughput",
     "WeightDistance",
     "WeightDistancePoint",
@@ -36,10 +39,11 @@ MONITORS = {"generator": "val/psnr", "leaked": "val/accuracy", "image_prior": "v
 """Task → the validation metric, larger is better, that chooses ``best.ckpt``."""
 
 
-def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
+def build_callbacks(config: Config, output_dir: Path, signals: StopSignals | None = None) -> list[Callback]:
     """The callbacks of a training run.
 
-    Every task has a progress display, the learning rate and the two checkpoints with the run's settings in them;
+    Every task has a progress display, the learning rate and the checkpoints with the run's settings and state in
+    them;
     ``task=generator`` adds what concerns reconstructions, ``task=image_prior`` their metrics and pictures. The display
     is a progress bar, or one plain line an epoch where ``logging.quiet`` asks for it or standard output is not a
     terminal. A trial of a sweep reports to it.
@@ -47,6 +51,7 @@ def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
     Args:
         config: the run's settings.
         output_dir: the run's folder.
+        signals: what stops the run with a checkpoint.
     """
     output_dir = Path(output_dir)
     # The display comes after what it shows.
@@ -55,9 +60,10 @@ def build_callbacks(config: Config, output_dir: Path) -> list[Callback]:
         *_sweep_callbacks(),
         LearningRate(),
         RunSettings(config),
+        RunState(config.seed),
         QuietProgress() if config.logging.quiet or not sys.stdout.isatty() else PairsProgressBar(),
         best_checkpoint(output_dir, MONITORS[config.task]),
-        last_checkpoint(output_dir),
+        last_checkpoint(output_dir, config.trainer.checkpoint_every_n_steps, signals),
     ]
 
 

@@ -3,13 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from gitlight.data.datamodule import ImageDataModule
+from gitlight.errors import RunStopped
+from gitlight.runs import CHECKPOINTS, LAST
+from gitlight.stop_signals import StopSignals
 
 
 def best_checkpoint(output_dir: Path, monitor: str) -> ModelCheckpoint:
     """Keeps ``best.ckpt``: the state after the validation with the largest ``monitor``."""
     return _MovableCheckpoint(
-        dirpath=output_dir / "checkpoints",
+        dirpath=output_dir / CHECKPOINTS,
         filename="best",
         monitor=monitor,
         mode="max",
@@ -19,11 +26,24 @@ def best_checkpoint(output_dir: Path, monitor: str) -> ModelCheckpoint:
     )
 
 
-def last_checkpoint(output_dir: Path) -> ModelCheckpoint:
-    """Keeps ``last.ckpt``: the state at the end of the latest epoch, after its validation."""
-    return _MovableCheckpoint(
-        dirpath=output_dir / "checkpoints",
-        filename="last",
+def last_checkpoint(
+    output_dir: Path, every_n_steps: int | None = None, signals: StopSignals | None = None
+) -> ModelCheckpoint:
+    """Keeps ``last.ckpt``: the state at the end of the latest epoch, after its validation, or within an epoch.
+
+    Signals stop the run after the optimiser step, or the validation, that they come in: the checkpoint is written, and
+    `RunStopped` raised. Several ranks stop at the same step, whichever of them is sent the signal.
+
+    Args:
+        output_dir: the run's folder.
+        every_n_steps: optimiser steps between checkpoints within an epoch; None: there are none.
+        signals: what stops the run; it listens from the beginning of training. None: nothing does.
+    """
+    return _LastCheckpoint(
+        every_n_steps,
+        signals,
+        dirpath=output_dir / CHECKPOINTS,
+        filename=Path(LAST).stem,
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
@@ -45,3 +65,48 @@ class _MovableCheckpoint(ModelCheckpoint):
             scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
             state_dict = {**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath}
         super().load_state_dict(state_dict)
+
+
+class _LastCheckpoint(_MovableCheckpoint):
+    """Saves between two batches, too, rather than at a batch's end.
+
+    At a batch's end Lightning has not logged it yet: the row would be missing from a run that goes on from there.
+    """
+
+    def __init__(self, every_n_steps: int | None, signals: StopSignals | None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._every_n_steps = every_n_steps
+        self._signals = signals
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is something to save: signals no longer end the process at once."""
+        super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
+        if self._signals is not None:
+            self._signals.listen()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ImageDataModule):
+            data.between_batches = lambda: self._between_batches(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where a signal has come since the last batch of the epoch before, whose end is saved by now."""
+        if self._last_checkpoint_saved and (signal_number := self._agreed_signal(trainer)):
+            raise RunStopped(signal_number, Path(self._last_checkpoint_saved), trainer.global_step)
+
+    def _between_batches(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._step:
+            return  # gradients of an unfinished optimiser step are not saved
+        self._step = trainer.global_step
+        signal_number = self._agreed_signal(trainer)
+        if signal_number or (self._every_n_steps and self._step % self._every_n_steps == 0):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        if signal_number:
+            raise RunStopped(signal_number, Path(self._last_checkpoint_saved), self._step)
+
+    def _agreed_signal(self, trainer: Trainer) -> int:
+        """The signal that any rank was sent, or 0; the same on all."""
+        if self._signals is None or trainer.world_size == 1:
+            return 0 if self._signals is None else self._signals.received
+        received = torch.tensor(self._signals.received, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))

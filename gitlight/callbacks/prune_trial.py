@@ -60,7 +60,7 @@ class PruneTrial(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that training came to its end: a run that a signal ends can exit with 0, too."""
+        """Say that training came to its end, and not the process alone."""
         if self._trial is not None:
             self._trial.set_user_attr(FINISHED, True)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from gitlight.callbacks.run_state import FORMAT, VERSION
 from gitlight.config import Config
 from gitlight.config_loading import dotted
 from gitlight.errors import CheckpointError, differences
@@ -54,11 +55,17 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], config: Config) -> N
         config: the settings given now.
 
     Raises:
-        CheckpointError: they differ in more than where, how long and how fast to compute; or it holds none.
+        CheckpointError: they differ in more than where, how long and how fast to compute; or it holds none; or another
+            version of gitlight wrote it.
     """
     saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
     if saved is None:
         raise CheckpointError(f"{path} holds weights, but not a run that could be continued.")
+    if (version := checkpoint.get(FORMAT)) != VERSION:
+        raise CheckpointError(
+            f"{path} is a checkpoint in format {version}, of another version of gitlight; this one continues format "
+            f"{VERSION}. Continue the run with the version that began it, or start a new run, without trainer.resume."
+        )
     now = _deciding(config)
     if changed := differences(saved, now, "there"):
         raise CheckpointError(

@@ -44,6 +44,18 @@ class Throughput(Callback):
         self._flops_per_pair: float | None = None
         self._available: int | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """FLOPs per pair, so that a resumed run does not count again.
+
+        Some operations compute in another way while they are counted (`torch.linalg.svdvals`, as for a backward pass),
+        with another rounding: a resumed run would not follow the one that was never interrupted.
+        """
+        return {"flops_per_pair": self._flops_per_pair}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._flops_per_pair = state_dict["flops_per_pair"]
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the first step's operations."""
         if self._flops_per_pair is None:

@@ -24,7 +24,7 @@ class OptimizerConfig:
 
 @dataclass
 class TrainerConfig:
-    """Lightning's own names (`lightning.Trainer`), and `resume`."""
+    """Lightning's own names (`lightning.Trainer`); and which checkpoints are kept and continued from."""
 
     accelerator: str = setting("auto", "auto, cpu, gpu; not mps, which has no float64")
     devices: Any = setting("auto", "number of devices, list of device indices, or auto")
@@ -47,7 +47,15 @@ class TrainerConfig:
     deterministic: bool = setting(False, "only deterministic algorithms, an error where there is none")
     detect_anomaly: bool = setting(False, "stop at the operation that made a NaN (slow)")
     profiler: str | None = setting(None, "simple, advanced or pytorch")
-    resume: str | None = setting(None, "continue a run: last, best, or a checkpoint's path")
+    checkpoint_every_n_steps: int | None = setting(
+        None, "optimiser steps between checkpoints within an epoch; null: at the ends of epochs only", minimum=1
+    )
+    keep_last: int = setting(2, "latest checkpoints to keep (last.ckpt, last-1.ckpt, …), beside the best", minimum=1)
+    resume: str | None = setting(
+        None,
+        "continue a run: last, previous (the newest before last that can be read), best, a checkpoint's path, "
+        "or auto (last, or afresh where there is none)",
+    )
 
 
 @dataclass

@@ -16,6 +16,7 @@ from gitlight.architecture import ImageShape
 from gitlight.config import ChannelConfig, DataConfig, GradientsConfig
 from gitlight.data import SOURCES
 from gitlight.data.images import ImageSplits, ImageSubset, LabelledImages
+from gitlight.data.loader import LeakLoader
 from gitlight.data.pair import GradientPair
 from gitlight.data.pair_clock import PairClock
 from gitlight.data.sampling import LeakSampler, mixed_seed, public_positions
@@ -26,6 +27,7 @@ from gitlight.gradients.sketch import Sketch
 from gitlight.gradients.updates import LocalUpdates, n_local_steps, smallest_local_batch
 from gitlight.leaked.batch_norm import check_batch_statistics
 from gitlight.leaked.model import LeakedModel
+from gitlight.stop_signals import heed_the_parent_alone
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images ``(leaks · N, C, H, W)``, bytes from the loaders and [0, 1] after the transfer; labels; indices."""
@@ -60,6 +62,8 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         class_names: name of each label.
+        between_batches: called in training before every batch but an epoch's first, when Lightning has counted and
+            logged the one before: the moment to save a checkpoint within an epoch.
     """
 
     def __init__(self, loaded: ImageSplits, settings: DataConfig, seed: int) -> None:
@@ -72,7 +76,10 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         self.settings = settings
         self.class_names = loaded.class_names
+        self.between_batches = _nothing
         self._seed = seed
+        self._train_loader: LeakLoader | None = None
+        self._position = {"epoch": 0, "batches": 0}
         public = _of_classes(loaded.train, loaded.class_names, settings.public_classes, "public_classes")
         train, held_out = public_positions(
             len(public), settings, has_validation=loaded.validation is not None, seed=self._seed
@@ -117,7 +124,9 @@ class ImageDataModule(LightningDataModule):
                 f"data.batch_size: {self.settings.batch_size} leaks a step, but only {self.n_leaks('train')} can be "
                 "made of the public images; lower data.batch_size."
             )
-        return self._loader("train", shuffle=True)
+        self._train_loader = self._loader("train", shuffle=True)
+        self._train_loader.load_state_dict(self._position)
+        return self._train_loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """This rank's part of the public images held out."""
@@ -127,6 +136,18 @@ class ImageDataModule(LightningDataModule):
                 f"{self._world_size} devices, which need at least one each."
             )
         return self._loader("validation", shuffle=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far training is in its images.
+
+        Lightning keeps it, too, but restores it too late: a schedule that asks for the number of steps has the loader
+        made before.
+        """
+        return {"position": self._position if self._train_loader is None else self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin there."""
+        self._position = state_dict["position"]
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """This rank's part of the private images."""
@@ -162,20 +183,27 @@ class ImageDataModule(LightningDataModule):
         assert self.trainer is not None
         return int(self.trainer.current_epoch)
 
-    def _loader(self, name: str, shuffle: bool) -> DataLoader[Batch]:
+    def _loader(self, name: str, shuffle: bool) -> LeakLoader:
         rank = self.trainer.global_rank if self.trainer is not None else 0
         split, settings = self.split(name), self.settings
         per_rank = -(-settings.batch_size // self._world_size)
         workers = self._n_workers(split)
-        return DataLoader(
+        return LeakLoader(
             _Readable(split),
+            LeakSampler(len(split), settings, rank, self._world_size, self._seed, shuffle),
+            self._between_batches if shuffle else _nothing,
             batch_size=per_rank * settings.client_batch_size,
-            sampler=LeakSampler(len(split), settings, rank, self._world_size, self._seed, shuffle),
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=heed_the_parent_alone,
+            # Of its own, so that beginning an epoch draws nothing from the process's random numbers.
+            generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _between_batches(self) -> None:
+        self.between_batches()
 
     def _n_workers(self, split: LabelledImages) -> int:
         if self.settings.num_workers is not None:
@@ -298,8 +326,8 @@ class GradientPairDataModule(ImageDataModule):
             left -= len(images) // self.settings.client_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Which leaked model the pairs are of."""
-        return {"leaked_fingerprint": self.leaked_model.fingerprint()}
+        """Which leaked model the pairs are of, and how far training is in its images."""
+        return {**super().state_dict(), "leaked_fingerprint": self.leaked_model.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a resumed run attacks the model that it began with."""
@@ -308,6 +336,11 @@ class GradientPairDataModule(ImageDataModule):
                 "The checkpoint was made with another leaked model: its weights differ from those that `leaked` gives "
                 "now. Use the run's own config.yaml, with the weights file that it names unchanged."
             )
+        super().load_state_dict(state_dict)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Readable(Dataset[Batch]):

@@ -31,6 +31,9 @@ class LeakSampler(Sampler[int]):
     holds the same images for any number of ranks, each rank taking its contiguous part, and leaks that do not fill a
     batch wait for another epoch. In evaluation nothing is shuffled, repeated or dropped; ranks take turns, so their
     shares may differ by one leak.
+
+    Attributes:
+        epoch: the current one, from 0.
     """
 
     def __init__(
@@ -43,31 +46,43 @@ class LeakSampler(Sampler[int]):
         self._world_size = world_size
         self._seed = seed
         self._shuffle = shuffle
-        self._epoch = 0
+        self.epoch = 0
+        self._resumed = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls it before every epoch."""
-        self._epoch = epoch
+        self.epoch = epoch
+
+    def go_to(self, epoch: int, batch: int) -> None:
+        """Begin ``epoch`` with its global batch ``batch``, from 0; other epochs are read from their beginnings."""
+        self.epoch = epoch
+        self._resumed = (epoch, batch)
+
+    @property
+    def first_batch(self) -> int:
+        """The global batch that the current epoch begins with."""
+        epoch, batch = self._resumed
+        return batch if epoch == self.epoch else 0
 
     def __len__(self) -> int:
         return self._mine(torch.arange(self._n_images)).numel()
 
     def __iter__(self) -> Iterator[int]:
         if self._shuffle:
-            generator = torch.Generator().manual_seed(mixed_seed("order", self._seed, self._epoch))
+            generator = torch.Generator().manual_seed(mixed_seed("order", self._seed, self.epoch))
             order = torch.randperm(self._n_images, generator=generator)
         else:
             order = torch.arange(self._n_images)
-        return iter(self._mine(order).tolist())
+        return iter(self._mine(order, self.first_batch).tolist())
 
-    def _mine(self, order: Tensor) -> Tensor:
+    def _mine(self, order: Tensor, first_batch: int = 0) -> Tensor:
         per_leak = self._settings.client_batch_size
         leaks = order[: len(order) // per_leak * per_leak].view(-1, per_leak)
         if not self._shuffle:
             return leaks[self._rank :: self._world_size].flatten()
         batch = self._settings.batch_size
         batches = leaks[: len(leaks) // batch * batch].view(-1, self._world_size, batch // self._world_size, per_leak)
-        return batches[:, self._rank].flatten()
+        return batches[first_batch:, self._rank].flatten()
 
 
 def public_positions(n_public: int, settings: DataConfig, has_validation: bool, seed: int) -> tuple[Tensor, Tensor]:

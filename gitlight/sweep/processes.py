@@ -10,8 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from gitlight.stop_signals import STOP_SIGNALS
+
 GRACE_SECONDS = 10.0
 """What trials have to end by themselves when their sweep is interrupted."""
+
+STOPPED = tuple(code for number in STOP_SIGNALS for code in (128 + number, -number))
+"""Exit codes of processes that a signal asked to stop, with or without a checkpoint."""
 
 NOT_STARTED = 127
 """A shell's exit code for a command that is not there."""
@@ -31,12 +36,16 @@ class TrialProcesses:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
-        self._ended = False
+        self._ended = threading.Event()
 
     @property
     def ended(self) -> bool:
         """Whether `end_all` was called: nothing is started any more."""
-        return self._ended
+        return self._ended.is_set()
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Wait for `end_all`, so long at most."""
+        self._ended.wait(seconds)
 
     def running(self) -> list[int]:
         """Numbers of the trials whose processes run."""
@@ -56,7 +65,7 @@ class TrialProcesses:
             Its exit code; None if `end_all` was called before it could start.
         """
         with self._lock, log.open("ab") as output:
-            if self._ended:
+            if self.ended:
                 return None
             try:
                 process = subprocess.Popen(
@@ -81,7 +90,7 @@ class TrialProcesses:
     def end_all(self) -> None:
         """End all processes, at first by a signal that lets them finish what they write; start no more."""
         with self._lock:
-            self._ended = True
+            self._ended.set()
             processes = list(self._running.values())
         for number in (signal.SIGTERM, signal.SIGKILL):
             for process in processes:

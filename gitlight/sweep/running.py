@@ -16,7 +16,7 @@ from filelock import FileLock
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from gitlight.sweep.processes import TrialProcesses, signals_as_exceptions, trial_environment
+from gitlight.sweep.processes import STOPPED, TrialProcesses, signals_as_exceptions, trial_environment
 from gitlight.sweep.specification import Specification
 from gitlight.sweep.study import (
     FINISHED,
@@ -37,6 +37,9 @@ from gitlight.sweep.study import (
     trial_of,
 )
 from gitlight.sweep.trial import SweepTrial
+
+STOP_SECONDS = 2.0
+"""How much later than a trial the sweep may be told to end, for the trial to count as ended with it."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,9 @@ class Runner:
             if job is None:
                 return
             exit_code = self._run_trial(job, environment)
+            if exit_code in STOPPED:
+                # Whoever ends everything here sends the signal to all processes, and the trial may be the first to go.
+                self._processes.wait_for_end(STOP_SECONDS)
             if exit_code is None or self._processes.ended:
                 return  # it stays a running trial, which the sweep takes up again when it goes on
             with self._choosing:

@@ -210,7 +210,7 @@ def best_value(trial: FrozenTrial, goal: str) -> float | None:
 def conclude(study: optuna.Study, storage: RDBStorage, number: int, metric: str, exit_code: int) -> FrozenTrial:
     """Write down how a trial ended whose process is over.
 
-    It is pruned or complete only if it said so itself: a run that a signal ends can exit with 0, too.
+    It is pruned or complete only if it said so itself: a command of the user's own can exit with 0 at any time.
 
     Args:
         study: the sweep's.

@@ -25,7 +25,7 @@ def names(config: Config) -> list[str]:
 
 
 def test_generators_and_leaked_models_have_their_own_callbacks() -> None:
-    both = ["LearningRate", "RunSettings", "QuietProgress", "best", "last"]
+    both = ["LearningRate", "RunSettings", "RunState", "QuietProgress", "best", "last"]
     assert names(Config(task="leaked")) == both
     assert names(Config()) == ["ReconstructionMetrics", "ReconstructionGrid", "WeightDistance", "Throughput", *both]
     assert names(Config(task="image_prior")) == ["ReconstructionMetrics", "ReconstructionGrid", *both]

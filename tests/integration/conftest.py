@@ -36,13 +36,23 @@ class Command:
         assert process.returncode == code, output
         return output
 
-    def kill_when(self, process, condition):
-        """SIGKILL the process as soon as the condition holds."""
+    def wait_for(self, process, condition):
+        """Wait until the condition holds, which it must before the process ends."""
         deadline = time.monotonic() + 200
         while not condition():
             assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "the moment to kill never came"
+            assert time.monotonic() < deadline, "the moment never came"
             time.sleep(0.005)
+
+    def child_of(self, process):
+        """The id of the process that this one has started."""
+        listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        (child,) = (line.split()[0] for line in listed.stdout.splitlines() if "train.py" in line)
+        return int(child)
+
+    def kill_when(self, process, condition):
+        """SIGKILL the process as soon as the condition holds."""
+        self.wait_for(process, condition)
         process.send_signal(signal.SIGKILL)
         process.communicate()
 

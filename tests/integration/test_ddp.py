@@ -1,7 +1,11 @@
 import csv
+import os
+import signal
 
 import pytest
 from small_run import SMALL
+
+from gitlight.runs import load_checkpoint
 
 TWO_PROCESSES = ["trainer.devices=2"]
 
@@ -56,3 +60,37 @@ def test_a_batch_that_cannot_be_shared_is_named(command, tmp_path):
     output = command("train.py", "run.yaml", *SMALL, "data.batch_size=15", *TWO_PROCESSES, code=2)
     assert "data.batch_size: 15" in output
     assert "multiple of 2" in output
+
+
+def test_two_processes_stop_together_and_one_goes_on(command, train, tmp_path):
+    """A signal to one of them stops both, the loss of one ends both, and a single one continues the curve."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "generator: {name: mlp, hidden_size: 8}\ndata: {horizontal_flip: true}\n"
+        "channel: [{name: gaussian_noise, relative_std: 0.001}]\n"
+        "trainer: {max_epochs: 20, check_val_every_n_epoch: 10, checkpoint_every_n_steps: 4, resume: auto}\n"
+    )
+    run = tmp_path / "two"
+    last = run / "checkpoints" / "last.ckpt"
+    settings = [str(config), *SMALL, f"output_dir={run}"]
+    assert train(str(config), *SMALL, f"output_dir={tmp_path / 'one'}") == 0
+
+    process = command.start("train.py", *settings, *TWO_PROCESSES)
+    command.wait_for(process, last.exists)
+    os.kill(command.child_of(process), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert output.count("SIGTERM: stopped at step ") == 1, "the first one says so"
+    stopped_at = load_checkpoint(last)["global_step"]
+
+    process = command.start("train.py", *settings, *TWO_PROCESSES)
+    command.wait_for(process, lambda: load_checkpoint(last)["global_step"] > stopped_at)
+    os.kill(command.child_of(process), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "was killed by SIGKILL. The run ends" in output
+    assert "Traceback" not in output
+
+    assert stopped_at < load_checkpoint(last)["global_step"] < 20 * 6
+    assert train(*settings) == 0
+    assert logged(run, "train/loss") == pytest.approx(logged(tmp_path / "one", "train/loss"), rel=1e-4)

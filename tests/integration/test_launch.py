@@ -117,6 +117,19 @@ def test_torchrun_on_two_hosts(two_hosts, tmp_path, of_one_process):
     assert losses(tmp_path / "run") == pytest.approx(of_one_process, rel=1e-5)
 
 
+@pytest.mark.parametrize(("code", "requeued"), [(138, True), (143, False), (1, False)])
+def test_slurm_requeues_a_job_whose_time_is_over(tmp_path, code, requeued):
+    for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" > {tmp_path}/asked')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{environment()['PATH']}"
+    process = start("scripts/slurm.sh", "configs/demo.yaml", PATH=path, SLURM_JOB_ID="77")
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code, output
+    assert (tmp_path / "asked").exists() == requeued
+    assert not requeued or (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
 def test_slurm_starts_and_continues(tmp_path, of_one_process):
     (tmp_path / "bin").mkdir()
     srun = tmp_path / "bin" / "srun"
@@ -125,12 +138,12 @@ def test_slurm_starts_and_continues(tmp_path, of_one_process):
     path = f"{srun.parent}:{environment()['PATH']}"
     slurm = {"PATH": path, "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "1"}
     run = [*RUN, f"output_dir={tmp_path / 'run'}"]
-    # Lost before its first checkpoint, a run begins again.
-    process = start("scripts/slurm.sh", *run, SLURM_RESTART_COUNT="1", **slurm)
+    # Without a checkpoint a run begins.
+    process = start("scripts/slurm.sh", *run, **slurm)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert losses(tmp_path / "run") == pytest.approx(of_one_process, rel=1e-5)
-    process = start("scripts/slurm.sh", *run, "trainer.max_epochs=2", SLURM_RESTART_COUNT="1", **slurm)
+    process = start("scripts/slurm.sh", *run, "trainer.max_epochs=2", **slurm)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert len(losses(tmp_path / "run")) == 2 * len(of_one_process)

@@ -1,5 +1,8 @@
 import csv
+import errno
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from small_run import SMALL
 
 from gitlight.cli import train_command
 from gitlight.runs import load_checkpoint
+from gitlight.training import GITModule
 
 EPOCHS = 4
 STEPS_AN_EPOCH = 6  # 96 images in batches of 16
@@ -55,18 +59,67 @@ def same_weights(one, other):
     return all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
 
 
-def test_a_killed_run_resumed_ends_like_one_never_interrupted(command, config, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command("train.py", str(config), *SMALL, f"output_dir={whole}")
+def stopped_at(monkeypatch, step, number):
+    """From now on the process sends itself a signal in this step."""
+    training_step = GITModule.training_step
 
-    process = command.start("train.py", str(config), *SMALL, f"output_dir={killed}")
-    command.kill_when(process, lambda: (killed / "reconstructions" / "epoch_0001.png").exists())
-    step = load_checkpoint(killed / "checkpoints" / "last.ckpt")["global_step"]
-    assert 0 < step < EPOCHS * STEPS_AN_EPOCH, "it was killed in the middle"
-    command("train.py", str(killed), "trainer.resume=last")
+    def and_a_signal(self, pair, batch_idx):
+        if self.trainer.global_step == step:
+            os.kill(os.getpid(), number)
+        return training_step(self, pair, batch_idx)
+
+    monkeypatch.setattr(GITModule, "training_step", and_a_signal)
+
+
+def test_a_killed_and_stopped_run_resumed_ends_like_one_never_interrupted(
+    command, train, config, tmp_path, monkeypatch, capsys
+):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    last = killed / "checkpoints" / "last.ckpt"
+    assert train(str(config), *SMALL, f"output_dir={whole}") == 0
+
+    resumable = [*SMALL, f"output_dir={killed}", "trainer.resume=auto", "trainer.checkpoint_every_n_steps=4"]
+    process = command.start("train.py", str(config), *resumable)
+    command.kill_when(process, last.exists)
+    assert load_checkpoint(last)["global_step"] % STEPS_AN_EPOCH, "within an epoch"
+
+    # In the middle of the third epoch, then in the last step of it, after which there is a validation.
+    for step, number, code in ((14, signal.SIGTERM, 143), (17, signal.SIGUSR1, 138)):
+        with monkeypatch.context() as patch:
+            stopped_at(patch, step, number)
+            assert train(str(config), *resumable) == code
+        assert f"{number.name}: stopped at step {step + 1}; {last} continues" in capsys.readouterr().err
+        assert load_checkpoint(last)["global_step"] == step + 1
+    assert load_checkpoint(killed / "checkpoints" / "last-1.ckpt")["global_step"] == 16
+    assert train(str(config), *resumable) == 0
 
     assert metrics(killed) == metrics(whole)
     assert same_weights(killed, whole)
+    assert not (tmp_path / "killed.1").exists()
+
+
+def test_a_damaged_checkpoint_is_gone_past(train, run, capsys):
+    last = run / "checkpoints" / "last.ckpt"
+    shutil.copy(last, run / "checkpoints" / "last-1.ckpt")
+    last.write_bytes(last.read_bytes()[:5000])
+    assert train(str(run), "trainer.resume=auto") == 2
+    assert "trainer.resume=previous goes on from the checkpoint before it, last-1.ckpt" in capsys.readouterr().err
+    assert train(str(run), "trainer.resume=previous", "trainer.max_epochs=2") == 0
+    assert load_checkpoint(last)["global_step"] == 2 * STEPS_AN_EPOCH
+    assert load_checkpoint(run / "checkpoints" / "last-1.ckpt")["global_step"] == STEPS_AN_EPOCH
+
+
+def test_a_run_on_a_full_disk_ends_with_one_message(train, run, capsys, monkeypatch):
+    def full(checkpoint, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gitlight.checkpoint_io.torch.save", full)
+    assert train(str(run), "trainer.resume=last", "trainer.max_epochs=2") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: The checkpoint {run / 'checkpoints'}")
+    assert "No space left on device" in error
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == STEPS_AN_EPOCH
 
 
 def test_images_may_have_moved_and_computing_may_differ(train, run):
@@ -89,7 +142,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "weights alone", *CHANGES])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "weights alone", "another version", *CHANGES])
 def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, run, capsys, damage):
     checkpoint = run / "checkpoints" / "last.ckpt"
     before = (run / "metrics.csv").read_bytes()
@@ -101,6 +154,9 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, run, c
     elif damage == "weights alone":
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]  # not mapped: the file is written over
         torch.save({"state_dict": weights}, checkpoint)
+    elif damage == "another version":
+        content = torch.load(checkpoint, weights_only=True)
+        torch.save({**content, "gitlight_format": 99}, checkpoint)
     else:
         changed = [damage]
     capsys.readouterr()

@@ -103,7 +103,6 @@ def test_a_run_of_the_agent_has_the_agents_folder_and_id(agent_command: Any, tmp
     folder = Path("runs") / "sweeps" / "sweep1" / "run1"
     assert f"FOUND {folder} run1 32" in found.stdout
     assert "Ignoring" not in found.stdout + found.stderr
-    assert (tmp_path / folder / "wandb" / "run_id.txt").read_text() == "run1\n"
 
 
 def test_an_output_dir_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +119,8 @@ def test_a_run_id_without_a_sweep_is_not_taken(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    build_loggers(Config(), tmp_path, "name", None)
-    assert (tmp_path / "wandb" / "run_id.txt").read_text() != "mine\n"
+    _, logger = build_loggers(Config(), tmp_path, "name", None)
+    assert logger.version != "mine"
 
 
 def test_files_are_read_as_wandb_reads_them() -> None:

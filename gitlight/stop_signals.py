@@ -1,0 +1,58 @@
+"""`StopSignals`: SIGTERM, and SLURM's warning SIGUSR1, as a wish that a run looks at when it can stop."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """While it listens, remembers the signals instead of letting them end the process.
+
+    As a context manager it gives the signals their former meaning at the end.
+
+    Attributes:
+        received: the number of the latest one, 0 if none came.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Nothing yet; see `listen`."""
+        return self
+
+    def listen(self) -> None:
+        """Begin. Only the main thread of a process can; elsewhere signals keep their meaning."""
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the signals the meaning that they had before."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+
+def heed_the_parent_alone(worker: int = 0) -> None:
+    """For processes that read images: a signal to the whole group must reach the run, not take its images away.
+
+    SIGTERM still ends them when their parent sends it, which is how it gets rid of them.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_the_parent_says, name="heed_the_parent", daemon=True).start()
+
+
+def _end_when_the_parent_says() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -78,6 +78,7 @@ class _LastCheckpoint(_MovableCheckpoint):
         self._every_n_steps = every_n_steps
         self._signals = signals
         self._step = 0
+        self._group: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on there is something to save: signals no longer end the process at once."""
@@ -85,6 +86,9 @@ class _LastCheckpoint(_MovableCheckpoint):
         self._step = trainer.global_step
         if self._signals is not None:
             self._signals.listen()
+            if trainer.world_size > 1:
+                # Over the network from CPU to CPU: asking a GPU would make every step wait for the one before.
+                self._group = torch.distributed.new_group(backend="gloo")
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ImageDataModule):
             data.between_batches = lambda: self._between_batches(trainer)
@@ -108,5 +112,6 @@ class _LastCheckpoint(_MovableCheckpoint):
         """The signal that any rank was sent, or 0; the same on all."""
         if self._signals is None or trainer.world_size == 1:
             return 0 if self._signals is None else self._signals.received
-        received = torch.tensor(self._signals.received, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(received, reduce_op="max"))
+        received = torch.tensor(self._signals.received)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, self._group)
+        return int(received)

@@ -40,6 +40,7 @@ from gitlight.runs import (
     run_folder,
     run_lock,
 )
+from gitlight.speed import speed_up
 from gitlight.stop_signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         if description := generator.describe():
             log.info("%s", description)
         module = GITModule(generator, config.optimizer)
+    speed_up(module.generator if isinstance(module, GITModule) else module, config.trainer)
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
     folder = run_folder(config)
@@ -272,7 +274,7 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
         ConfigError: Lightning does not accept them on this machine.
     """
     settings = dict(vars(config.trainer))
-    for own in ("checkpoint_every_n_steps", "keep_last", "resume"):
+    for own in ("channels_last", "checkpoint_every_n_steps", "compile", "keep_last", "resume"):
         settings.pop(own)
     settings["accelerator"] = accelerator(config.trainer)
     if nothing_to_train:

@@ -51,8 +51,8 @@ def test_descent_takes_the_steps_of_one_process(command, tmp_path):
     command("train.py", *settings, *TWO_PROCESSES, f"output_dir={tmp_path / 'two'}")
     one, two = logged(tmp_path / "one", "train/loss"), logged(tmp_path / "two", "train/loss")
     assert len(one) == 6
-    # Samples that weigh the equations are drawn in the order of a rank's batch.
-    assert two == pytest.approx(one, rel=3e-4)
+    # Inverses of moments with a condition of 1e10 magnify rounding.
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_a_batch_that_cannot_be_shared_is_named(command, tmp_path):

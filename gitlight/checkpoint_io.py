@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from gitlight.errors import CheckpointError
+from gitlight.errors import CheckpointError, first_line
 from gitlight.runs import LAST, previous_path
 
 
@@ -59,11 +59,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     self._keep_former(target)
                 self._last_is_good = True
             os.replace(partial, target)
-        except (OSError, RuntimeError) as error:  # torch.save raises either, as the disk is full
+        except BaseException as error:
             partial.unlink(missing_ok=True)
-            raise CheckpointError(_cannot_write(target, error)) from error
-        except BaseException:
-            partial.unlink(missing_ok=True)
+            _former_of(target).unlink(missing_ok=True)
+            if _of_writing(error):
+                raise CheckpointError(_cannot_write(target, error)) from error
             raise
         _sync_folder(target.parent)
 
@@ -71,15 +71,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Move former checkpoints on by one, without a moment in which ``last.ckpt`` is not there."""
         if not last.exists() or self._keep_last < 2:
             return
-        for number in range(self._keep_last - 1, 1, -1):
-            if (newer := previous_path(last, number - 1)).exists():
-                os.replace(newer, previous_path(last, number))
-        linked = last.with_name(f".{last.name}.former")
+        linked = _former_of(last)
         linked.unlink(missing_ok=True)
         try:
             os.link(last, linked)
         except OSError:  # a file system without hard links
-            shutil.copyfile(last, linked)
+            shutil.copyfile(last, linked)  # may find the disk full: before any file has moved
+        for number in range(self._keep_last - 1, 1, -1):
+            if (newer := previous_path(last, number - 1)).exists():
+                os.replace(newer, previous_path(last, number))
         os.replace(linked, previous_path(last, 1))
 
     def load_checkpoint(
@@ -117,14 +117,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def _cannot_write(target: Path, error: Exception) -> str:
+def _former_of(last: Path) -> Path:
+    """A second name of ``last.ckpt`` while others move on."""
+    return last.with_name(f".{last.name}.former")
+
+
+def _of_writing(error: BaseException) -> bool:
+    """On a full disk `torch.save` raises an OSError, or its writer a RuntimeError, as does a GPU that fails."""
+    of_the_writer = any(name in str(error) for name in ("inline_container", "PytorchStreamWriter"))
+    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and of_the_writer)
+
+
+def _cannot_write(target: Path, error: BaseException) -> str:
     try:
         free = f"{shutil.disk_usage(target.parent).free / 1e9:.3g} GB are free there"
     except OSError:
         free = "its folder is not there"
     return (
-        f"The checkpoint {target} cannot be written ({str(error).splitlines()[0]}); {free}. Those written before are "
-        "as they were. Make room, or give another output_dir; trainer.resume=last then goes on."
+        f"The checkpoint {target} cannot be written ({first_line(error)}); {free}. Those written before are "
+        "as they were. Make room, and trainer.resume=last goes on; or give another output_dir and "
+        f"trainer.resume={target}."
     )
 
 

@@ -148,7 +148,7 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
     except OSError as error:
         if error.errno not in _FULL_DISK:
             raise
-        print(f"error: {error}. Make room; trainer.resume=auto continues from the last checkpoint.", file=sys.stderr)
+        print(f"error: {error}. Make room there. A training goes on with trainer.resume=auto.", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -48,6 +48,11 @@ class RunStopped(Exception):  # noqa: N818 - nothing went wrong
         return 128 + self.signal_number
 
 
+def first_line(error: BaseException) -> str:
+    """An error's message up to its first line break, for messages of our own; its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def differences(former: Mapping[str, Any], now: Mapping[str, Any], where: str) -> str:
     """Which settings have changed, for messages; empty if none.
 

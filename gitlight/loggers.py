@@ -15,8 +15,8 @@ from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experime
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from gitlight.callbacks.run_state import WANDB_ID
 from gitlight.config import Config
+from gitlight.runs import WANDB_ID
 from gitlight.sweep.trial import agent_run_folder
 
 log = logging.getLogger(__name__)

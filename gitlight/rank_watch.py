@@ -13,6 +13,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from gitlight.errors import first_line
+
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0
 """How long the main thread has to notice a loss by itself, and to end in order."""
@@ -74,7 +76,7 @@ class RankWatch:
         deadline = time.monotonic() + _TO_LEARN_WHICH
         while not (lost := self._lost()) and self._looks and time.monotonic() < deadline:
             time.sleep(0.05)
-        return f"{lost or 'another rank was lost (' + str(error).splitlines()[0] + ')'}. {_ADVICE}"
+        return f"{lost or 'another rank was lost (' + first_line(error) + ')'}. {_ADVICE}"
 
     def _lost(self) -> str:
         """Which rank is gone and how, where that can be told; else nothing."""

@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
+FORMAT = "gitlight_format"
+VERSION = 1
+"""Of a checkpoint's format; raised when a run cannot go on from checkpoints of before."""
+WANDB_ID = "wandb_run_id"
 _WORDS = "last, previous, best, auto, or the path of a checkpoint"
 
 
@@ -59,13 +63,12 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 def _previous(last: Path) -> Path:
     """The newest checkpoint before the last that can be read."""
-    number = 1
-    while (path := previous_path(last, number)).is_file():
+    former = {int(path.stem.rpartition("-")[2]): path for path in last.parent.glob(f"{last.stem}-[0-9]*{last.suffix}")}
+    for _, path in sorted(former.items()):
         try:
             load_checkpoint(path)
         except CheckpointError as error:
             log.warning("%s", error)
-            number += 1
         else:
             return path
     raise CheckpointError(

@@ -13,14 +13,14 @@ def speed_up(module: nn.Module, settings: TrainerConfig) -> None:
     """Lay the trained layers' weights out channels last, and have them compiled, where ``trainer.*`` asks for it.
 
     Layers are changed in place; names of parameters, and so checkpoints, stay as they are. Compilation itself takes
-    place at the first step. Closed forms are neither: they compute in float64, by code that depends on what it finds.
+    place at the first steps. Closed forms are neither: they compute in float64, by code that depends on what it finds.
 
     Args:
         module: a generator, a leaked model or an image prior.
         settings: of the run.
 
     Raises:
-        ConfigError: nothing of it is trained.
+        ConfigError: no layer of it is trained in single precision.
     """
     if not (settings.compile or settings.channels_last):
         return
@@ -28,7 +28,7 @@ def speed_up(module: nn.Module, settings: TrainerConfig) -> None:
     if not layers:
         key = "compile" if settings.compile else "channels_last"
         raise ConfigError(
-            f"trainer.{key}: {type(module).__name__} computes in closed form, and no layer of it is trained. "
+            f"trainer.{key}: {type(module).__name__} has no layers that are trained in single precision. "
             f"Leave trainer.{key} out."
         )
     for layer in layers:

@@ -1,7 +1,9 @@
 """`StopSignals`: SIGTERM, and SLURM's warning SIGUSR1, as a wish that a run looks at when it can stop."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any, Self
@@ -23,13 +25,16 @@ class StopSignals:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        """Nothing yet; see `listen`."""
+        """Until `listen`, a warning ends the process with 1: without a checkpoint, it is not to be taken for a stop."""
+        if threading.current_thread() is threading.main_thread():
+            self._former = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, _nothing_to_save)}
         return self
 
     def listen(self) -> None:
         """Begin. Only the main thread of a process can; elsewhere signals keep their meaning."""
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                self._former.setdefault(number, signal.signal(number, self._remember))
 
     def __exit__(self, *exception: object) -> None:
         """Give the signals the meaning that they had before."""
@@ -39,6 +44,16 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+
+
+def _nothing_to_save(number: int, frame: FrameType | None) -> None:
+    print(
+        f"error: {signal.Signals(number).name} came before the first step, and there is nothing to save. Give the job "
+        "more time than its closed-form fits take.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def heed_the_parent_alone(worker: int = 0) -> None:
@@ -53,6 +68,7 @@ def heed_the_parent_alone(worker: int = 0) -> None:
 
 
 def _end_when_the_parent_says() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # under forkserver, not the process that forked this one
+    while parent is not None and signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
         pass
     os._exit(0)

@@ -17,6 +17,9 @@ from gitlight.training import build_generator
 
 log = logging.getLogger(__name__)
 
+_CHOOSING = ("name", "n_public_images", "n_validation", "public_classes")
+"""Settings of ``data`` that, with ``seed``, choose the public images and those of them that are held out."""
+
 
 def trained_checkpoint(config: Config) -> dict[str, Any]:
     """The checkpoint of a config's run that ``evaluation.checkpoint`` names.
@@ -35,10 +38,6 @@ def trained_checkpoint(config: Config) -> dict[str, Any]:
         )
         raise CheckpointError(f"{folder} holds no trained generator: {path} does not exist. {advice}")
     return dict(load_checkpoint(path))
-
-
-_CHOOSING = ("name", "root", "n_public_images", "n_validation", "public_classes")
-"""Settings of ``data`` that, with ``seed``, choose the public images and those of them that are held out."""
 
 
 def load_generator_weights(generator: Generator, state: dict[str, Tensor], path: Path) -> None:

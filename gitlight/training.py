@@ -16,7 +16,6 @@ from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks import build_callbacks
 from gitlight.callbacks.run_settings import check_resumable
-from gitlight.callbacks.run_state import WANDB_ID
 from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig, TrainerConfig
 from gitlight.config_loading import load_config
@@ -32,6 +31,7 @@ from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
 from gitlight.rank_watch import RankWatch
 from gitlight.runs import (
+    WANDB_ID,
     checkpoint_path,
     checkpoint_to_resume,
     load_checkpoint,
@@ -203,6 +203,8 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
     folder = run_folder(config)
+    if resumed is not None and resume is not None and resume.resolve().parent.parent != folder.resolve():
+        resumed[WANDB_ID] = None  # a run that begins where another one was is not that one
     with run_lock(folder), StopSignals() as signals:
         prepare_run_folder(config, resume)
         trainer = build_trainer(config, settings, folder, resume, resumed, signals)
@@ -248,7 +250,7 @@ def _checked_checkpoint(
     try:
         checkpoint = load_checkpoint(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}.{previous_hint(path)}") from error
+        raise CheckpointError(f"{str(error).rstrip('.')}.{previous_hint(path)}") from error
     check_resumable(path, checkpoint, config)
     try:
         module.load_state_dict(checkpoint["state_dict"])
@@ -329,6 +331,8 @@ def build_trainer(
     )
     # Lightning's handlers communicate within a signal, which can hang, and requeue SLURM's jobs from checkpoints of
     # their own, made in the middle of a step. Ours are the last checkpoint's.
+    # Without them they have no signal to tell the other ranks of, for which every step would wait for the device.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 

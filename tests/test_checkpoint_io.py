@@ -1,5 +1,7 @@
+import errno
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +60,34 @@ def test_the_latest_checkpoints_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
         io.save_checkpoint({"epoch": epoch}, tmp_path / "best.ckpt")
     kept = {path.name: io.load_checkpoint(path)["epoch"] for path in tmp_path.iterdir()}
     assert kept == {"best.ckpt": 4, "last.ckpt": 4, "last-1.ckpt": 3, "last-2.ckpt": 2}
+
+
+def test_a_disk_that_is_full_of_former_checkpoints_moves_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    io = AtomicCheckpointIO(keep_last=3)
+    for step in range(3):
+        io.save_checkpoint({"step": step}, tmp_path / "last.ckpt")
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written .*resume=last goes on; or .*resume=.*last\.ckpt"):
+        io.save_checkpoint({"step": 3}, tmp_path / "last.ckpt")
+    assert sorted(os.listdir(tmp_path)) == ["last-1.ckpt", "last-2.ckpt", "last.ckpt"]
+    kept = [io.load_checkpoint(tmp_path / name)["step"] for name in ("last.ckpt", "last-1.ckpt", "last-2.ckpt")]
+    assert kept == [2, 1, 0]
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_last_checkpoint_that_a_run_did_not_go_on_from_is_not_kept(tmp_path: Path) -> None:

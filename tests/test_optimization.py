@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
+from torch import nn
 
 from gitlight.config import OptimizerConfig
-from gitlight.optimization import learning_rate_factor
+from gitlight.optimization import configure_optimizer, learning_rate_factor
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
@@ -20,3 +23,15 @@ def test_step_drops_tenfold_at_three_quarters():
 def test_warm_up_may_be_the_whole_run_or_none():
     assert learning_rate_factor(OptimizerConfig(warmup_fraction=1.0), 0.5) == 0.5
     assert learning_rate_factor(OptimizerConfig(warmup_fraction=0.0), 0.0) == 1.0
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused"), [("32-true", 1.0, True), ("16-mixed", None, True), ("16-mixed", 1.0, False)]
+)
+def test_optimisers_are_fused_but_where_lightning_scales_and_clips(name, precision, clip, fused):
+    module = nn.Linear(2, 2)
+    trainer = SimpleNamespace(precision=precision, gradient_clip_val=clip, estimated_stepping_batches=3)
+    module.trainer = trainer
+    made = configure_optimizer(module, OptimizerConfig(name=name))["optimizer"]
+    assert [group["fused"] for group in made.param_groups] == [fused]

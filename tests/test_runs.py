@@ -41,6 +41,8 @@ def test_previous_is_the_newest_before_the_last_that_can_be_read(folder: Path) -
     assert resume(folder, "previous") == folder / "last-1.ckpt"
     damage(folder / "last-1.ckpt")
     assert resume(folder, "previous") == folder / "last-2.ckpt"
+    (folder / "last-1.ckpt").unlink()  # killed between two moves
+    assert resume(folder, "previous") == folder / "last-2.ckpt"
 
 
 @pytest.mark.parametrize("damaged", [False, True])

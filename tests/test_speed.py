@@ -30,7 +30,7 @@ def plain():
     return Generator()
 
 
-def test_results_differ_by_rounding_and_names_do_not(plain):
+def test_results_differ_by_rounding_and_names_do_not(plain, monkeypatch):
     fast, images = copy.deepcopy(plain), torch.rand(2, 3, 8, 8)
     speed_up(fast, TrainerConfig(channels_last=True))
     torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-5)
@@ -50,7 +50,7 @@ def test_only_what_is_trained_in_single_precision_is_changed(plain):
 @pytest.mark.parametrize("key", ["compile", "channels_last"])
 def test_closed_forms_are_refused(key):
     module = nn.Sequential(nn.Linear(3, 3).double(), nn.ReLU())
-    with pytest.raises(ConfigError, match=rf"trainer.{key}: Sequential computes in closed form.*Leave trainer.{key}"):
+    with pytest.raises(ConfigError, match=rf"trainer.{key}: Sequential has no layers that are trained"):
         speed_up(module, TrainerConfig(**{key: True}))
 
 

@@ -1,18 +1,60 @@
+import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
+import time
 
 import pytest
 
-from gitlight.stop_signals import STOP_SIGNALS, StopSignals
+from gitlight.stop_signals import STOP_SIGNALS, StopSignals, heed_the_parent_alone
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_remembered_and_means_what_it_did_afterwards(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignals() as signals:
-        assert signal.getsignal(number) == before, "nothing to save yet"
         signals.listen()
         assert signals.received == 0
         os.kill(os.getpid(), number)
         assert signals.received == number
     assert signal.getsignal(number) == before
+
+
+def test_before_there_is_anything_to_save_a_warning_ends_the_process_without_the_code_of_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    sigterm, sigusr1 = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    with StopSignals():
+        assert signal.getsignal(signal.SIGTERM) == sigterm
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert codes == [1]
+    assert "nothing to save" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == sigusr1
+
+
+def wait(ready: multiprocessing.synchronize.Event) -> None:
+    heed_the_parent_alone()
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_process_that_reads_images_is_ended_by_its_parent_alone(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    ready = context.Event()
+    process = context.Process(target=wait, args=(ready,))
+    process.start()
+    assert ready.wait(60)
+    assert process.pid is not None
+    other = os.fork()
+    if other == 0:
+        os.kill(process.pid, signal.SIGTERM)
+        os._exit(0)
+    os.waitpid(other, 0)
+    process.join(0.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 0

@@ -5,10 +5,10 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from gitlight.callbacks.run_state import FORMAT, VERSION
 from gitlight.config import Config
 from gitlight.config_loading import dotted
 from gitlight.errors import CheckpointError, differences
+from gitlight.runs import FORMAT, VERSION
 
 STATE_KEY = "RunSettings"
 

@@ -9,11 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from gitlight.data.sampling import mixed_seed
+from gitlight.runs import FORMAT, VERSION, WANDB_ID
 
-FORMAT = "gitlight_format"
-VERSION = 1
-"""Raised when a run cannot go on from checkpoints of before."""
-WANDB_ID = "wandb_run_id"
 RANDOM_STATES = "random_states"
 
 
@@ -22,7 +19,7 @@ class RunState(Callback):
 
     What the project draws itself is seeded by what it is for, and needs none of the latter; a layer such as dropout
     draws from the process's own random numbers. They are seeded here at the start of a run, differently on each rank. A
-    run that goes on with the same number of ranks finds its states again; more ranks have fresh ones.
+    run that goes on with the same number of ranks finds its states again; with another number all are seeded afresh.
 
     Args:
         seed: the run's.

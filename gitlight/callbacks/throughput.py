@@ -47,8 +47,8 @@ class Throughput(Callback):
     def state_dict(self) -> dict[str, Any]:
         """FLOPs per pair, so that a resumed run does not count again.
 
-        Some operations compute in another way while they are counted (`torch.linalg.svdvals`, as for a backward pass),
-        with another rounding: a resumed run would not follow the one that was never interrupted.
+        Some operations compute in another way while they are counted, as for a backward pass, with another rounding: a
+        resumed run would not follow the one that was never interrupted.
         """
         return {"flops_per_pair": self._flops_per_pair}
 

@@ -17,7 +17,14 @@ class LeakLoader(DataLoader[Any]):
     def __init__(
         self, images: Dataset[Any], sampler: LeakSampler, between_batches: Callable[[], None], **settings: Any
     ) -> None:
-        """Args: what to read, in which order, what to call before every batch but the first, and `DataLoader`'s."""
+        """Set up as a `DataLoader`.
+
+        Args:
+            images: what to read.
+            sampler: in which order.
+            between_batches: is called before every batch but an epoch's first.
+            settings: `DataLoader`'s.
+        """
         super().__init__(images, sampler=sampler, **settings)
         self._between_batches = between_batches
         self._leak_sampler = sampler

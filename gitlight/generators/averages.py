@@ -11,6 +11,7 @@ from torch import Tensor
 from gitlight.architecture import IMAGE, MOVES, Architecture, Layer
 from gitlight.data.pair import Gradients
 from gitlight.generators.scaling import StandardisedFeatures
+from gitlight.gradients.precision import full_float32
 
 _LARGEST = 10.0
 """Standard deviations beyond which an average is cut off: where ``Σ δ`` nearly vanishes it says nothing."""
@@ -100,21 +101,24 @@ class WeightedAverages(StandardisedFeatures):
         if not self._pairs:
             first = next(iter(gradients.values()))
             return first.new_zeros(len(first), 0, dtype=torch.float32)
-        found = []
-        for pair in self._pairs:
-            # Sizes in double precision: squares of small gradients would vanish. Products in the gradients' own: they
-            # are no more exact than that, and a copy of all weights' in double takes longer than all else.
-            delta, weight = gradients[pair.bias], gradients[pair.weight].flatten(2)
-            size = torch.linalg.vector_norm(delta, dim=1, keepdim=True, dtype=torch.float64).clamp_min(1e-300)
-            least = torch.linalg.vector_norm(weight, dim=(1, 2), dtype=torch.float64)
-            least = _ROUNDING * torch.finfo(weight.dtype).eps * least
-            unit = (delta / size).to(weight.dtype)
-            average = (unit.unsqueeze(1) @ weight).squeeze(1) / size
-            if pair.activation:
-                average = _INVERSES[pair.activation](average)
-            says_something = size > least.unsqueeze(1).clamp_min(1e-300)
-            found.append(torch.where(says_something, average, 0.0).float())
+        device = next(iter(gradients.values())).device
+        with torch.autocast(device.type, enabled=False), full_float32():
+            found = [self._average(pair, gradients) for pair in self._pairs]
         return torch.nan_to_num(torch.cat(found, dim=1))
+
+    def _average(self, pair: _Pair, gradients: Gradients) -> Tensor:
+        # Sizes in double precision: squares of small gradients would vanish. Products in the gradients' own: they are
+        # no more exact than that, and a copy of all weights' in double takes longer than all else.
+        delta, weight = gradients[pair.bias], gradients[pair.weight].flatten(2)
+        size = torch.linalg.vector_norm(delta, dim=1, keepdim=True, dtype=torch.float64).clamp_min(1e-300)
+        least = torch.linalg.vector_norm(weight, dim=(1, 2), dtype=torch.float64)
+        least = _ROUNDING * torch.finfo(weight.dtype).eps * least
+        unit = (delta / size).to(weight.dtype)
+        average = (unit.unsqueeze(1) @ weight).squeeze(1) / size
+        if pair.activation:
+            average = _INVERSES[pair.activation](average)
+        says_something = size > least.unsqueeze(1).clamp_min(1e-300)
+        return torch.where(says_something, average, 0.0).float()
 
 
 def _pairs(architecture: Architecture, client_batch_size: int) -> list[_Pair]:

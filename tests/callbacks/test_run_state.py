@@ -2,7 +2,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tiny_run import Fit
@@ -46,8 +45,3 @@ def test_a_run_seeds_them_and_a_resumed_one_finds_them(fit: Fit, tmp_path: Path)
     torch.set_rng_state(state["torch"])
     expected = torch.rand(3)
     assert torch.equal(first_numbers(seed=6, resume=str(tmp_path / "run.ckpt")), expected)
-
-
-@pytest.mark.parametrize("name", ["python", "numpy", "torch", "cuda"])
-def test_a_state_has_every_source(name: str) -> None:
-    assert name in random_state(CPU)

@@ -142,3 +142,11 @@ def test_averages_are_standardised_over_pairs(make_pairs):
     assert usual.shape[1] > 0.9 * averages.n_entries
     torch.testing.assert_close(usual.mean(dim=0), torch.zeros(usual.shape[1]), rtol=0, atol=1e-4)
     assert (usual.std(dim=0) - 1).abs().max() < 0.05
+
+
+def test_averages_have_full_precision_whatever_that_of_trained_layers(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4))
+    averages = WeightedAverages(leaked.architecture, 1)
+    wanted = averages.features(pair.gradients)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(averages.features(pair.gradients), wanted)

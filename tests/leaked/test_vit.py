@@ -10,6 +10,7 @@ from torch import fx, nn
 from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig, ViTB16Config, ViTConfig
 from gitlight.errors import ConfigError
+from gitlight.generators.exact.features import ClosedFormFeatures
 from gitlight.gradients.engine import GradientEngine
 from gitlight.leaked.model import LeakedModel
 from gitlight.leaked.vit import vit, vit_b_16
@@ -64,6 +65,13 @@ def test_positions_that_are_not_learned_do_not_leak():
     assert relative_error_of_the_engine(network, "captured", images, labels) < 1e-10
     with pytest.raises(ConfigError, match=r"leaked.hidden_size: 2 is too narrow.*leaked.learned_positions=true"):
         vit(ViTConfig(hidden_size=2, heads=1, depth=1, learned_positions=False), SHAPE, 10)
+
+
+def test_without_them_a_generator_gets_the_class_token_and_not_a_sequence_of_zeros():
+    with torch.device("meta"):
+        network = vit(ViTConfig(**TINY, learned_positions=False), SHAPE, 10).eval()
+    (feature,) = ClosedFormFeatures(Architecture.of(network, SHAPE, 10), None, None, 1).features
+    assert (feature.shape, feature.exact) == ((6,), True)
 
 
 def test_grey_images_meet_the_initial_weights_that_colour_ones_do():

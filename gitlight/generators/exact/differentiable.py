@@ -20,8 +20,9 @@ class _Solve(torch.autograd.Function):
     def forward(ctx: Any, delta: Tensor, gradient: Tensor, damping: float, rule: AffineRule) -> Tensor:
         normal = rule.normal(delta)
         diagonal = normal.diagonal(dim1=-2, dim2=-1)
-        # Damping is a constant of the example: it is relative to the size of δ, which the caller has made one.
-        diagonal += damping
+        # A constant of the example: its derivative in δ is left out.
+        level = diagonal.mean(dim=(1, 2), keepdim=True)
+        diagonal += damping * level
         factor, failed = torch.linalg.cholesky_ex(normal)
         factor = torch.where((failed == 0)[..., None, None], factor, torch.eye(normal.shape[-1]).to(factor))
         found = _apply_inverse(rule, factor, rule.right(delta, gradient))
@@ -61,8 +62,6 @@ def solve_differentiably(rule: AffineRule, delta: Tensor, weight_gradient: Tenso
     scale = delta.flatten(1).norm(dim=1).clamp_min(1e-30)
     unit = delta / scale.view(-1, *[1] * (delta.dim() - 1))
     gradient = weight_gradient / scale.detach().view(-1, *[1] * (weight_gradient.dim() - 1))
-    with torch.no_grad():
-        level = float(rule.normal(unit[:1]).diagonal(dim1=-2, dim2=-1).mean())
-    found: Tensor = _Solve.apply(unit, gradient, damping * level, rule)
+    found: Tensor = _Solve.apply(unit, gradient, damping, rule)
     # The solution scales inversely with δ; its direction was differentiated above, its size here.
     return found * (scale.detach() / scale).view(-1, *[1] * (found.dim() - 1))

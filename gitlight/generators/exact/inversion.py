@@ -132,9 +132,10 @@ class Inversion(nn.Module):
             self.register_buffer(f"seen{number}", torch.ones(shape, dtype=torch.bool))
         self._found: set[str] = set()
         self._plan = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked)
-        layers = [*layers, *(action.layer for action in self._plan.actions), architecture[architecture.output]]
-        of_the_walk = {name for layer in layers for name in layer.parameters.values()}
-        self._used = set(architecture.parameter_shapes) if stacked else of_the_walk
+        on_the_way = [*layers, *(action.layer for action in self._plan.actions), architecture[architecture.output]]
+        # Where the image is found, all gradients are compared with those that it gives.
+        used = {name for layer in on_the_way for name in layer.parameters.values()}
+        self._used = set(architecture.parameter_shapes) if stacked else used
         self._priors: dict[str, str] = {}
         self._made_priors: dict[str, tuple[tuple[int, int, int], Prior]] = {}
         for action in self._plan.actions:

@@ -20,7 +20,7 @@ def test_solution_and_derivative_are_those_of_a_dense_solve(conv):
     def dense(delta):
         scale = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         unit = delta / scale
-        level = rule.normal(unit[:1]).diagonal(dim1=-2, dim2=-1).mean().detach()
+        level = rule.normal(unit).diagonal(dim1=-2, dim2=-1).mean(dim=(1, 2)).detach().view(-1, 1, 1, 1)
         normal = rule.normal(unit) + DAMPING * level * torch.eye(rule.n_unknowns, dtype=torch.float64)
         right = rule.columns(rule.right(unit, gradient / scale.unsqueeze(4))).transpose(-1, -2)
         return rule.from_columns(torch.linalg.solve(normal, right).transpose(-1, -2))

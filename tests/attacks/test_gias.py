@@ -172,7 +172,15 @@ def test_evaluations_search_through_an_image_prior(run, tmp_path, attack):
     ("attack", "named"),
     [
         (["attack=gias", "attack.image_prior=VAE"], "attack.image_prior"),
-        (["attack=ig", "attack.prior=gias", "attack.prior_settings.image_prior=VAE"], "attack.image_prior"),
+        (
+            [
+                "attack=ig",
+                "attack.prior=gias",
+                "attack.prior_settings.image_prior=VAE",
+                "attack.prior_settings.iterations=2",
+            ],
+            "attack.image_prior",
+        ),
         (["attack=ig", "attack.prior=MLP"], "attack.prior"),
     ],
 )
@@ -181,7 +189,6 @@ def test_runs_of_other_public_images_are_warned_of(run, tmp_path, caplog, attack
     for seed in (0, 1):
         caplog.clear()
         config = load_config(run / "small.yaml", [*overrides, f"seed={seed}", f"output_dir={tmp_path}"])
-        config.attack.iterations = 1
         knowledge_of(config, build_pairs(config), torch.device("cpu"))
         warned = [record.getMessage() for record in caplog.records if "public images (" in record.getMessage()]
         assert len(warned) == seed

@@ -1,7 +1,7 @@
 """Which checkpoints a run keeps: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -96,7 +96,7 @@ class _LastCheckpoint(_MovableCheckpoint):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop where a signal has come since the last batch of the epoch before, whose end is saved by now."""
         if self._last_checkpoint_saved and (signal_number := self._agreed_signal(trainer)):
-            raise RunStopped(signal_number, Path(self._last_checkpoint_saved), trainer.global_step)
+            self._stop(trainer, signal_number)
 
     def _between_batches(self, trainer: Trainer) -> None:
         if trainer.global_step == self._step:
@@ -106,7 +106,13 @@ class _LastCheckpoint(_MovableCheckpoint):
         if signal_number or (self._every_n_steps and self._step % self._every_n_steps == 0):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         if signal_number:
-            raise RunStopped(signal_number, Path(self._last_checkpoint_saved), self._step)
+            self._stop(trainer, signal_number)
+
+    def _stop(self, trainer: Trainer, signal_number: int) -> NoReturn:
+        # For Lightning an exception is a failure, which W&B would show; this run can go on.
+        for logger in trainer.loggers:
+            logger.finalize("success")
+        raise RunStopped(signal_number, Path(self._last_checkpoint_saved), trainer.global_step)
 
     def _agreed_signal(self, trainer: Trainer) -> int:
         """The signal that any rank was sent, or 0; the same on all."""

@@ -20,9 +20,7 @@ class _Solve(torch.autograd.Function):
     def forward(ctx: Any, delta: Tensor, gradient: Tensor, damping: float, rule: AffineRule) -> Tensor:
         normal = rule.normal(delta)
         diagonal = normal.diagonal(dim1=-2, dim2=-1)
-        # A constant of the example: its derivative in δ is left out.
-        level = diagonal.mean(dim=(1, 2), keepdim=True)
-        diagonal += damping * level
+        diagonal += damping
         factor, failed = torch.linalg.cholesky_ex(normal)
         factor = torch.where((failed == 0)[..., None, None], factor, torch.eye(normal.shape[-1]).to(factor))
         found = _apply_inverse(rule, factor, rule.right(delta, gradient))
@@ -54,7 +52,8 @@ def solve_differentiably(rule: AffineRule, delta: Tensor, weight_gradient: Tenso
         rule: the layer's.
         delta: ``(B, *output_shape)`` float64.
         weight_gradient: ``(B, *weight.shape)``; treated as a constant.
-        damping: what is added to the diagonal of the normal matrix over its mean.
+        damping: what is added to the diagonal of the normal matrix of a ``δ`` of norm one, over the mean of that
+            diagonal for one that is everywhere the same.
 
     Returns:
         ``(B, *input_shape)``.
@@ -62,6 +61,9 @@ def solve_differentiably(rule: AffineRule, delta: Tensor, weight_gradient: Tenso
     scale = delta.flatten(1).norm(dim=1).clamp_min(1e-30)
     unit = delta / scale.view(-1, *[1] * (delta.dim() - 1))
     gradient = weight_gradient / scale.detach().view(-1, *[1] * (weight_gradient.dim() - 1))
-    found: Tensor = _Solve.apply(unit, gradient, damping, rule)
+    # Of a δ that is everywhere the same: a constant, which neither other leaks nor a derivative in δ enter.
+    even = torch.full_like(unit[:1], unit[0].numel() ** -0.5)
+    level = float(rule.normal(even).diagonal(dim1=-2, dim2=-1).mean())
+    found: Tensor = _Solve.apply(unit, gradient, damping * level, rule)
     # The solution scales inversely with δ; its direction was differentiated above, its size here.
     return found * (scale.detach() / scale).view(-1, *[1] * (found.dim() - 1))

@@ -85,21 +85,26 @@ def test_where_the_walk_stops_a_regression_stands_in_and_says_so(make_pairs):
 
 
 def test_descent_on_the_image_alone_trains_the_weights_that_carry(make_pairs):
-    torch.manual_seed(1)
-    leaked, pair = make_pairs(LeNetConfig(width=3), n=8)
-    settings = ExactGeneratorConfig(fit="descent", objective="image")
+    """Near the leaked weights: from random ones the image leaves its bounds, and its error is a matter of luck."""
+    leaked, pair = make_pairs(LeNetConfig(width=6), n=300)
+    settings = ExactGeneratorConfig(fit="descent", objective="image", start="layerwise")
     generator = run_fits(ExactGenerator(leaked.architecture, settings), [pair])
     assert list(generator.estimated_parameters()) == ["linear.weight", "conv3.weight", "conv2.weight"]
-    assert generator.training_loss(pair.gradients, pair.images) is None
-    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    few = {name: gradient[:16] for name, gradient in pair.gradients.items()}
+    assert generator.training_loss(few, pair.images[:16]) is None
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(1 + 1e-3 * torch.randn_like(parameter))
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-4)
     losses = []
-    for _ in range(12):
-        loss = (generator(pair.gradients) - pair.images).square().mean()
+    for _ in range(10):
+        loss = (generator(few) - pair.images[:16]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_descent_may_start_from_the_closed_form(make_pairs):

@@ -22,8 +22,8 @@ check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## check, then all tests and doctests, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+test: check ## check, then all tests and doctests, on up to four cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 clean: ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis gitlight.egg-info

@@ -163,7 +163,7 @@ def main() -> None:
     if arguments.one is not None:
         run_one(names[0], arguments.one)
         return
-    print(f"\n{machine()}\n")
+    print(f"\n{machine(arguments.seeds)}\n")
     columns = ["case", "evaluated with", "million parameters", "training, s", "ms per image", "PSNR, dB", "SSIM", "MSE"]
     print("| " + " | ".join([*columns, "labels right", "images"]) + " |")
     print("|" + " --- |" * (len(columns) + 2), flush=True)

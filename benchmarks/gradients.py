@@ -3,7 +3,8 @@
 Columns: (a) a loop of backward passes of one image, the way of the published LTI code; (b) ``torch.func.vmap(grad)``;
 (c) Opacus' ``GradSampleModule``, where the extra ``benchmarks`` is installed; ours, ``gradients.method=captured``; and
 (d) one ordinary backward pass of the whole batch, which makes no gradients per example: a limit. Times are the best of
-several rounds in which all take turns. Peaks are of processes of their own.
+several rounds in which all take turns. Peaks are of processes of their own; on a GPU the
+allocator's.
 """
 
 import argparse

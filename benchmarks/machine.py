@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def machine() -> str:
-    """Date, commit, processor, cores, GPU, versions."""
+def machine(seeds: Sequence[int] = (0,)) -> str:
+    """Date, commit, processor, cores, GPU, versions, seeds."""
     date = datetime.datetime.now(tz=datetime.UTC).date()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    parts = [date, commit(), processor(), f"{os.cpu_count()} cores", gpu, f"torch {torch.__version__}", "seed 0"]
+    parts = [date, commit(), processor(), f"{os.cpu_count()} cores", gpu, f"torch {torch.__version__}"]
+    parts.append(f"seed {', '.join(map(str, seeds))}")
     return ", ".join(map(str, parts))
 
 

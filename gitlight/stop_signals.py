@@ -69,6 +69,7 @@ def heed_the_parent_alone(worker: int = 0) -> None:
 
 def _end_when_the_parent_says() -> None:
     parent = multiprocessing.parent_process()  # under forkserver, not the process that forked this one
-    while parent is not None and signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+    assert parent is not None, "the run's own process does not read images"
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
         pass
     os._exit(0)

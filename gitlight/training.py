@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
+from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
-from gitlight.callbacks import build_callbacks
 from gitlight.callbacks.run_settings import check_resumable
-from gitlight.checkpoint_io import AtomicCheckpointIO
-from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig, TrainerConfig
+from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig
 from gitlight.config_loading import load_config
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
@@ -26,7 +22,6 @@ from gitlight.generators import GENERATORS
 from gitlight.generators.base import Generator
 from gitlight.gradients.updates import describe_leak
 from gitlight.leaked.model import LeakedModel
-from gitlight.loggers import build_loggers
 from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
 from gitlight.rank_watch import RankWatch
@@ -42,6 +37,7 @@ from gitlight.runs import (
 )
 from gitlight.speed import speed_up
 from gitlight.stop_signals import StopSignals
+from gitlight.trainer import build_trainer, trainer_settings
 
 log = logging.getLogger(__name__)
 
@@ -263,88 +259,3 @@ def _checked_checkpoint(
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     # Not all of it, which would keep the file on the disk when it has been replaced.
     return {key: checkpoint[key] for key in ("global_step", WANDB_ID)}
-
-
-def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
-    """The arguments that `Trainer` takes from ``trainer.*``, tried out before anything of a run is touched.
-
-    Args:
-        config: the run's settings.
-        nothing_to_train: whether the module is in closed form; it then needs, and can use, one device only.
-
-    Raises:
-        ConfigError: Lightning does not accept them on this machine.
-    """
-    settings = dict(vars(config.trainer))
-    for own in ("channels_last", "checkpoint_every_n_steps", "compile", "keep_last", "resume"):
-        settings.pop(own)
-    settings["accelerator"] = accelerator(config.trainer)
-    if nothing_to_train:
-        settings["devices"] = 1
-    try:
-        trial = Trainer(**settings, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    except (MisconfigurationException, ValueError, TypeError, AttributeError) as error:
-        given = ", ".join(f"trainer.{key}={value}" for key, value in settings.items() if value != _default(key))
-        raise ConfigError(f"trainer: Lightning refuses these settings ({given or 'the defaults'}): {error}") from error
-    if nothing_to_train and trial.world_size > 1:
-        raise ConfigError(
-            "trainer.num_nodes: this generator inverts in closed form and has nothing to train; use one machine."
-        )
-    return settings
-
-
-def _default(key: str) -> Any:
-    return getattr(TrainerConfig(), key)
-
-
-def build_trainer(
-    config: Config,
-    settings: dict[str, Any],
-    folder: Path,
-    resume: Path | None,
-    resumed: dict[str, Any] | None,
-    signals: StopSignals,
-) -> Trainer:
-    """Lightning's trainer with the callbacks, loggers and checkpoint writer of a run.
-
-    Args:
-        config: the run's settings.
-        settings: what `trainer_settings` found.
-        folder: the run's.
-        resume: the checkpoint that the run continues, and
-        resumed: its ``global_step`` and ``wandb_run_id``; None for a new run.
-        signals: what stops the run.
-    """
-    callbacks = build_callbacks(config, folder, signals)
-    continues_last = resume is not None and resume.resolve() == checkpoint_path(folder, "last").resolve()
-    trainer = Trainer(
-        **settings,
-        callbacks=callbacks,
-        logger=build_loggers(config, folder, folder.name, resumed),
-        plugins=[AtomicCheckpointIO(config.trainer.keep_last, last_is_good=continues_last)],
-        default_root_dir=folder,
-        inference_mode=False,  # gradients are made in validation, too
-        num_sanity_val_steps=0,  # they would run before the closed-form fits
-        use_distributed_sampler=False,  # LeakSampler shares images among ranks by itself
-        enable_model_summary=False,
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-    )
-    # Lightning's handlers communicate within a signal, which can hang, and requeue SLURM's jobs from checkpoints of
-    # their own, made in the middle of a step. Ours are the last checkpoint's.
-    # Without them they have no signal to tell the other ranks of, for which every step would wait for the device.
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    return trainer
-
-
-def accelerator(settings: TrainerConfig) -> str:
-    """``trainer.accelerator``, where ``auto`` never means MPS: it has no float64, which closed forms need.
-
-    Raises:
-        ConfigError: MPS is asked for.
-    """
-    if settings.accelerator == "mps":
-        raise ConfigError("trainer.accelerator: 'mps' has no float64, which closed-form fits need; use cpu.")
-    if settings.accelerator != "auto" or torch.cuda.is_available():
-        return settings.accelerator
-    return "cpu"

@@ -43,10 +43,9 @@ def build_callbacks(config: Config, output_dir: Path, signals: StopSignals | Non
     """The callbacks of a training run.
 
     Every task has a progress display, the learning rate and the checkpoints with the run's settings and state in
-    them;
-    ``task=generator`` adds what concerns reconstructions, ``task=image_prior`` their metrics and pictures. The display
-    is a progress bar, or one plain line an epoch where ``logging.quiet`` asks for it or standard output is not a
-    terminal. A trial of a sweep reports to it.
+    them; ``task=generator`` adds what concerns reconstructions, ``task=image_prior`` their metrics and pictures. The
+    display is a progress bar, or one plain line an epoch where ``logging.quiet`` asks for it or standard output is not
+    a terminal. A trial of a sweep reports to it.
 
     Args:
         config: the run's settings.

@@ -12,7 +12,8 @@ from gitlight.evaluation.writing import Evaluation
 from gitlight.report.results import read_results
 from gitlight.runs import run_folder
 from gitlight.trained import trained_checkpoint
-from gitlight.training import accelerator, build_pairs, with_network
+from gitlight.trainer import accelerator
+from gitlight.training import build_pairs, with_network
 
 __all__ = ["Evaluation", "attack", "evaluate"]
 

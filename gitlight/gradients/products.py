@@ -1,10 +1,13 @@
 """Matrix products, by the library that is fastest for their size.
 
 On CPUs, PyTorch multiplies float32 matrices by MKL and convolves by oneDNN. MKL keeps to AVX2 on processors that
-are not Intel's; oneDNN uses AVX-512 wherever there is any, and is then up to twice as fast (docs/decisions.md).
+are not Intel's; oneDNN uses AVX-512 wherever there is any, and is then up to twice as fast. On Intel's own it is slower
+(docs/decisions.md).
 """
 
+import platform
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,8 +79,19 @@ def has_avx512() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
+@cache
+def _is_intels() -> bool:
+    """Whether this processor is one that MKL uses all vectors of."""
+    try:
+        named = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        named = platform.processor()
+    return "GenuineIntel" in named
+
+
 def _by_onednn(tensor: Tensor, work: int) -> bool:
-    fits = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and work >= _LEAST_WORK and has_avx512()
+    fits = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and work >= _LEAST_WORK
+    fits = fits and has_avx512() and not _is_intels()
     return fits and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

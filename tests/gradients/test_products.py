@@ -1,0 +1,46 @@
+"""Which library multiplies, and that either gives the same."""
+
+import pytest
+import torch
+
+from gitlight.gradients import products
+from gitlight.gradients.products import frozen_linear, write_products
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def by_onednn(request, monkeypatch):
+    monkeypatch.setattr(products, "has_avx512", lambda: True)
+    monkeypatch.setattr(products, "_is_intels", lambda: not request.param)
+    return request.param
+
+
+def test_large_float32_products_are_onednns_but_on_intels_processors(by_onednn):
+    large, small = torch.rand(2, 1, 300, 64), 1000
+    assert products._by_onednn(large, 10_000_000) is (by_onednn and torch.backends.mkldnn.is_available())
+    assert not products._by_onednn(large, small)
+    assert not products._by_onednn(large.double(), 10_000_000)
+
+
+@pytest.mark.parametrize("n_images", [1, 2])
+def test_products_of_leaks_are_those_of_float64(by_onednn, n_images):
+    torch.manual_seed(0)
+    left, right = torch.randn(2, n_images, 200, 64), torch.randn(2, n_images, 64, 200)
+    out = torch.full((2, 200, 200), torch.nan)
+    write_products(left, right, out)
+    torch.testing.assert_close(out.double(), (left.double() @ right.double()).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_linear_layer_and_its_derivative_are_those_of_float64(by_onednn):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 65, 192, requires_grad=True), torch.randn(300, 192), torch.randn(300)
+    upstream = torch.randn(4, 65, 300)
+    made = frozen_linear(x, weight, bias)
+    (found,) = torch.autograd.grad(made, x, upstream)
+    torch.testing.assert_close(made.double(), x.double() @ weight.double().T + bias.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.double(), upstream.double() @ weight.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("vendor", "is_intels"), [("GenuineIntel", True), ("AuthenticAMD", False)])
+def test_the_maker_is_read_from_the_system(monkeypatch, vendor, is_intels):
+    monkeypatch.setattr(products.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
+    assert products._is_intels.__wrapped__() is is_intels

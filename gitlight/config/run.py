@@ -48,7 +48,7 @@ class TrainerConfig:
     detect_anomaly: bool = setting(False, "stop at the operation that made a NaN (slow)")
     profiler: str | None = setting(None, "simple, advanced or pytorch")
     compile: bool = setting(
-        False, "compile the trained layers (torch.compile): a minute or so at the start, and a C++ compiler on CPUs"
+        False, "compile the trained layers (torch.compile): seconds to minutes at the start, and a C++ compiler on CPUs"
     )
     channels_last: bool = setting(False, "lay the trained layers' weights out channels last; for convolutions")
     checkpoint_every_n_steps: int | None = setting(

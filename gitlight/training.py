@@ -13,13 +13,13 @@ from torchmetrics import MeanMetric
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_resumable
-from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig
+from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, HybridGeneratorConfig, OptimizerConfig
 from gitlight.config_loading import load_config
 from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.errors import CheckpointError, ConfigError, LostRankError
 from gitlight.generators import GENERATORS
-from gitlight.generators.base import Generator
+from gitlight.generators.base import Generator, OfSingleImages
 from gitlight.gradients.updates import describe_leak
 from gitlight.leaked.model import LeakedModel
 from gitlight.metrics import match
@@ -72,8 +72,10 @@ class GITModule(LightningModule):
         assert isinstance(datamodule, GradientPairDataModule)
         with torch.no_grad():
             for number, fit in enumerate(self.generator.fits(), start=1):
-                log.info("fit %d (%s): one pass over the public pairs", number, type(fit).__name__.removeprefix("_"))
-                for pair in datamodule.fit_pairs(self.device):
+                single = isinstance(fit, OfSingleImages)
+                name = fit.name if isinstance(fit, OfSingleImages) else type(fit).__name__
+                log.info("fit %d (%s): one pass over the public pairs", number, name.removeprefix("_"))
+                for pair in datamodule.fit_pairs(self.device, single_images=single):
                     # Neither labels nor anything else that the attacker does not have.
                     fit.update(pair.gradients, pair.images, pair.indices[:, 0] // pair.images.shape[1])
                 for total in fit.sums():
@@ -139,6 +141,27 @@ def build_generator(config: Config, architecture: Architecture) -> Generator:
     return generator
 
 
+def _with_separation_decided(config: Config) -> Config:
+    """The config, with ``generator.separate=false`` where leaks are not gradients.
+
+    It is decided for the run, and kept in its config.yaml: a generator may be evaluated on other leaks than it was
+    trained on.
+
+    Raises:
+        ConfigError: ``generator.separate`` asks for what is not possible.
+    """
+    settings = config.generator
+    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+    if not isinstance(settings, HybridGeneratorConfig) or leak == "gradient":
+        return config
+    if settings.separate:
+        raise ConfigError(
+            f"generator.separate: the images of one gradient can be told apart in closed form, and {leak} is not one. "
+            "Give generator.separate=null."
+        )
+    return replace(config, generator=replace(settings, separate=False))
+
+
 def with_network(config: Config, network: nn.Module | None) -> Config:
     """The config of a run whose leaked model is passed in Python: ``leaked`` then says so; None changes nothing.
 
@@ -176,7 +199,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         RunStopped: SIGTERM or SIGUSR1 came; a checkpoint is written.
         LostRankError: another process of the run is gone.
     """
-    config = with_network(config, network)
+    config = _with_separation_decided(with_network(config, network))
     resume = checkpoint_to_resume(config)
     module: LightningModule
     datamodule: ImageDataModule

@@ -37,6 +37,12 @@ class CoarseGeneratorConfig(GeneratorConfig):
         "null: a module for each layer, residual block or attention block",
     )
     averages: bool = setting(True, "let each step see the δ-weighted averages of its layers' inputs")
+    linear_start_features: int = setting(
+        6144,
+        "most averages that a closed-form linear regression uses, whose image the steps correct (its cost grows with "
+        "the cube); 0: the steps make the image alone",
+        minimum=0,
+    )
     channels: int = setting(32, "maps that a step makes large estimates of", minimum=1)
 
 
@@ -56,6 +62,11 @@ class HybridGeneratorConfig(GeneratorConfig):
         False,
         "use forward equations and a prior in the closed form, too, as exact does: reaches as far, at about a second a "
         "leak on two cores, in training as well",
+    )
+    separate: bool | None = setting(
+        None,
+        "tell the images of a client batch apart by the last layer's equations, whose weights follow from gradients of "
+        "single images; null: where that is possible",
     )
     weights_from: str | None = setting(
         None,

@@ -262,7 +262,7 @@ class GradientPairDataModule(ImageDataModule):
             LocalUpdates(leaked_model.network, leaked_model.architecture, gradients) if several_steps else None
         )
 
-    def prepare(self, batch: Batch, split: str, epoch: int) -> GradientPair:
+    def prepare(self, batch: Batch, split: str, epoch: int, per_leak: int | None = None) -> GradientPair:
         """Turn images on a device into pairs there.
 
         Args:
@@ -270,13 +270,16 @@ class GradientPairDataModule(ImageDataModule):
             split: ``train``, ``validation``, ``test``, or ``fit`` (public images as they are, before training).
             epoch: fixes mirroring, the order of local steps and the channel's noise of training pairs, which are fresh
                 in every epoch.
+            per_leak: images of a leak; None: ``data.client_batch_size``.
         """
         with self.clock.running(batch[0].device):
             images, labels, indices = super().prepare(batch, split, epoch)
-            return self._pair(images, labels, indices, split, epoch)
+            return self._pair(images, labels, indices, split, epoch, per_leak)
 
-    def _pair(self, images: Tensor, labels: Tensor, indices: Tensor, split: str, epoch: int) -> GradientPair:
-        per_leak = self.settings.client_batch_size
+    def _pair(
+        self, images: Tensor, labels: Tensor, indices: Tensor, split: str, epoch: int, per_leak: int | None = None
+    ) -> GradientPair:
+        per_leak = per_leak or self.settings.client_batch_size
         images = images.view(-1, per_leak, *images.shape[1:])
         labels, indices = labels.view(-1, per_leak), indices.view(-1, per_leak)
         if self.leaked_model.device != images.device:
@@ -300,12 +303,22 @@ class GradientPairDataModule(ImageDataModule):
             [mixed_seed(f"{split} {purpose}", self._seed, counter, index) for index in indices[:, 0].tolist()]
         )
 
-    def fit_pairs(self, device: torch.device) -> Iterator[GradientPair]:
-        """This rank's share of all public pairs, in order, without augmentation: for closed-form fits."""
-        loader = self._loader("train", shuffle=False)
-        for batch in loader:
+    def fit_pairs(self, device: torch.device, single_images: bool = False) -> Iterator[GradientPair]:
+        """This rank's share of all public pairs, in order, without augmentation: for closed-form fits.
+
+        Args:
+            device: where they are made.
+            single_images: whether a pair is of one image, whatever the size of client batches.
+        """
+        for batch in self._loader("train", shuffle=False):
             images, labels, indices = (part.to(device) for part in batch)
-            yield self.prepare((images, labels, indices), "fit", epoch=0)
+            if not single_images:
+                yield self.prepare((images, labels, indices), "fit", epoch=0)
+                continue
+            # As many leaks at once as ever.
+            n_leaks = len(images) // self.settings.client_batch_size
+            for parts in zip(images.split(n_leaks), labels.split(n_leaks), indices.split(n_leaks), strict=True):
+                yield self.prepare(parts, "fit", epoch=0, per_leak=1)
 
     def private_pairs(self, device: torch.device, n_images: int) -> Iterator[GradientPair]:
         """Pairs of the first ``n_images`` private images, whole client batches of them."""

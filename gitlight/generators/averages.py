@@ -72,12 +72,7 @@ class WeightedAverages(StandardisedFeatures):
         """
         pairs = [pair for pair in _pairs(architecture, client_batch_size) if names is None or pair.weight in names]
         if limit is not None:
-            fitting, total = set(), 0
-            for pair in sorted(pairs, key=lambda pair: pair.n_entries):
-                total += pair.n_entries
-                if total <= limit:
-                    fitting.add(pair.weight)
-            pairs = [pair for pair in pairs if pair.weight in fitting]
+            pairs = _smallest(pairs, limit)
         sizes = [pair.n_entries for pair in pairs]
         super().__init__(sum(sizes), sizes)
         self._pairs = pairs
@@ -91,10 +86,14 @@ class WeightedAverages(StandardisedFeatures):
         """Averages to mean 0 and standard deviation 1, cut off where they are far away."""
         return super().standardise(features).clamp(-_LARGEST, _LARGEST)
 
-    def split(self, standardised: Tensor) -> dict[str, Tensor]:
-        """The result of `forward` by layer: name of the weight → ``(B, entries)``."""
-        parts = standardised.split([pair.n_entries for pair in self._pairs], dim=1)
+    def split(self, averages: Tensor) -> dict[str, Tensor]:
+        """The result of `forward` or `features` by layer: name of the weight → ``(B, entries)``."""
+        parts = averages.split([pair.n_entries for pair in self._pairs], dim=1)
         return {pair.weight: part for pair, part in zip(self._pairs, parts, strict=True)}
+
+    def smallest(self, limit: int) -> tuple[str, ...]:
+        """The weights of the smallest layers, whose averages have at most ``limit`` entries together."""
+        return tuple(pair.weight for pair in _smallest(self._pairs, limit))
 
     def features(self, gradients: Gradients) -> Tensor:
         """The averages, ``(B, n_entries)``; zero where ``Σ δ`` is zero for all outputs, but for rounding."""
@@ -119,6 +118,16 @@ class WeightedAverages(StandardisedFeatures):
             average = _INVERSES[pair.activation](average)
         says_something = size > least.unsqueeze(1).clamp_min(1e-300)
         return torch.where(says_something, average, 0.0).float()
+
+
+def _smallest(pairs: Sequence[_Pair], limit: int) -> list[_Pair]:
+    """Those of the smallest layers that have at most ``limit`` entries together, in their order."""
+    fitting, total = set(), 0
+    for pair in sorted(pairs, key=lambda pair: pair.n_entries):
+        total += pair.n_entries
+        if total <= limit:
+            fitting.add(pair.weight)
+    return [pair for pair in pairs if pair.weight in fitting]
 
 
 def _pairs(architecture: Architecture, client_batch_size: int) -> list[_Pair]:

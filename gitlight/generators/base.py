@@ -64,6 +64,22 @@ class PairFit(Protocol):
         ...
 
 
+class OfSingleImages:
+    """A `PairFit` that wants gradients of single images, whatever the client batches are of.
+
+    Who can have gradients made of batches of their own images can have them made of one image, repeated.
+    """
+
+    def __init__(self, fit: PairFit) -> None:
+        self._fit = fit
+        self.update, self.sums, self.finish = fit.update, fit.sums, fit.finish
+
+    @property
+    def name(self) -> str:
+        """The name of what is fitted, for messages."""
+        return type(self._fit).__name__
+
+
 class Generator(nn.Module, ABC):
     """Reconstructs images from gradients. Built from an `Architecture` alone.
 
@@ -139,3 +155,8 @@ class Generator(nn.Module, ABC):
     def image_shape(self) -> tuple[int, int, int, int]:
         """``(N, C, H, W)`` of one leak's reconstruction."""
         return (self.client_batch_size, *self.architecture.image_shape)
+
+
+def clamp_passing_gradients(images: Tensor) -> Tensor:
+    """Clamped to [0, 1]; the gradient passes as if it were not, so that an overshooting pixel still learns."""
+    return images + (images.clamp(0, 1) - images).detach()

@@ -1,6 +1,6 @@
 """Coarse-GIT (Chen and Liu 2025): one learned inverse step per module of the leaked model, from the output down."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import isqrt, prod
 
 import torch
@@ -10,10 +10,12 @@ from gitlight.architecture import Architecture
 from gitlight.config import CoarseGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.generators.averages import WeightedAverages
-from gitlight.generators.base import Generator, PairFit
+from gitlight.generators.base import Generator, PairFit, clamp_passing_gradients
 from gitlight.generators.modules import divide
+from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
+from gitlight.gradients.precision import full_float32
 
 _MOST_ENTRIES = 4096
 """Entries that a fully connected layer makes or takes of maps; larger ones are made by convolutions, and pooled."""
@@ -33,6 +35,9 @@ class CoarseGenerator(Generator):
     A step is a multilayer perceptron with a linear path past its hidden layer. Maps of more than 4,096 entries are made
     of a few smaller ones, by convolutions that see the estimate above at the same resolution. Beside the scaled
     gradients a step sees the `WeightedAverages` of its module's layers, unless ``generator.averages`` is off.
+
+    With averages, the last step does not draw the image but what a ridge regression of the averages to the (mean)
+    image leaves: that is fitted in closed form before training, and training does not change it.
     """
 
     accepts_sketches = True
@@ -44,6 +49,9 @@ class CoarseGenerator(Generator):
         self.averages = WeightedAverages(architecture, client_batch_size, None if settings.averages else ())
         self._modules_down = divide(architecture, settings.modules)[::-1]
         averages = self.averages.split(torch.zeros(1, self.averages.n_entries))
+        self._in_start = self.averages.smallest(settings.linear_start_features)
+        n_start = sum(averages[name].shape[1] for name in self._in_start)
+        self.ridge = RidgeRegression(n_start, prod(architecture.image_shape)) if n_start else None
         self._parts = [
             (module.parameters, tuple(name for name in module.parameters if name in averages))
             for module in self._modules_down
@@ -68,7 +76,11 @@ class CoarseGenerator(Generator):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
-        own, averages = self.scaling.split(self.scaling(gradients)), self.averages.split(self.averages(gradients))
+        features = self.averages.features(gradients)
+        own, averages = (
+            self.scaling.split(self.scaling(gradients)),
+            self.averages.split(self.averages.standardise(features)),
+        )
         first = next(iter(gradients.values()))
         estimate: Tensor | None = None
         for (parameters, weights), step in zip(self._parts, self.steps, strict=True):
@@ -77,17 +89,53 @@ class CoarseGenerator(Generator):
             its_averages = torch.cat([none, *(averages[name] for name in weights)], dim=1)
             estimate = step(gradient, its_averages, estimate)
         assert estimate is not None
-        return torch.sigmoid(estimate.float()).view(-1, *self.image_shape)
+        estimate = estimate.float().view(-1, *self.image_shape)
+        if self.ridge is None:
+            return torch.sigmoid(estimate)
+        with torch.autocast(first.device.type, enabled=False), full_float32():
+            start = self.ridge(self.start_features(features)).view(-1, 1, *self.architecture.image_shape)
+        # In units of the start's own error, as far as there is anything to learn.
+        return clamp_passing_gradients(start + estimate * self.ridge.error.float())
+
+    def start_features(self, averages: Tensor) -> Tensor:
+        """What the linear start uses of the averages, ``(B, n)`` float64."""
+        by_layer = self.averages.split(averages)
+        return torch.cat([by_layer[name] for name in self._in_start], dim=1).double()
 
     def fits(self) -> Iterator[PairFit]:
-        """The statistics of gradients and averages."""
-        yield self.scaling
-        if self.averages.n_entries:
-            yield self.averages
+        """The statistics of gradients and averages, and the linear start."""
+        yield _Fit(self)
 
     def describe(self) -> str:
         """The modules that the leaked model falls into."""
-        return f"coarse inverts {len(self._modules_down)} modules, from {self._modules_down[0].name} down."
+        start = f" from a regression on averages of {len(self._in_start)} layers" if self.ridge is not None else ""
+        return f"coarse inverts {len(self._modules_down)} modules, from {self._modules_down[0].name} down{start}."
+
+
+class _Fit:
+    """The `PairFit` of all that coarse estimates from pairs, in one pass: averages are computed once."""
+
+    def __init__(self, generator: CoarseGenerator) -> None:
+        self._generator = generator
+        self._ridge = () if generator.ridge is None else (generator.ridge,)
+
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
+        generator = self._generator
+        averages = generator.averages.features(gradients)
+        generator.averages.add(averages)
+        generator.scaling.update(gradients, images, numbers)
+        for ridge in self._ridge:
+            ridge.add(generator.start_features(averages), images.mean(dim=1).flatten(1), numbers)
+
+    def sums(self) -> Sequence[Tensor]:
+        parts = (self._generator.averages, self._generator.scaling, *self._ridge)
+        return [each for part in parts for each in part.sums()]
+
+    def finish(self) -> None:
+        self._generator.averages.finish()
+        self._generator.scaling.finish()
+        for ridge in self._ridge:
+            ridge.solve()
 
 
 class _Step(nn.Module):

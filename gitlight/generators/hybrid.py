@@ -12,8 +12,10 @@ from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.averages import WeightedAverages
-from gitlight.generators.base import Generator, PairFit, ParameterEstimate
+from gitlight.generators.base import Generator, PairFit, ParameterEstimate, clamp_passing_gradients
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
+from gitlight.generators.exact.separated import SeparatedFeatures, can_separate
+from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
@@ -33,8 +35,10 @@ class HybridGenerator(Generator):
        noisy the leak, and maps made from the gradients of the layers that the walk does not reach; it adds what the
        start misses.
 
-    With ``N > 1`` images per leak the features are ``δ``-weighted averages, the start is the mean image, and the
-    refinement learns to tell the ``N`` images apart. Of sketched gradients the walk makes nothing, and the refinement
+    With ``N > 1`` images per leak the last layer's equations tell them apart where they can (`SeparatedFeatures`), and
+    all three stages are of one image each, but for what no equation divides among the images. Elsewhere the features
+    are ``δ``-weighted averages, the start is the mean image, and the refinement learns to tell the ``N`` images apart.
+    Of sketched gradients the walk makes nothing, and the refinement
     what it can; the last layer's must be whole.
     """
 
@@ -54,9 +58,20 @@ class HybridGenerator(Generator):
                 "Give generator.forward_equations=true with it."
             )
         self._weights_from = settings.weights_from
-        self.walk = ClosedFormFeatures(
-            architecture, settings.noise, settings.exact_depth, client_batch_size, settings.forward_equations
-        )
+        possible = can_separate(architecture, client_batch_size)
+        if settings.separate and not possible:
+            raise ConfigError(
+                f"generator.separate: the equations of the last layer do not tell {client_batch_size} images apart. "
+                "That takes several images, fewer than classes; a last linear layer with a bias, both unsketched; and "
+                "no batch norm by batch statistics. Give generator.separate=null."
+            )
+        self.walk: ClosedFormFeatures | SeparatedFeatures
+        if possible and settings.separate is not False:
+            self.walk = SeparatedFeatures(architecture, settings.noise, client_batch_size)
+        else:
+            self.walk = ClosedFormFeatures(
+                architecture, settings.noise, settings.exact_depth, client_batch_size, settings.forward_equations
+            )
         n_image = prod(architecture.image_shape)
         shapes = [feature.shape for feature in self.walk.features]
         # What gradient equations alone give exactly needs no more; what rests on forward equations, noise may reach.
@@ -79,10 +94,10 @@ class HybridGenerator(Generator):
             architecture, client_batch_size, unexplained if settings.averages and not reached else (), left
         )
         n_start += self.averages.n_entries
-        self.ridge: RidgeRegression | _AsItIs | None = None
+        self.ridge: RidgeRegression | AsItIs | None = None
         if not self._solved:
-            self.ridge = _AsItIs() if reached else RidgeRegression(n_start, n_image)
-        self.standardisation = _FeatureStandardisation(shapes)
+            self.ridge = AsItIs() if reached else RidgeRegression(n_start, n_image)
+        self.standardisation = FeatureStandardisation(shapes)
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 
         def build(width: int) -> nn.Module:
@@ -96,7 +111,8 @@ class HybridGenerator(Generator):
                 hidden_size,
                 n_levels=1 + len(shapes),
             )
-            return Refinement(architecture.image_shape, client_batch_size, maps, width, settings.blocks)
+            per_row = client_batch_size // self.walk.n_slots
+            return Refinement(architecture.image_shape, per_row, maps, width, settings.blocks)
 
         width = settings.channels
         if settings.parameters is not None:
@@ -105,22 +121,24 @@ class HybridGenerator(Generator):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
-        features, averages, start = self._closed_form(gradients)
+        features, averages, start = self.closed_form(gradients)
         if self.refinement is None:
             return start.unsqueeze(1).clamp(0, 1)
         seen = [self.averages.standardise(averages)]
         if self.scaling is not None:
-            seen.append(self.scaling(gradients))
+            seen.append(self._of_each_slot(self.scaling(gradients)))
         levels = (features.levels.float() - LEVELS[0]) / (LEVELS[1] - LEVELS[0])
         residual = self.refinement(start, self.standardisation(features.values), torch.cat(seen, dim=1), levels)
         # In units of the start's own error: Adam's first steps would otherwise be many times what is to be learned, and
         # the fastest way to undo them is to switch all units off.
-        return _clamp_passing_gradients(start.unsqueeze(1) + residual.float() * self._residual_scale)
+        images = clamp_passing_gradients(start.unsqueeze(1) + residual.float() * self._residual_scale)
+        return images.view(-1, *self.image_shape)
 
     def start(self, gradients: Gradients) -> Tensor:
-        """What stages 1 and 2 alone give: ``(B, N, C, H, W)`` in [0, 1], the same image ``N`` times."""
-        _, _, start = self._closed_form(gradients)
-        return start.unsqueeze(1).clamp(0, 1).expand(-1, *self.image_shape)
+        """What stages 1 and 2 alone give: ``(B, N, C, H, W)`` in [0, 1]; not told apart, the same image ``N`` times."""
+        _, _, start = self.closed_form(gradients)
+        start = start.clamp(0, 1).view(-1, self.walk.n_slots, *self.architecture.image_shape)
+        return start.expand(-1, *self.image_shape)
 
     def fits(self) -> Iterator[PairFit]:
         """The leaked weights that the walk needs, then everything that stands on its features."""
@@ -129,7 +147,9 @@ class HybridGenerator(Generator):
         else:
             self._take_weights(Path(self._weights_from))
         if self.ridge is not None:
-            yield _FeatureFit(self, self.ridge)
+            yield FeatureFit(self, self.ridge)
+        if isinstance(self.ridge, RidgeRegression) and self.walk.n_slots > 1:
+            yield MatchedFit(self, self.ridge)
 
     def describe(self) -> str:
         """What the closed form reaches, and what stops it."""
@@ -137,6 +157,8 @@ class HybridGenerator(Generator):
         averages = (
             f", and uses averages of the inputs of {self.averages.n_layers} layers" if self.averages.n_layers else ""
         )
+        if self.walk.n_slots > 1:
+            reached += f", of each of {self.walk.n_slots} images"
         return f"hybrid inverts in closed form: {reached}; it ends there because {self.walk.end}{averages}"
 
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
@@ -159,6 +181,7 @@ class HybridGenerator(Generator):
         if not state:
             raise CheckpointError(f"generator.weights_from: {file} holds no weights that generator.name=exact fitted.")
         try:
+            assert isinstance(self.walk, ClosedFormFeatures)
             self.walk.inversion.load_state_dict(state)
         except RuntimeError as error:
             raise CheckpointError(
@@ -171,15 +194,22 @@ class HybridGenerator(Generator):
         assert self.ridge is not None
         return self.ridge.error.float()
 
-    def _closed_form(self, gradients: Gradients) -> tuple[FeatureValues, Tensor, Tensor]:
-        """Features, averages, and the start ``(B, C, H, W)``; in full precision whatever that of the trained layers."""
+    def closed_form(self, gradients: Gradients) -> tuple[FeatureValues, Tensor, Tensor]:
+        """Features, averages, and the start ``(B · slots, C, H, W)``.
+
+        In full precision, whatever that of the trained layers.
+        """
         first = next(iter(gradients.values()))
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False), full_float32():
-            features, averages = self.walk(gradients), self.averages.features(gradients)
+            features, averages = self.walk(gradients), self._of_each_slot(self.averages.features(gradients))
             flat = features.values[-1]
             if self.ridge is not None:
                 flat = self.ridge(self.start_features(features.values, averages))
             return features, averages, flat.reshape(-1, *self.architecture.image_shape).float()
+
+    def _of_each_slot(self, of_leaks: Tensor) -> Tensor:
+        """``(B, n)`` to ``(B · slots, n)``: what no equation divides among a leak's images, for each of them."""
+        return of_leaks.repeat_interleave(self.walk.n_slots, dim=0) if self.walk.n_slots > 1 else of_leaks
 
     def start_features(self, features: list[Tensor], averages: Tensor) -> Tensor:
         """What the linear start uses, flattened: ``(B, n)`` float64."""
@@ -230,109 +260,3 @@ def _deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int
             f"has {min(map(prod, shapes))}."
         )
     return chosen
-
-
-class _FeatureStandardisation(nn.Module):
-    """Subtracts each feature's mean over pairs, entry by entry, and divides by one deviation per feature map."""
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        super().__init__()
-        self._shapes = shapes
-        for index, shape in enumerate(shapes):
-            self.register_buffer(f"mean{index}", torch.zeros(shape, dtype=torch.float64))
-            self.register_buffer(f"deviation{index}", torch.ones((), dtype=torch.float64))
-        self._sums: list[Tensor] = []
-
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [
-            ((feature - getattr(self, f"mean{index}")) / getattr(self, f"deviation{index}")).float().clamp(-10, 10)
-            for index, feature in enumerate(features)
-        ]
-
-    def add(self, features: list[Tensor]) -> None:
-        if not self._sums:
-            self._sums = [torch.zeros_like(feature[0]) for feature in features for _ in range(2)]
-            self._sums.append(torch.zeros((), dtype=torch.float64, device=features[0].device))
-        for index, feature in enumerate(features):
-            self._sums[2 * index] += feature.sum(dim=0)
-            self._sums[2 * index + 1] += feature.square().sum(dim=0)
-        self._sums[-1] += len(features[0])
-
-    def sums(self) -> Sequence[Tensor]:
-        return self._sums
-
-    def solve(self) -> None:
-        count = self._sums[-1]
-        for index in range(len(self._shapes)):
-            mean = self._sums[2 * index] / count
-            variance = (self._sums[2 * index + 1] / count - mean.square()).clamp_min(0).mean()
-            getattr(self, f"mean{index}").copy_(mean)
-            getattr(self, f"deviation{index}").copy_(variance.sqrt().clamp_min(1e-12))
-        self._sums = []
-
-
-class _AsItIs(nn.Module):
-    """In the place of a regression, where the walk gives an image: that image, and how large its error is.
-
-    Attributes:
-        error: root mean square over the pairs.
-    """
-
-    error: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("error", torch.ones((), dtype=torch.float64))
-        self._sums: list[Tensor] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.float().clamp(0, 1)
-
-    def add(self, images: Tensor, wanted: Tensor, numbers: Tensor) -> None:
-        if not self._sums:
-            self._sums = [images.new_zeros(2)]
-        missing = (images.clamp(0, 1) - wanted).square()
-        self._sums[0] += torch.stack([missing.sum(), missing.new_tensor(missing.numel())])
-
-    def sums(self) -> Sequence[Tensor]:
-        return self._sums
-
-    def solve(self) -> None:
-        # Below one thousandth of a grey level there is nothing to learn, and a step of zero would never end.
-        self.error.copy_((self._sums[0][0] / self._sums[0][1]).sqrt().clamp_min(1e-6))
-        self._sums = []
-
-
-class _FeatureFit:
-    """The `PairFit` of all that stands on the walk's features: computed once, they cost more than the sums."""
-
-    def __init__(self, generator: HybridGenerator, ridge: "RidgeRegression | _AsItIs") -> None:
-        self._generator = generator
-        self._ridge = ridge
-
-    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
-        generator = self._generator
-        features, averages = generator.walk(gradients).values, generator.averages.features(gradients)
-        mean_images = images.mean(dim=1).flatten(1)
-        self._ridge.add(generator.start_features(features, averages), mean_images, numbers)
-        generator.standardisation.add(features)
-        generator.averages.add(averages)
-        if generator.scaling is not None:
-            generator.scaling.update(gradients, images, numbers)
-
-    def sums(self) -> Sequence[Tensor]:
-        generator = self._generator
-        scaling = [] if generator.scaling is None else generator.scaling.sums()
-        return [*self._ridge.sums(), *generator.standardisation.sums(), *generator.averages.sums(), *scaling]
-
-    def finish(self) -> None:
-        self._ridge.solve()
-        self._generator.standardisation.solve()
-        self._generator.averages.finish()
-        if self._generator.scaling is not None:
-            self._generator.scaling.finish()
-
-
-def _clamp_passing_gradients(images: Tensor) -> Tensor:
-    """Clamped to [0, 1]; the gradient passes as if it were not, so that an overshooting pixel still learns."""
-    return images + (images.clamp(0, 1) - images).detach()

@@ -97,6 +97,19 @@ def test_fit_pairs_are_all_public_images_as_they_are(images):
     assert torch.equal((first.images[:, 0] * 255).round().to(torch.uint8), data.split("train").read([0, 1, 2, 3]))
 
 
+def test_fit_pairs_of_single_images_are_the_same_images_and_their_own_gradients(images):
+    data = module(images, client_batch_size=3)
+    batches = list(data.fit_pairs(CPU, single_images=True))
+    assert max(len(pair) for pair in batches) == 4  # as many leaks at once as otherwise
+    assert all(pair.images.shape[1] == 1 for pair in batches)
+    whole = torch.cat([pair.indices.flatten() for pair in data.fit_pairs(CPU)])
+    assert torch.equal(torch.cat([pair.indices.flatten() for pair in batches]), whole)
+    of_one, first = batches[0], next(data.fit_pairs(CPU))
+    for name, gradient in first.gradients.items():
+        mean = of_one.gradients[name][:3].mean(dim=0)
+        torch.testing.assert_close(gradient[0], mean, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("n_images", "per_leak", "n_leaks"), [(7, 1, 7), (7, 2, 3), (100, 1, 20)])
 def test_private_pairs_are_as_many_as_asked_for(images, n_images, per_leak, n_leaks):
     data = module(images, client_batch_size=per_leak)

@@ -35,6 +35,9 @@ SMALL = {
     "coarse": {"hidden_size": 20, "channels": 4},
     "hybrid": {"channels": 8, "blocks": 1, "gradient_channels": 2},
 }
+NOT_ZERO = {"hybrid": {"separate": False}}
+"""Hybrid's last layer starts at zero, and lets no gradient pass, where its outputs are told apart without it."""
+
 DEEP = [ResNetConfig(width=4), ViTConfig(patch_size=4, hidden_size=12, depth=1, heads=2, mlp_size=16)]
 
 
@@ -54,7 +57,8 @@ def name(request):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gradients_become_images(make_pairs, name, leaked_settings, client_batch_size, dtype):
     leaked, pair = make_pairs(leaked_settings, n=60, client_batch_size=client_batch_size, dtype=dtype)
-    generator = run_fits(build(name, leaked.architecture, client_batch_size), [pair])
+    _, single = make_pairs(leaked_settings, n=120, dtype=dtype)
+    generator = run_fits(build(name, leaked.architecture, client_batch_size), [pair], [single])
     images = generator(pair.gradients)
     assert images.shape == pair.images.shape
     assert images.dtype == torch.float32
@@ -74,8 +78,9 @@ def test_mixed_precision_changes_the_trained_layers_alone(make_pairs, name):
 
 
 def test_everything_trainable_gets_a_gradient(make_pairs, name):
-    leaked, pair = make_pairs(LeNetConfig(width=4), n=60, client_batch_size=2)
-    generator = run_fits(build(name, leaked.architecture, 2), [pair])
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=60, client_batch_size=3)
+    _, single = make_pairs(LeNetConfig(width=4), n=120)
+    generator = run_fits(build(name, leaked.architecture, 3, **NOT_ZERO.get(name, {})), [pair], [single])
     (generator(pair.gradients) - pair.images).square().mean().backward()
     without = [key for key, p in generator.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without
@@ -168,7 +173,10 @@ def test_branches_attention_and_sketches_become_images(
     if sketched:
         sketch = Sketch(architecture, SketchConfig(name="count", size=50))
         architecture, gradients = sketch.seen_by_generators(architecture), sketch(gradients)
-    generator = run_fits(build(deep_name, architecture, client_batch_size), [replace(pair, gradients=gradients)])
+    _, single = make_pairs(settings, n=120, dtype="float32")
+    single = replace(single, gradients=sketch(single.gradients) if sketched else single.gradients)
+    pairs = [replace(pair, gradients=gradients)]
+    generator = run_fits(build(deep_name, architecture, client_batch_size), pairs, [single])
     images = generator(gradients)
     assert images.shape == pair.images.shape
     if n_trainable(generator) == 0:
@@ -181,6 +189,34 @@ def test_branches_attention_and_sketches_become_images(
         without = [key for key, p in generator.named_parameters() if p.grad is None or not p.grad.any()]
         optimizer.step()
     assert not without
+
+
+def test_coarse_corrects_a_regression_on_the_averages_of_the_smallest_layers(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=300)
+    generator = run_fits(build("coarse", leaked.architecture, linear_start_features=250), [pair])
+    for parameter in generator.steps[-1].parameters():
+        nn.init.zeros_(parameter)
+
+    averages = generator.averages.split(generator.averages.features(pair.gradients))
+    smallest = ("conv1.weight", "conv2.weight", "linear.weight")  # 75, 100 and 64 entries; conv3's 100 are too many
+    features = torch.cat([averages[name] for name in smallest], dim=1).double()
+    centred = (features - features.mean(dim=0)) / features.std(dim=0, correction=0)
+    images = pair.images.flatten(1).double()
+    # The same regression from the pairs themselves, by singular values.
+    left, values, right = torch.linalg.svd(centred, full_matrices=False)
+    shrunk = values / (values.square() + len(images) * generator.ridge.strength)
+    wanted = images.mean(dim=0) + centred @ right.T @ (shrunk.unsqueeze(1) * left.T @ images)
+    found = generator(pair.gradients).flatten(1).double()
+    torch.testing.assert_close(found, wanted.clamp(0, 1), rtol=0, atol=1e-3)
+
+
+def test_coarse_without_a_linear_start_makes_the_image_by_its_steps_alone(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=60)
+    generator = run_fits(build("coarse", leaked.architecture, linear_start_features=0), [pair])
+    assert generator.ridge is None
+    for parameter in generator.steps[-1].parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(generator(pair.gradients), torch.full_like(pair.images, 0.5, dtype=torch.float32))
 
 
 def test_large_estimates_of_coarse_are_made_by_convolutions(make_pairs, monkeypatch):

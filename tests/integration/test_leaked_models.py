@@ -65,6 +65,8 @@ def test_updates_are_attacked_and_are_a_condition_of_their_own(train, evaluate, 
     capsys.readouterr()
     assert train("fedavg.yaml", *small, "generator={name: exact}", "data.client_batch_size=1") == 2
     assert "gradients.updates: exact inverts one gradient" in capsys.readouterr().err
+    assert train("fedavg.yaml", *small, "generator={name: hybrid, separate: true}") == 2
+    assert "generator.separate: the images of one gradient" in capsys.readouterr().err
 
 
 class Net(nn.Module):

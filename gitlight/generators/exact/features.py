@@ -64,7 +64,12 @@ class ClosedFormFeatures(nn.Module):
     further, at a second a leak. The walk ends with the first layer whose input is not determined (its estimate is still
     a feature), or below which ``δ`` cannot be carried. With more than one image per leak it ends with the last layer,
     whose solve gives a ``δ``-weighted average of the inputs.
+
+    Attributes:
+        n_slots: features of each leak: one of each, whatever it is an average of.
     """
+
+    n_slots = 1
 
     def __init__(
         self,

@@ -1,0 +1,259 @@
+"""Telling the images of a client batch apart, by the last layer's gradient and forward equations together."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_STARTS = 4
+"""Searches from different starts, at most; nearly all leaks need one."""
+
+_STEPS = 40
+"""Steps of a search, at most."""
+
+_ARRIVED = 1e-6
+"""What the squared residual may be, in units of the directions' own sizes, for the images to be told apart."""
+
+_LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING = 1e-14, 1e-2, 1e4
+"""Of a step, over the diagonal: it falls with every step that gains and grows with every one that does not."""
+
+_GAIN = 1e-3
+"""Share of the squared residual that a step gains at least, or it was the last."""
+
+_JITTER = (0.05, 0.5)
+"""How far starts are moved at random, the first one's and the others', in units of the spread over the images."""
+
+_SEED = 2505
+
+
+class Separated(NamedTuple):
+    """What the last layer made of each image of ``B`` client batches of ``N``, in the order of their labels.
+
+    Attributes:
+        inputs: ``(B, N, features)``.
+        inputs_variance: ``(B, N)``, of the error of an entry: mean over the entries.
+        labels: ``(B, N)`` int64, ascending.
+    """
+
+    inputs: Tensor
+    inputs_variance: Tensor
+    labels: Tensor
+
+
+class Typical(NamedTuple):
+    """What is known of all images, from public ones.
+
+    Attributes:
+        inputs: ``(features,)``, mean input of the last layer.
+        spread: ``()``, standard deviation of an entry of it, in the mean over the entries.
+        probabilities: ``(classes,)``, mean softmax probabilities.
+    """
+
+    inputs: Tensor
+    spread: Tensor
+    probabilities: Tensor
+
+
+def separable(n_images: int, n_classes: int, n_features: int) -> bool:
+    """Whether there are more equations than unknowns: ``N`` images are told apart by fewer than all classes.
+
+    ``Σ_n δ_n [a_n; 1]ᵀ`` has rank ``N``, which leaves ``N (N − 1)`` unknowns; ``δ`` of an image adds up to zero, so
+    that there are ``(classes − 1) N`` equations.
+    """
+    return 1 < n_images < n_classes and n_images <= n_features
+
+
+def separate(
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    noise: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    typical: Typical,
+    n_images: int,
+) -> Separated:
+    """Each image's input of a last linear layer whose weights are known, from the mean gradient of ``N`` images.
+
+    Weight and bias gradient together are ``1/N Σ_n δ_n [a_n; 1]ᵀ``: the ``[a_n; 1]`` lie in the space of the ``N``
+    leading right singular vectors, and ``δ_n = softmax(W a_n + b) − y_n``. What is left, ``N`` coordinates for each
+    image, is found by damped least squares (Levenberg 1944, Marquardt 1963) on the gradient, from the first-order
+    solution for probabilities that do not depend on the image: the rows of classes of which there is an image hold
+    ``−a_n``. Images with the same label differ by their probabilities.
+
+    Args:
+        weight_gradient: ``(B, classes, features)`` float64, finite.
+        bias_gradient: ``(B, classes)``.
+        noise: ``(B,)``, standard deviation of the error of an entry, above zero.
+        weight: ``(classes, features)``, up to a row common to all classes.
+        bias: ``(classes,)``, likewise.
+        typical: of other images.
+        n_images: ``N``; see `separable`.
+    """
+    joined = torch.cat([weight_gradient, bias_gradient.unsqueeze(2)], dim=2)
+    values, vectors = torch.linalg.eigh(joined @ joined.mT)
+    sizes = values[:, -n_images:].clamp_min(0).sqrt().clamp_min(1e-300)
+    left = vectors[:, :, -n_images:]
+    basis = (left.mT @ joined) / sizes.unsqueeze(2)  # (B, N, features + 1)
+    labels = _labels(bias_gradient, typical.probabilities, n_images)
+    n_entries = joined.shape[2]
+    problem = _Problem(
+        gradient=left * sizes.unsqueeze(1),
+        logits=torch.cat([weight, bias.unsqueeze(1)], dim=1) @ basis.mT,
+        ones=basis[:, :, -1],
+        labels=torch.nn.functional.one_hot(labels, len(bias)).to(joined),
+        mean=basis @ torch.cat([typical.inputs, typical.inputs.new_ones(1)]),
+        weights=1 / torch.maximum(sizes, (noise * n_entries**0.5).unsqueeze(1)),
+        doubt=torch.zeros_like(noise).unsqueeze(1),
+    )
+    first = _first_order(problem, labels, bias_gradient)
+    found, cost = first, torch.full_like(noise, torch.inf)
+    expected = (noise.square().unsqueeze(1) * problem.weights.square()).sum(dim=1) * len(bias)
+    generator = torch.Generator().manual_seed(_SEED)
+    spread = first.std(dim=1, keepdim=True).clamp_min(1e-3 * first.abs().amax(dim=(1, 2), keepdim=True))
+    left_over = torch.arange(len(noise), device=noise.device)
+    for number in range(_STARTS):
+        if len(left_over) == 0:
+            break
+        moved = torch.randn(first.shape[1:], generator=generator, dtype=torch.float64).to(first)
+        start = first[left_over] + _JITTER[number > 0] * spread[left_over] * moved
+        better, its_cost = _search(problem.of(left_over), start)
+        gained = left_over[its_cost < cost[left_over]]
+        within = its_cost < cost[left_over]
+        found, cost = found.index_copy(0, gained, better[within]), cost.index_copy(0, gained, its_cost[within])
+        left_over = (cost > torch.maximum(expected * 4, torch.full_like(cost, _ARRIVED))).nonzero().squeeze(1)
+    # From there by likelihood: all entries of the gradient have the same noise, and inputs are near the typical ones.
+    scale = noise.unsqueeze(1)
+    likely = problem._replace(
+        weights=(1 / scale).expand_as(problem.weights), doubt=torch.ones_like(scale) / typical.spread.clamp_min(1e-300)
+    )
+    found, _ = _search(likely, found)
+    # Errors of the space itself: those of a singular vector are the noise over its singular value.
+    outside = noise.square().unsqueeze(1) * (found / sizes.unsqueeze(1)).square().sum(dim=2)
+    return Separated((found @ basis)[:, :, :-1], _variance(likely, found) / n_entries + outside, labels)
+
+
+class _Problem(NamedTuple):
+    """Least squares for the coordinates ``m_n`` of ``[a_n; 1]``.
+
+    Attributes:
+        gradient: ``(B, classes, N)``, in coordinates.
+        logits: ``(B, classes, N)``: from coordinates to logits.
+        ones: ``(B, N)``: from coordinates to the entry that is one.
+        labels: ``(B, N, classes)``.
+        mean: ``(B, N)``, coordinates of the typical input.
+        weights: ``(B, N)``, of the gradient's columns.
+        doubt: ``(B, 1)``, weight of the difference from the typical input.
+    """
+
+    gradient: Tensor
+    logits: Tensor
+    ones: Tensor
+    labels: Tensor
+    mean: Tensor
+    weights: Tensor
+    doubt: Tensor
+
+    def of(self, which: Tensor) -> "_Problem":
+        """Some leaks'."""
+        return _Problem(*(part[which] for part in self))
+
+    def residual(self, found: Tensor) -> Tensor:
+        """``(B, equations)`` for coordinates ``(B, N, N)``."""
+        n = found.shape[1]
+        delta = torch.softmax(found @ self.logits.mT, dim=2) - self.labels
+        missing = (delta.mT @ found / n - self.gradient) * self.weights.unsqueeze(1)
+        ones = self._of_ones * ((found @ self.ones.unsqueeze(2)).squeeze(2) - 1)
+        prior = self.doubt.unsqueeze(2) * (found - self.mean.unsqueeze(1))
+        return torch.cat([missing.flatten(1), ones, prior.flatten(1)], dim=1)
+
+    def jacobian(self, found: Tensor) -> Tensor:
+        """``(B, equations, N · N)``, the residual's."""
+        batch, n, _ = found.shape
+        probabilities = torch.softmax(found @ self.logits.mT, dim=2)
+        delta = probabilities - self.labels
+        inner = probabilities @ self.logits  # (B, image, coordinate)
+        slopes = probabilities.unsqueeze(3) * (self.logits.unsqueeze(1) - inner.unsqueeze(2))  # (B, image, class, k)
+        # Entry (class, j) of the gradient by coordinate k of an image.
+        moved = slopes.unsqueeze(3) * found[:, :, None, :, None]  # (B, image, class, j, k)
+        eye = torch.eye(n, dtype=found.dtype, device=found.device)
+        moved = moved + delta[:, :, :, None, None] * eye
+        moved = moved * (self.weights[:, None, None, :, None] / n)
+        of_gradient = moved.permute(0, 2, 3, 1, 4).reshape(batch, -1, n * n)
+        of_ones = (self._of_ones.unsqueeze(2) * self.ones.unsqueeze(1)).unsqueeze(2) * eye.unsqueeze(2)
+        of_prior = self.doubt.unsqueeze(2) * torch.eye(n * n, dtype=found.dtype, device=found.device)
+        return torch.cat([of_gradient, of_ones.reshape(batch, n, n * n), of_prior], dim=1)
+
+    @property
+    def _of_ones(self) -> Tensor:
+        """Weight of the condition that one entry is one, which holds exactly: ``(B, 1)``."""
+        return (self.weights[:, -1:] * self.gradient[:, :, -1].norm(dim=1, keepdim=True)).clamp_min(1.0)
+
+
+def _labels(bias_gradient: Tensor, probabilities: Tensor, n_images: int) -> Tensor:
+    """One by one the class that is farthest below its probability; each image lowers its class by ``1/N``."""
+    error = bias_gradient - probabilities
+    found = []
+    for _ in range(n_images):
+        smallest = error.argmin(dim=1, keepdim=True)
+        found.append(smallest)
+        error = error.scatter_add(1, smallest, torch.full_like(smallest, 1 / n_images, dtype=error.dtype))
+    return torch.cat(found, dim=1).sort(dim=1).values
+
+
+def _first_order(problem: _Problem, labels: Tensor, bias_gradient: Tensor) -> Tensor:
+    """Coordinates, as if all images had the same probabilities.
+
+    ``a_n = (Σ_i p_i,y · mean − N G_y) / images of class y``, where the sum follows from the bias gradient.
+    """
+    n = labels.shape[1]
+    absent = (problem.labels.sum(dim=1) == 0).to(bias_gradient)
+    # Rows of classes without an image hold the mean input, times their probability.
+    total = (absent * bias_gradient).sum(dim=1, keepdim=True).clamp_min(0)
+    mean = ((absent.unsqueeze(1) @ problem.gradient).squeeze(1) + 1e-4 * problem.mean) / (total + 1e-4)
+    same = (labels.unsqueeze(2) == labels.unsqueeze(1)).sum(dim=2).to(bias_gradient)
+    summed = n * bias_gradient.gather(1, labels) + same
+    rows = problem.gradient.gather(1, labels.unsqueeze(2).expand(-1, -1, n))
+    return (summed.unsqueeze(2) * mean.unsqueeze(1) - n * rows) / same.unsqueeze(2)
+
+
+def _search(problem: _Problem, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates of a local minimum, and the sum of squares there."""
+    found, residual = start.clone(), problem.residual(start)
+    cost = torch.nan_to_num(residual.square().sum(dim=1), nan=torch.inf)
+    damping = torch.full_like(cost, _FIRST_DAMPING)
+    moving = torch.arange(len(cost), device=cost.device)  # those that have not arrived
+    for _ in range(_STEPS):
+        part, at, its_damping = problem.of(moving), found[moving], damping[moving]
+        jacobian = part.jacobian(at)
+        normal, right = jacobian.mT @ jacobian, jacobian.mT @ residual[moving].unsqueeze(2)
+        scale = normal.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-300)
+        scaled = normal / scale.unsqueeze(1) / scale.unsqueeze(2)
+        scaled.diagonal(dim1=1, dim2=2).add_(its_damping.unsqueeze(1))
+        step, failed = torch.linalg.solve_ex(scaled, right / scale.unsqueeze(2))
+        at = at - (step.squeeze(2) / scale).view_as(at)
+        its_residual = part.residual(at)
+        its_cost, former = its_residual.square().sum(dim=1), cost[moving]
+        better = (its_cost < former) & (failed == 0)
+        gained = moving[better]
+        found[gained], residual[gained], cost[gained] = at[better], its_residual[better], its_cost[better]
+        its_damping = torch.where(better, its_damping / 5, its_damping * 4)
+        damping[moving] = its_damping.clamp_min(_LEAST_DAMPING)
+        arrived = torch.where(better, former - its_cost < _GAIN * former, its_damping > _MOST_DAMPING)
+        moving = moving[~arrived]
+        if len(moving) == 0:
+            break
+    return found, cost
+
+
+def _variance(problem: _Problem, found: Tensor) -> Tensor:
+    """``(B, N)``: summed variance of each image's coordinates, where residuals are no larger than noise explains."""
+    n = found.shape[1]
+    jacobian, residual = problem.jacobian(found), problem.residual(found)
+    normal = jacobian.mT @ jacobian
+    scale = normal.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-300)
+    scaled = normal / scale.unsqueeze(1) / scale.unsqueeze(2)
+    inverse, failed = torch.linalg.inv_ex(scaled + 1e-14 * torch.eye(n * n, dtype=found.dtype, device=found.device))
+    own = inverse.diagonal(dim1=1, dim2=2) / scale.square()
+    excess = (residual.square().sum(dim=1) / (residual.shape[1] - n * n)).clamp_min(1)
+    variance = own.view(-1, n, n).sum(dim=2) * excess.unsqueeze(1)
+    return torch.where(failed.unsqueeze(1) == 0, variance, torch.inf)

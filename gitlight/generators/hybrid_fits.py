@@ -1,0 +1,153 @@
+"""The closed-form parts of Hybrid-GIT that pairs are needed for, and their fits."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gitlight.data.pair import Gradients
+from gitlight.generators.ridge import RidgeRegression
+from gitlight.metrics import match
+
+if TYPE_CHECKING:
+    from gitlight.generators.hybrid import HybridGenerator
+
+
+class FeatureStandardisation(nn.Module):
+    """Subtracts each feature's mean over pairs, entry by entry, and divides by one deviation per feature map."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self._shapes = shapes
+        for index, shape in enumerate(shapes):
+            self.register_buffer(f"mean{index}", torch.zeros(shape, dtype=torch.float64))
+            self.register_buffer(f"deviation{index}", torch.ones((), dtype=torch.float64))
+        self._sums: list[Tensor] = []
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Standardised, float32, cut off beyond ten deviations."""
+        return [
+            ((feature - getattr(self, f"mean{index}")) / getattr(self, f"deviation{index}")).float().clamp(-10, 10)
+            for index, feature in enumerate(features)
+        ]
+
+    def add(self, features: list[Tensor]) -> None:
+        """Add the features of a batch to the sums."""
+        if not self._sums:
+            self._sums = [torch.zeros_like(feature[0]) for feature in features for _ in range(2)]
+            self._sums.append(torch.zeros((), dtype=torch.float64, device=features[0].device))
+        for index, feature in enumerate(features):
+            self._sums[2 * index] += feature.sum(dim=0)
+            self._sums[2 * index + 1] += feature.square().sum(dim=0)
+        self._sums[-1] += len(features[0])
+
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        return self._sums
+
+    def solve(self) -> None:
+        """From the sums, which are forgotten."""
+        count = self._sums[-1]
+        for index in range(len(self._shapes)):
+            mean = self._sums[2 * index] / count
+            variance = (self._sums[2 * index + 1] / count - mean.square()).clamp_min(0).mean()
+            getattr(self, f"mean{index}").copy_(mean)
+            getattr(self, f"deviation{index}").copy_(variance.sqrt().clamp_min(1e-12))
+        self._sums = []
+
+
+class AsItIs(nn.Module):
+    """In the place of a regression, where the walk gives an image: that image, and how large its error is.
+
+    Attributes:
+        error: root mean square over the pairs.
+    """
+
+    error: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("error", torch.ones((), dtype=torch.float64))
+        self._sums: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Clamped to [0, 1], float32."""
+        return images.float().clamp(0, 1)
+
+    def add(self, images: Tensor, wanted: Tensor, numbers: Tensor) -> None:
+        """Add pairs ``(B, entries)`` of found and true images to the sums."""
+        if not self._sums:
+            self._sums = [images.new_zeros(2)]
+        missing = (images.clamp(0, 1) - wanted).square()
+        self._sums[0] += torch.stack([missing.sum(), missing.new_tensor(missing.numel())])
+
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        return self._sums
+
+    def solve(self) -> None:
+        """From the sums, which are forgotten."""
+        # Below one thousandth of a grey level there is nothing to learn, and a step of zero would never end.
+        self.error.copy_((self._sums[0][0] / self._sums[0][1]).sqrt().clamp_min(1e-6))
+        self._sums = []
+
+
+class FeatureFit:
+    """The `PairFit` of all that stands on the walk's features: computed once, they cost more than the sums."""
+
+    def __init__(self, generator: "HybridGenerator", ridge: RidgeRegression | AsItIs) -> None:
+        self._generator = generator
+        self._ridge = ridge
+
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
+        """Add a batch of pairs."""
+        generator = self._generator
+        features, averages = generator.walk(gradients).values, generator.averages.features(gradients)
+        # A linear map of each image's features is the same map of their means: no image need be assigned to them.
+        means = [feature.unflatten(0, (len(images), -1)).mean(dim=1) for feature in features]
+        self._ridge.add(generator.start_features(means, averages), images.mean(dim=1).flatten(1), numbers)
+        generator.standardisation.add(features)
+        generator.averages.add(averages)
+        if generator.scaling is not None:
+            generator.scaling.update(gradients, images, numbers)
+
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        generator = self._generator
+        scaling = [] if generator.scaling is None else generator.scaling.sums()
+        return [*self._ridge.sums(), *generator.standardisation.sums(), *generator.averages.sums(), *scaling]
+
+    def finish(self) -> None:
+        """Solve everything."""
+        self._ridge.solve()
+        self._generator.standardisation.solve()
+        self._generator.averages.finish()
+        if self._generator.scaling is not None:
+            self._generator.scaling.finish()
+
+
+class MatchedFit:
+    """The `PairFit` of the regression once more, on single images, assigned to what the first one makes of them."""
+
+    def __init__(self, generator: "HybridGenerator", ridge: RidgeRegression) -> None:
+        self._generator = generator
+        self._ridge = ridge
+
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
+        """Add a batch of pairs."""
+        generator = self._generator
+        features, averages, start = generator.closed_form(gradients)
+        n_slots = generator.walk.n_slots
+        assigned = match(images, start.view(images.shape)).flatten(0, 1).flatten(1)
+        self._ridge.add(
+            generator.start_features(features.values, averages), assigned, numbers.repeat_interleave(n_slots)
+        )
+
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        return self._ridge.sums()
+
+    def finish(self) -> None:
+        """Solve everything."""
+        self._ridge.solve()

@@ -3,15 +3,18 @@
 ``breaching`` (a benchmark extra: ``pip install -e '.[benchmarks]'``) attacks the same images, on the same model, from
 the same start, with the same number of gradients; one image at a time, as it does. Seconds are those of the search
 alone, in one process, one after the other. ``prior_*`` attacks with and without a trained generator's images to start
-from; it needs the runs that it names. Needs the CIFAR-10 sample at ``data/cifar10_subset``.
+from; it needs the runs that it names, of which ``--only`` leaves out those of other attacks. Needs the CIFAR-10 sample
+at ``data/cifar10_subset``.
 """
 
+import argparse
 import copy
 import json
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -180,28 +183,32 @@ def compare() -> None:
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def with_prior(name: str) -> None:
+WITH_PRIOR = ("ig", "idlg", "dlg", "gias", "recovered")
+
+
+def with_prior(name: str, only: Sequence[str]) -> None:
     """Attacks from noise and from others' images, those others alone, and IG with weights recovered from pairs."""
     case = PRIORS[name]
     folder, half = ROOT / "runs" / "benchmarks" / f"attacks_{name}", case.iterations // 2
     shared = [*DATA, "logging.wandb=off", "logging.quiet=true", "attack.record_every=10", f"output_dir={folder}"]
     from_generator = f"attack.prior={case.generator}"
-    attacks: list[tuple[int, int, list[str]]] = [
-        (case.n_images, case.iterations, []),
-        (case.n_images, case.iterations, [from_generator]),
-        (case.n_by_lbfgs, case.iterations, ["attack=idlg"]),
-        (case.n_by_lbfgs, case.iterations, ["attack=idlg", from_generator]),
-        (case.n_images, case.iterations, ["attack=gias", f"attack.image_prior={IMAGE_PRIOR}"]),
-        (
-            case.n_images,
-            half,
-            ["attack.prior=gias", f"attack.prior_settings={{image_prior: {IMAGE_PRIOR}, iterations: {half}}}"],
-        ),
+    recovered = ["attack.knowledge=recovered", f"attack.recovered_from={case.recovered}"]
+    gias_first = ["attack.prior=gias", f"attack.prior_settings={{image_prior: {IMAGE_PRIOR}, iterations: {half}}}"]
+    attacks: list[tuple[str, int, int, list[str]]] = [
+        ("ig", case.n_images, case.iterations, []),
+        ("ig", case.n_images, case.iterations, [from_generator]),
+        ("idlg", case.n_by_lbfgs, case.iterations, ["attack=idlg"]),
+        ("idlg", case.n_by_lbfgs, case.iterations, ["attack=idlg", from_generator]),
+        ("dlg", case.n_by_lbfgs, case.iterations, ["attack=dlg"]),
+        ("dlg", case.n_by_lbfgs, case.iterations, ["attack=dlg", from_generator]),
+        ("gias", case.n_images, case.iterations, ["attack=gias", f"attack.image_prior={IMAGE_PRIOR}"]),
+        ("gias", case.n_images, half, gias_first),
     ]
     if case.recovered is not None:
-        recovered = ["attack.knowledge=recovered", f"attack.recovered_from={case.recovered}"]
-        attacks.append((case.n_images, case.iterations, recovered))
-    for n_images, iterations, overrides in attacks:
+        attacks.append(("recovered", case.n_images, case.iterations, recovered))
+    for kind, n_images, iterations, overrides in attacks:
+        if kind not in only:
+            continue
         searched = [f"evaluation.n_images={n_images}", f"attack.iterations={iterations}"]
         _run("evaluate.py", f"configs/{case.config}.yaml", *shared, *searched, *overrides)
     _run("evaluate.py", case.generator, f"evaluation.n_images={case.n_images}", "attack=generator")
@@ -226,7 +233,8 @@ def _print_steps(folder: Path) -> None:
     noise = {label.split("(")[0]: curves[label] for label in from_noise}
     print()
     for label, curve in curves.items():
-        target = noise[label.split("(")[0] if label.startswith("idlg") else "ig"][-1][1]
+        kind = label.split("(")[0]
+        target = noise[kind if kind in noise and kind != "gias" else "ig"][-1][1]
         reached = next((str(step) for step, distance, _ in curve if distance <= target), "not reached")
         print(
             f"- {label}: median distance {curve[0][1]:.3g}, at the end {curve[-1][1]:.3g}, {curve[-1][2]:.2f} dB; "
@@ -240,13 +248,19 @@ def _run(*command: str) -> None:
 
 
 def main() -> None:
-    """What is named on the command line: ``compare`` (the default), ``prior_lenet``, ``prior_resnet20``."""
+    """What is named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=["compare"], metavar="NAME", help=", ".join(["compare", *PRIORS]))
+    parser.add_argument("--only", nargs="+", choices=WITH_PRIOR, default=WITH_PRIOR, metavar="ATTACK")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - {"compare", *PRIORS}:
+        parser.error(f"there is no {sorted(unknown)[0]}; there are {', '.join(['compare', *PRIORS])}")
     print(f"\n{machine()}\n")
-    for name in sys.argv[1:] or ["compare"]:
+    for name in arguments.names:
         if name == "compare":
             compare()
         else:
-            with_prior(name)
+            with_prior(name, arguments.only)
 
 
 if __name__ == "__main__":

@@ -65,21 +65,28 @@ CASES = {
     "vit_hybrid": Case("vit_hybrid", epochs_on_gpu=6),
     "lenet_mlp_n4": Case("lenet_mlp", (*N4, "trainer.max_epochs=60"), 120),
     "lenet_coarse_n4": Case("lenet_coarse", (*N4, "trainer.max_epochs=30"), 60),
-    "lenet_hybrid_n4": Case("lenet_hybrid", (*N4, "trainer.max_epochs=24"), 60),
+    "lenet_hybrid_n4": Case("lenet_hybrid", (*N4, "trainer.max_epochs=12"), 30),
     # One generator for a range of noise, and one for half of each of its levels.
     "lenet_hybrid_range": Case(
-        "lenet_hybrid", (noise(0.1, 1e-6),), 12, tuple((noise(level),) for level in (0, *LEVELS))
+        "lenet_hybrid", (noise(0.1, 1e-6), "trainer.max_epochs=3"), 12, tuple((noise(level),) for level in (0, *LEVELS))
     ),
     **{
-        f"lenet_hybrid_half_{level:g}": Case("lenet_hybrid", (noise(level / 2),), 12, ((noise(level),),))
+        f"lenet_hybrid_half_{level:g}": Case(
+            "lenet_hybrid", (noise(level / 2), "trainer.max_epochs=3"), 12, ((noise(level),),)
+        )
         for level in LEVELS
     },
     # What each part is worth.
+    "lenet_hybrid_n4_not_told_apart": Case(
+        "lenet_hybrid", (*N4, "trainer.max_epochs=24", "generator.separate=false"), 60
+    ),
     "lenet_coarse_no_averages": Case("lenet_coarse", ("generator.averages=false",), 24),
+    "lenet_coarse_no_start": Case("lenet_coarse", ("generator.linear_start_features=0",), 24),
     "lenet_coarse_one_module": Case("lenet_coarse", ("generator.modules=['*']",), 24),
     "lenet_hybrid_head_alone": Case("lenet_hybrid", ("generator.exact_depth=1",), 6),
     "lenet_hybrid_no_gradients": Case("lenet_hybrid", ("generator.gradient_channels=0",), 6),
     "lenet_hybrid_no_averages": Case("lenet_hybrid", ("generator.averages=false",), 6),
+    "resnet20_coarse_no_start": Case("resnet20_coarse", ("generator.linear_start_features=0",), 12),
     "resnet20_coarse_no_averages": Case("resnet20_coarse", ("generator.averages=false",), 12),
     "resnet20_hybrid_no_averages": Case("resnet20_hybrid", ("generator.averages=false",), 6),
     "resnet20_hybrid_no_gradients": Case("resnet20_hybrid", ("generator.gradient_channels=0",), 6),

@@ -55,8 +55,9 @@ def load_generator_weights(generator: Generator, state: dict[str, Tensor], path:
         problems = [line.strip() for line in str(error).splitlines()[1:]]
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
         raise CheckpointError(
-            f"{path} does not fit the settings: they differ from those that the generator was trained with. Evaluate "
-            f"the run's folder without changing data, leaked or generator settings. {' '.join(problems[:2])}{more}"
+            f"{path} does not fit the settings: they, or the version of gitlight, differ from those that the generator "
+            "was trained with. Evaluate the run's folder without changing data, leaked or generator settings. "
+            f"{' '.join(problems[:2])}{more}"
         ) from error
 
 

@@ -40,7 +40,7 @@ class CoarseGeneratorConfig(GeneratorConfig):
     linear_start_features: int = setting(
         6144,
         "most averages that a closed-form linear regression uses, whose image the steps correct (its cost grows with "
-        "the cube); 0: the steps make the image alone",
+        "the cube, and for large images they are fewer); 0: the steps make the image alone",
         minimum=0,
     )
     channels: int = setting(32, "maps that a step makes large estimates of", minimum=1)
@@ -66,7 +66,7 @@ class HybridGeneratorConfig(GeneratorConfig):
     separate: bool | None = setting(
         None,
         "tell the images of a client batch apart by the last layer's equations, whose weights follow from gradients of "
-        "single images; null: where that is possible",
+        "single images; null: where they are at most half as many as classes",
     )
     weights_from: str | None = setting(
         None,

@@ -20,6 +20,9 @@ from gitlight.gradients.precision import full_float32
 _MOST_ENTRIES = 4096
 """Entries that a fully connected layer makes or takes of maps; larger ones are made by convolutions, and pooled."""
 
+_MOST_COEFFICIENTS = 1 << 27
+"""Of the linear start: a gigabyte of sums in double precision."""
+
 _LEAST_POSITIONS = 64
 """Positions of maps from which convolutions make them."""
 
@@ -49,7 +52,8 @@ class CoarseGenerator(Generator):
         self.averages = WeightedAverages(architecture, client_batch_size, None if settings.averages else ())
         self._modules_down = divide(architecture, settings.modules)[::-1]
         averages = self.averages.split(torch.zeros(1, self.averages.n_entries))
-        self._in_start = self.averages.smallest(settings.linear_start_features)
+        most = min(settings.linear_start_features, _MOST_COEFFICIENTS // prod(architecture.image_shape))
+        self._in_start = self.averages.smallest(most)
         n_start = sum(averages[name].shape[1] for name in self._in_start)
         self.ridge = RidgeRegression(n_start, prod(architecture.image_shape)) if n_start else None
         self._parts = [

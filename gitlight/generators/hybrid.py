@@ -14,7 +14,7 @@ from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import Generator, PairFit, ParameterEstimate, clamp_passing_gradients
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
-from gitlight.generators.exact.separated import SeparatedFeatures, can_separate
+from gitlight.generators.exact.separated import SeparatedFeatures, can_separate, is_separated_well
 from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
@@ -62,11 +62,12 @@ class HybridGenerator(Generator):
         if settings.separate and not possible:
             raise ConfigError(
                 f"generator.separate: the equations of the last layer do not tell {client_batch_size} images apart. "
-                "That takes several images, fewer than classes; a last linear layer with a bias, both unsketched; and "
-                "no batch norm by batch statistics. Give generator.separate=null."
+                "That takes several images, fewer than classes and not many; a last linear layer with a bias, both "
+                "unsketched; and no batch norm by batch statistics. Give generator.separate=null."
             )
         self.walk: ClosedFormFeatures | SeparatedFeatures
-        if possible and settings.separate is not False:
+        wanted = is_separated_well(architecture, client_batch_size) if settings.separate is None else settings.separate
+        if wanted:
             self.walk = SeparatedFeatures(architecture, settings.noise, client_batch_size)
         else:
             self.walk = ClosedFormFeatures(

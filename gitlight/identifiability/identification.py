@@ -21,6 +21,7 @@ from gitlight.generators.exact.fits import Way
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.plan import Action, Do, Known, plan_walk
 from gitlight.generators.exact.rule import OUTPUT, Estimate
+from gitlight.generators.exact.separated import is_separated_well
 from gitlight.gradients.updates import describe_leak
 from gitlight.identifiability.drawn import DrawnLeak, draw_leaks
 from gitlight.identifiability.report import MOST_SATURATED, IdentifiabilityReport, LayerReport, Verdict
@@ -53,9 +54,15 @@ def identify(config: Config) -> IdentifiabilityReport:
     if assumed:
         notes.append(f"{n_classes} classes are assumed; there is no folder of data.name={data.name} to count them in.")
     if data.client_batch_size > 1:
+        apart = is_separated_well(leaked.architecture, data.client_batch_size)
+        of_an_average = (
+            "the last layer's input of each image is exact (generator.name=hybrid), and nothing below it."
+            if apart
+            else "nothing is exact."
+        )
         notes.append(
             f"All this is for one image per leak. Of the average over data.client_batch_size={data.client_batch_size} "
-            "images nothing is exact."
+            f"images {of_an_average}"
         )
     leak = describe_leak(config.gradients.updates, data.client_batch_size)
     if leak != "gradient":

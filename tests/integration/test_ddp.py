@@ -15,7 +15,7 @@ def logged(run, column):
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-@pytest.mark.parametrize(("generator", "client_batch_size"), [("hybrid", 1), ("mlp", 1), ("mlp", 2)])
+@pytest.mark.parametrize(("generator", "client_batch_size"), [("hybrid", 1), ("hybrid", 2), ("coarse", 1), ("mlp", 2)])
 def test_two_processes_follow_the_curve_of_one(command, tmp_path, generator, client_batch_size):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -26,7 +26,9 @@ def test_two_processes_follow_the_curve_of_one(command, tmp_path, generator, cli
     # The two ranks' shares of the validation leaks differ, even in their number of batches: 33 and 32 in batches of 32.
     settings = [*SMALL, f"data.client_batch_size={client_batch_size}", f"data.n_validation={65 * client_batch_size}"]
     settings += ["data.n_public_images=512", "data.batch_size=64"]
-    settings += ["generator.hidden_size=32"] if generator == "mlp" else ["generator.channels=8", "generator.blocks=1"]
+    settings += (
+        ["generator.channels=8", "generator.blocks=1"] if generator == "hybrid" else ["generator.hidden_size=32"]
+    )
     command("train.py", str(config), *settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}")
     command("train.py", str(config), *settings, *TWO_PROCESSES, f"output_dir={tmp_path / 'two'}")
     for column in ("train/loss", "val/loss", "val/mse", "val/psnr", "val/ssim"):

@@ -50,6 +50,8 @@ def test_updates_are_attacked_and_are_a_condition_of_their_own(train, evaluate, 
     small = [*SMALL, "data.batch_size=4"]
     assert train("fedavg.yaml", *small) == 0
     assert evaluate("runs/fedavg", "evaluation.n_images=8") == 0
+    # What was decided for the run counts, also where its config is named.
+    assert evaluate("fedavg.yaml", *small, "evaluation.n_images=8") == 0
     assert evaluate("runs/fedavg", "evaluation.n_images=8", "gradients.updates.epochs=1") == 0
     assert evaluate("runs/fedavg", "evaluation.n_images=8", "gradients.updates.batch_size=null") == 0
     assert evaluate("runs/fedavg", "evaluation.n_images=8", "gradients.updates={epochs: 1, batch_size: null}") == 0

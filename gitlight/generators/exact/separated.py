@@ -7,28 +7,43 @@ from torch import Tensor, nn
 
 from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.data.pair import Gradients
+from gitlight.errors import DataError
 from gitlight.generators.base import OfSingleImages, PairFit, ParameterEstimate
 from gitlight.generators.exact.features import LEVELS, Feature, FeatureValues
 from gitlight.generators.exact.labels import output_bias
 from gitlight.generators.exact.noise import entry_size
 from gitlight.generators.exact.plan import rules_of
 from gitlight.generators.exact.rule import Estimate, InverseRule
-from gitlight.generators.exact.separation import Typical, separable, separate
+from gitlight.generators.exact.separation import Typical, n_equations_and_unknowns, separable, separate
 from gitlight.generators.exact.status import Status, screen
 from gitlight.generators.exact.weights import LogitFit
 
-_MOST_SUMS = 1 << 27
+_MOST_SUMS = 1 << 25
 """Entries of the sums that the last layer's weights are fitted from; there are features² for each class."""
+
+_MOST_IN_JACOBIAN = 1 << 19
+"""Entries of one leak's Jacobian, 4 MiB: beyond, a leak takes seconds."""
 
 _SUMMED = 4.0
 """Rounding of one entry, which the sums of a forward and a backward pass through several layers multiply."""
 
 
+def is_separated_well(architecture: Architecture, client_batch_size: int) -> bool:
+    """Whether the images of a client batch can be told apart, by as many equations of each image alone as unknowns.
+
+    ``δ`` of an image lies in the space of the ``N`` leading left singular vectors: ``classes − 1 − N`` equations for
+    the ``N − 1`` unknowns of one image. With fewer the search, which has equations of all images at once, often fails.
+    """
+    n_classes = architecture.n_classes
+    return can_separate(architecture, client_batch_size) and 2 * client_batch_size <= n_classes
+
+
 def can_separate(architecture: Architecture, client_batch_size: int) -> bool:
     """Whether the images of a client batch can be told apart by the last layer's equations.
 
-    That takes a last linear layer with a bias, both gradients whole; more classes than images; and a gradient that is
-    the mean of single images' gradients, which batch norm by batch statistics does not leave.
+    That takes a last linear layer with a bias, both gradients whole; more classes than images; a gradient that is the
+    mean of single images' gradients, which batch norm by batch statistics does not leave; and equations that are not
+    too many to be solved for each leak.
     """
     head = architecture[architecture.output]
     bias = output_bias(architecture)
@@ -37,7 +52,8 @@ def can_separate(architecture: Architecture, client_batch_size: int) -> bool:
     if any(layer.kind == "batch_norm" and layer.arguments["training"] for layer in architecture.layers):
         return False
     n_classes, n_features = head.weight_shape
-    fits = n_classes * (n_features + 1) ** 2 <= _MOST_SUMS
+    equations, unknowns = n_equations_and_unknowns(client_batch_size, n_classes)
+    fits = n_classes * (n_features + 1) ** 2 <= _MOST_SUMS and equations * unknowns <= _MOST_IN_JACOBIAN
     return fits and separable(client_batch_size, n_classes, n_features)
 
 
@@ -145,8 +161,10 @@ class _HeadFit:
         rounding = torch.finfo(weight.dtype).eps
         weight, delta = weight.double(), delta.double()
         noise = self._features._noise_of(weight, entry_size(gradients)[which], rounding)
-        # δ ⊗ a, by least squares.
+        # δ ⊗ a, by least squares; where δ is zero or vanishes when squared, there is no a.
         inputs = (delta.unsqueeze(1) @ weight).squeeze(1) / delta.square().sum(dim=1, keepdim=True)
+        usable = torch.isfinite(inputs).all(dim=1)
+        which, inputs, delta, noise = which[usable], inputs[usable], delta[usable], noise[usable]
         beyond = noise > 30 * rounding * entry_size(gradients)[which]
         self._fit.add(inputs, delta, torch.where(beyond, noise, 0.0), rounding)
         probabilities = delta + nn.functional.one_hot(delta.argmin(dim=1), delta.shape[1])
@@ -160,6 +178,11 @@ class _HeadFit:
     def finish(self) -> None:
         weight, bias, _ = self._fit.solve()
         inputs, squares, probabilities, count = self._sums
+        if not count:
+            raise DataError(
+                "The last layer's weights, which tell the images of a client batch apart, cannot be fitted: of no "
+                "single public image does its bias have a gradient. Give generator.separate=false, or another channel."
+            )
         mean = inputs / count
         for name, value in (
             ("weight", weight),

@@ -5,9 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_STARTS = 4
-"""Searches from different starts, at most; nearly all leaks need one."""
-
 _STEPS = 40
 """Steps of a search, at most."""
 
@@ -20,8 +17,11 @@ _LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING = 1e-14, 1e-2, 1e4
 _GAIN = 1e-3
 """Share of the squared residual that a step gains at least, or it was the last."""
 
-_JITTER = (0.05, 0.5)
-"""How far starts are moved at random, the first one's and the others', in units of the spread over the images."""
+_JITTER, _AGAIN = 0.05, (0.3, 1.0)
+"""How far a start is moved at random, in units of the spread over the images; and those of leaks that need more."""
+
+_MOST_AT_ONCE = 1 << 25
+"""Entries of all leaks' Jacobians at once, 256 MiB."""
 
 _SEED = 2505
 
@@ -63,6 +63,11 @@ def separable(n_images: int, n_classes: int, n_features: int) -> bool:
     return 1 < n_images < n_classes and n_images <= n_features
 
 
+def n_equations_and_unknowns(n_images: int, n_classes: int) -> tuple[int, int]:
+    """Of the least squares problem of one leak; what it takes grows with their product."""
+    return (n_classes + 1 + n_images) * n_images, n_images**2
+
+
 def separate(
     weight_gradient: Tensor,
     bias_gradient: Tensor,
@@ -89,7 +94,20 @@ def separate(
         typical: of other images.
         n_images: ``N``; see `separable`.
     """
-    joined = torch.cat([weight_gradient, bias_gradient.unsqueeze(2)], dim=2)
+    equations, unknowns = n_equations_and_unknowns(n_images, len(bias))
+    chunk = max(1, _MOST_AT_ONCE // (equations * unknowns))
+    if len(noise) > chunk:
+        parts = zip(weight_gradient.split(chunk), bias_gradient.split(chunk), noise.split(chunk), strict=True)
+        solved = [separate(w, b, its_noise, weight, bias, typical, n_images) for w, b, its_noise in parts]
+        return Separated(*(torch.cat(each) for each in zip(*solved, strict=True)))
+    if len(noise) == 0:
+        shape = (0, n_images)
+        labels = torch.zeros(shape, dtype=torch.int64, device=noise.device)
+        return Separated(noise.new_zeros(*shape, weight.shape[1]), noise.new_zeros(shape), labels)
+    # Each leak in units of its own size: squares of tiny or huge entries would be zero or infinite.
+    unit = torch.linalg.vector_norm(weight_gradient, ord=torch.inf, dim=(1, 2)).clamp_min(1e-300)
+    noise = noise / unit
+    joined = torch.cat([weight_gradient, bias_gradient.unsqueeze(2)], dim=2) / unit[:, None, None]
     values, vectors = torch.linalg.eigh(joined @ joined.mT)
     sizes = values[:, -n_images:].clamp_min(0).sqrt().clamp_min(1e-300)
     left = vectors[:, :, -n_images:]
@@ -98,6 +116,7 @@ def separate(
     n_entries = joined.shape[2]
     problem = _Problem(
         gradient=left * sizes.unsqueeze(1),
+        unit=unit.unsqueeze(1),
         logits=torch.cat([weight, bias.unsqueeze(1)], dim=1) @ basis.mT,
         ones=basis[:, :, -1],
         labels=torch.nn.functional.one_hot(labels, len(bias)).to(joined),
@@ -106,21 +125,23 @@ def separate(
         doubt=torch.zeros_like(noise).unsqueeze(1),
     )
     first = _first_order(problem, labels, bias_gradient)
-    found, cost = first, torch.full_like(noise, torch.inf)
-    expected = (noise.square().unsqueeze(1) * problem.weights.square()).sum(dim=1) * len(bias)
     generator = torch.Generator().manual_seed(_SEED)
+    jitter = torch.randn((1 + len(_AGAIN), *first.shape[1:]), generator=generator, dtype=torch.float64).to(first)
     spread = first.std(dim=1, keepdim=True).clamp_min(1e-3 * first.abs().amax(dim=(1, 2), keepdim=True))
-    left_over = torch.arange(len(noise), device=noise.device)
-    for number in range(_STARTS):
-        if len(left_over) == 0:
-            break
-        moved = torch.randn(first.shape[1:], generator=generator, dtype=torch.float64).to(first)
-        start = first[left_over] + _JITTER[number > 0] * spread[left_over] * moved
-        better, its_cost = _search(problem.of(left_over), start)
-        gained = left_over[its_cost < cost[left_over]]
-        within = its_cost < cost[left_over]
-        found, cost = found.index_copy(0, gained, better[within]), cost.index_copy(0, gained, its_cost[within])
-        left_over = (cost > torch.maximum(expected * 4, torch.full_like(cost, _ARRIVED))).nonzero().squeeze(1)
+    found, cost = _search(problem, first + _JITTER * spread * jitter[0])
+    expected = (noise.square().unsqueeze(1) * problem.weights.square()).sum(dim=1) * len(bias)
+    left_over = (cost > (4 * expected).clamp_min(_ARRIVED)).nonzero().squeeze(1)
+    if len(left_over):
+        # All at once: a search takes as long for many as for few.
+        sizes_of_jitter = torch.tensor(_AGAIN, dtype=first.dtype, device=first.device).view(-1, 1, 1)
+        starts = first[left_over].unsqueeze(1) + (sizes_of_jitter * jitter[1:]) * spread[left_over].unsqueeze(1)
+        again = left_over.repeat_interleave(len(_AGAIN))
+        others, its_cost = _search(problem.of(again), starts.flatten(0, 1))
+        best = its_cost.view(-1, len(_AGAIN)).min(dim=1)
+        gained = best.values < cost[left_over]
+        every = torch.arange(len(left_over), device=noise.device)
+        chosen = others.view(-1, len(_AGAIN), *first.shape[1:])[every, best.indices]
+        found[left_over[gained]] = chosen[gained]
     # From there by likelihood: all entries of the gradient have the same noise, and inputs are near the typical ones.
     scale = noise.unsqueeze(1)
     likely = problem._replace(
@@ -136,7 +157,8 @@ class _Problem(NamedTuple):
     """Least squares for the coordinates ``m_n`` of ``[a_n; 1]``.
 
     Attributes:
-        gradient: ``(B, classes, N)``, in coordinates.
+        gradient: ``(B, classes, N)``, in coordinates and in units of the leak's own size.
+        unit: ``(B, 1)``, that size.
         logits: ``(B, classes, N)``: from coordinates to logits.
         ones: ``(B, N)``: from coordinates to the entry that is one.
         labels: ``(B, N, classes)``.
@@ -146,6 +168,7 @@ class _Problem(NamedTuple):
     """
 
     gradient: Tensor
+    unit: Tensor
     logits: Tensor
     ones: Tensor
     labels: Tensor
@@ -161,7 +184,7 @@ class _Problem(NamedTuple):
         """``(B, equations)`` for coordinates ``(B, N, N)``."""
         n = found.shape[1]
         delta = torch.softmax(found @ self.logits.mT, dim=2) - self.labels
-        missing = (delta.mT @ found / n - self.gradient) * self.weights.unsqueeze(1)
+        missing = (delta.mT @ found / (n * self.unit.unsqueeze(1)) - self.gradient) * self.weights.unsqueeze(1)
         ones = self._of_ones * ((found @ self.ones.unsqueeze(2)).squeeze(2) - 1)
         prior = self.doubt.unsqueeze(2) * (found - self.mean.unsqueeze(1))
         return torch.cat([missing.flatten(1), ones, prior.flatten(1)], dim=1)
@@ -177,8 +200,8 @@ class _Problem(NamedTuple):
         moved = slopes.unsqueeze(3) * found[:, :, None, :, None]  # (B, image, class, j, k)
         eye = torch.eye(n, dtype=found.dtype, device=found.device)
         moved = moved + delta[:, :, :, None, None] * eye
-        moved = moved * (self.weights[:, None, None, :, None] / n)
-        of_gradient = moved.permute(0, 2, 3, 1, 4).reshape(batch, -1, n * n)
+        moved = moved * ((self.weights / (n * self.unit))[:, None, None, :, None])
+        of_gradient = moved.permute(0, 2, 3, 1, 4).reshape(batch, moved.shape[2] * n, n * n)
         of_ones = (self._of_ones.unsqueeze(2) * self.ones.unsqueeze(1)).unsqueeze(2) * eye.unsqueeze(2)
         of_prior = self.doubt.unsqueeze(2) * torch.eye(n * n, dtype=found.dtype, device=found.device)
         return torch.cat([of_gradient, of_ones.reshape(batch, n, n * n), of_prior], dim=1)
@@ -209,10 +232,11 @@ def _first_order(problem: _Problem, labels: Tensor, bias_gradient: Tensor) -> Te
     absent = (problem.labels.sum(dim=1) == 0).to(bias_gradient)
     # Rows of classes without an image hold the mean input, times their probability.
     total = (absent * bias_gradient).sum(dim=1, keepdim=True).clamp_min(0)
-    mean = ((absent.unsqueeze(1) @ problem.gradient).squeeze(1) + 1e-4 * problem.mean) / (total + 1e-4)
+    gradient = problem.gradient * problem.unit.unsqueeze(2)
+    mean = ((absent.unsqueeze(1) @ gradient).squeeze(1) + 1e-4 * problem.mean) / (total + 1e-4)
     same = (labels.unsqueeze(2) == labels.unsqueeze(1)).sum(dim=2).to(bias_gradient)
     summed = n * bias_gradient.gather(1, labels) + same
-    rows = problem.gradient.gather(1, labels.unsqueeze(2).expand(-1, -1, n))
+    rows = gradient.gather(1, labels.unsqueeze(2).expand(-1, -1, n))
     return (summed.unsqueeze(2) * mean.unsqueeze(1) - n * rows) / same.unsqueeze(2)
 
 

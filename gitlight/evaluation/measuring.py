@@ -33,7 +33,7 @@ def measured(
         positions=positions.flatten(),
         labels=pair.labels.flatten().cpu(),
         class_names=class_names,
-        recovered_labels=_recovered_labels(pair, datamodule.architecture),
+        recovered_labels=_recovered_labels(pair, found.labels, datamodule.architecture),
         metrics={name: values.flatten() for name, values in metrics.items()},
         failed=failed.flatten(),
         verdicts=tuple(verdict for verdict in found.verdicts for _ in range(per_leak)),
@@ -42,15 +42,20 @@ def measured(
     )
 
 
-def _recovered_labels(pair: GradientPair, architecture: Architecture) -> Tensor | None:
-    """``(B · N,)``: read off the leaks, each beside an equal true one where there is one; None where none can be."""
+def _recovered_labels(pair: GradientPair, found: Tensor | None, architecture: Architecture) -> Tensor | None:
+    """``(B · N,)``: read off the leaks, each beside an equal true one where there is one; None where none can be.
+
+    By the attack itself, where it does so (``found``), or else from the gradients alone.
+    """
+    if found is not None:
+        return in_the_order_of(found.cpu(), pair.labels.cpu()).flatten()
     bias = output_bias(architecture)
     if bias is None or bias in architecture.sketched:
         return None
     if pair.images.shape[1] == 1:
         return labels_from_bias_gradient(pair.gradients[bias]).cpu()
-    found = labels_from_leak(architecture, pair.gradients, pair.images.shape[1])
-    return in_the_order_of(found.cpu(), pair.labels.cpu()).flatten()
+    recovered = labels_from_leak(architecture, pair.gradients, pair.images.shape[1])
+    return in_the_order_of(recovered.cpu(), pair.labels.cpu()).flatten()
 
 
 def perceptual_distance(architecture: Architecture) -> PerceptualDistance | None:

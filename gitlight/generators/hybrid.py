@@ -12,7 +12,7 @@ from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.averages import WeightedAverages
-from gitlight.generators.base import Generator, PairFit, ParameterEstimate, clamp_passing_gradients
+from gitlight.generators.base import Generator, PairFit, ParameterEstimate, Reconstruction, clamp_passing_gradients
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
 from gitlight.generators.exact.separated import SeparatedFeatures, can_separate, is_separated_well
 from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit
@@ -134,6 +134,11 @@ class HybridGenerator(Generator):
         # the fastest way to undo them is to switch all units off.
         images = clamp_passing_gradients(start.unsqueeze(1) + residual.float() * self._residual_scale)
         return images.view(-1, *self.image_shape)
+
+    def reconstruct(self, gradients: Gradients) -> Reconstruction:
+        """`forward`, and the labels, where the walk reads them off."""
+        found = super().reconstruct(gradients)
+        return found._replace(labels=self.walk.labels(gradients) if isinstance(self.walk, SeparatedFeatures) else None)
 
     def start(self, gradients: Gradients) -> Tensor:
         """What stages 1 and 2 alone give: ``(B, N, C, H, W)`` in [0, 1]; not told apart, the same image ``N`` times."""

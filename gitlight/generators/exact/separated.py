@@ -14,7 +14,7 @@ from gitlight.generators.exact.labels import output_bias
 from gitlight.generators.exact.noise import entry_size
 from gitlight.generators.exact.plan import rules_of
 from gitlight.generators.exact.rule import Estimate, InverseRule
-from gitlight.generators.exact.separation import Typical, n_equations_and_unknowns, separable, separate
+from gitlight.generators.exact.separation import Typical, labels_of_batch, n_equations_and_unknowns, separable, separate
 from gitlight.generators.exact.status import Status, screen
 from gitlight.generators.exact.weights import LogitFit
 
@@ -129,6 +129,11 @@ class SeparatedFeatures(nn.Module):
         whole = value.new_zeros(len(leaks), n, *feature.shape).index_copy(0, which, value)
         all_levels = levels.new_full((len(leaks), n, 2), LEVELS[1]).index_copy(0, which, levels)
         return FeatureValues([whole.flatten(0, 1)], all_levels.flatten(0, 1))
+
+    def labels(self, gradients: Gradients) -> Tensor:
+        """Those of each leak's images, ``(B, N)`` int64, ascending."""
+        delta = torch.nan_to_num(gradients[self._head.parameters["bias"]].double())
+        return labels_of_batch(delta, self.probabilities, self.n_slots)
 
     def fits(self) -> Iterable[PairFit]:
         """One pass over single images: the last layer's weights, and what is typical of its input."""

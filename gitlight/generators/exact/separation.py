@@ -112,7 +112,7 @@ def separate(
     sizes = values[:, -n_images:].clamp_min(0).sqrt().clamp_min(1e-300)
     left = vectors[:, :, -n_images:]
     basis = (left.mT @ joined) / sizes.unsqueeze(2)  # (B, N, features + 1)
-    labels = _labels(bias_gradient, typical.probabilities, n_images)
+    labels = labels_of_batch(bias_gradient, typical.probabilities, n_images)
     n_entries = joined.shape[2]
     problem = _Problem(
         gradient=left * sizes.unsqueeze(1),
@@ -151,6 +151,26 @@ def separate(
     # Errors of the space itself: those of a singular vector are the noise over its singular value.
     outside = noise.square().unsqueeze(1) * (found / sizes.unsqueeze(1)).square().sum(dim=2)
     return Separated((found @ basis)[:, :, :-1], _variance(likely, found) / n_entries + outside, labels)
+
+
+def labels_of_batch(bias_gradient: Tensor, probabilities: Tensor, n_images: int) -> Tensor:
+    """``(B, N)`` int64, ascending: the labels of each client batch, from the last layer's bias gradient.
+
+    One by one the class is taken that is farthest below its mean probability; each image lowers its class by ``1/N``
+    (after Wainakh et al. 2021, who take all probabilities for small).
+
+    Args:
+        bias_gradient: ``(B, classes)``.
+        probabilities: ``(classes,)``, of other images on average.
+        n_images: ``N``.
+    """
+    error = bias_gradient - probabilities
+    found = []
+    for _ in range(n_images):
+        smallest = error.argmin(dim=1, keepdim=True)
+        found.append(smallest)
+        error = error.scatter_add(1, smallest, torch.full_like(smallest, 1 / n_images, dtype=error.dtype))
+    return torch.cat(found, dim=1).sort(dim=1).values
 
 
 class _Problem(NamedTuple):
@@ -210,17 +230,6 @@ class _Problem(NamedTuple):
     def _of_ones(self) -> Tensor:
         """Weight of the condition that one entry is one, which holds exactly: ``(B, 1)``."""
         return (self.weights[:, -1:] * self.gradient[:, :, -1].norm(dim=1, keepdim=True)).clamp_min(1.0)
-
-
-def _labels(bias_gradient: Tensor, probabilities: Tensor, n_images: int) -> Tensor:
-    """One by one the class that is farthest below its probability; each image lowers its class by ``1/N``."""
-    error = bias_gradient - probabilities
-    found = []
-    for _ in range(n_images):
-        smallest = error.argmin(dim=1, keepdim=True)
-        found.append(smallest)
-        error = error.scatter_add(1, smallest, torch.full_like(smallest, 1 / n_images, dtype=error.dtype))
-    return torch.cat(found, dim=1).sort(dim=1).values
 
 
 def _first_order(problem: _Problem, labels: Tensor, bias_gradient: Tensor) -> Tensor:

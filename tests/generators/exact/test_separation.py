@@ -1,5 +1,7 @@
 """Telling the images of a client batch apart by the last layer's gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from closed_form import run_fits
@@ -95,6 +97,17 @@ def test_labels_are_read_off_where_one_class_has_nearly_all_probability():
     assert (of_bias[labels_of_three, 3] > 0).any()  # its entry is not the smallest, nor below zero
     found = separate(of_weight, of_bias, noise, weight, bias, typical, 4)
     assert torch.equal(found.labels, labels.sort(dim=1).values)
+
+
+def test_hybrid_gives_the_labels_that_it_reads_off(make_pairs):
+    settings = LeNetConfig(width=4)
+    leaked, pair = make_pairs(settings, n=60, client_batch_size=2)
+    _, single = make_pairs(settings, n=400)
+    chosen = HybridGeneratorConfig(channels=8, blocks=1, gradient_channels=2)
+    generator = run_fits(HybridGenerator(leaked.architecture, chosen, 2), [pair], [single])
+    assert torch.equal(generator.reconstruct(pair.gradients).labels, pair.labels.sort(dim=1).values)
+    other = run_fits(HybridGenerator(leaked.architecture, replace(chosen, separate=False), 2), [pair], [single])
+    assert other.reconstruct(pair.gradients).labels is None
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1e170])

@@ -6,6 +6,7 @@ from torch import Tensor
 from gitlight.architecture import Architecture
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
+from gitlight.generators.exact.labels import labels_of_batch
 
 
 def labels_from_leak(architecture: Architecture, gradients: Gradients, client_batch_size: int) -> Tensor:
@@ -38,16 +39,10 @@ def labels_from_leak(architecture: Architecture, gradients: Gradients, client_ba
     error = error.double() if error.dim() == 2 else error.double().sum(dim=2)
     error = torch.nan_to_num(error)
     # In units in which one image's worth is 1/N; the bias gradient has them already.
-    share = 1 / client_batch_size
     if names[0] == last.parameters.get("weight"):
         negative = error.clamp_max(0).sum(dim=1, keepdim=True).abs().clamp_min(1e-300)
         error = error / negative
-    found = []
-    for _ in range(client_batch_size):
-        smallest = error.argmin(dim=1, keepdim=True)
-        found.append(smallest)
-        error = error.scatter_add(1, smallest, torch.full_like(smallest, share, dtype=error.dtype))
-    return torch.cat(found, dim=1).sort(dim=1).values
+    return labels_of_batch(error, error.new_zeros(()), client_batch_size)
 
 
 def labels_leak(architecture: Architecture) -> bool:

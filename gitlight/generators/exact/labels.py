@@ -46,3 +46,26 @@ def labels_from_bias_gradient(delta: Tensor) -> Tensor:
     if delta.ndim != 2 or delta.shape[1] == 0:
         raise ValueError(f"Expected bias gradients (leaks, classes), not a tensor of shape {tuple(delta.shape)}.")
     return torch.where(torch.isfinite(delta).all(dim=1), delta.argmin(dim=1), NO_LABEL)
+
+
+def labels_of_batch(bias_gradient: Tensor, probabilities: Tensor, n_images: int) -> Tensor:
+    """``(B, N)`` int64, ascending: the labels of each client batch, from the last layer's bias gradient.
+
+    One by one the class is taken that is farthest below its mean probability; each image lowers its class by ``1/N``
+    (after Wainakh et al. 2021, who take all probabilities for small).
+
+    >>> labels_of_batch(torch.tensor([[0.6, -0.2, -0.4]]), torch.tensor([0.9, 0.05, 0.05]), n_images=4).tolist()
+    [[0, 1, 2, 2]]
+
+    Args:
+        bias_gradient: ``(B, classes)``, finite.
+        probabilities: ``(classes,)``, of other images on average; zero for small ones.
+        n_images: ``N``.
+    """
+    error = bias_gradient - probabilities
+    found = []
+    for _ in range(n_images):
+        smallest = error.argmin(dim=1, keepdim=True)
+        found.append(smallest)
+        error = error.scatter_add(1, smallest, torch.full_like(smallest, 1 / n_images, dtype=error.dtype))
+    return torch.cat(found, dim=1).sort(dim=1).values

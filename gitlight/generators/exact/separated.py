@@ -10,11 +10,11 @@ from gitlight.data.pair import Gradients
 from gitlight.errors import DataError
 from gitlight.generators.base import OfSingleImages, PairFit, ParameterEstimate
 from gitlight.generators.exact.features import LEVELS, Feature, FeatureValues
-from gitlight.generators.exact.labels import output_bias
+from gitlight.generators.exact.labels import labels_of_batch, output_bias
 from gitlight.generators.exact.noise import entry_size
 from gitlight.generators.exact.plan import rules_of
 from gitlight.generators.exact.rule import Estimate, InverseRule
-from gitlight.generators.exact.separation import Typical, labels_of_batch, n_equations_and_unknowns, separable, separate
+from gitlight.generators.exact.separation import Typical, n_equations_and_unknowns, separable, separate
 from gitlight.generators.exact.status import Status, screen
 from gitlight.generators.exact.weights import LogitFit
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gitlight.generators.exact.labels import labels_of_batch
+
 _STEPS = 40
 """Steps of a search, at most."""
 
@@ -151,26 +153,6 @@ def separate(
     # Errors of the space itself: those of a singular vector are the noise over its singular value.
     outside = noise.square().unsqueeze(1) * (found / sizes.unsqueeze(1)).square().sum(dim=2)
     return Separated((found @ basis)[:, :, :-1], _variance(likely, found) / n_entries + outside, labels)
-
-
-def labels_of_batch(bias_gradient: Tensor, probabilities: Tensor, n_images: int) -> Tensor:
-    """``(B, N)`` int64, ascending: the labels of each client batch, from the last layer's bias gradient.
-
-    One by one the class is taken that is farthest below its mean probability; each image lowers its class by ``1/N``
-    (after Wainakh et al. 2021, who take all probabilities for small).
-
-    Args:
-        bias_gradient: ``(B, classes)``.
-        probabilities: ``(classes,)``, of other images on average.
-        n_images: ``N``.
-    """
-    error = bias_gradient - probabilities
-    found = []
-    for _ in range(n_images):
-        smallest = error.argmin(dim=1, keepdim=True)
-        found.append(smallest)
-        error = error.scatter_add(1, smallest, torch.full_like(smallest, 1 / n_images, dtype=error.dtype))
-    return torch.cat(found, dim=1).sort(dim=1).values
 
 
 class _Problem(NamedTuple):

@@ -77,6 +77,11 @@ class CoarseGenerator(Generator):
         if settings.parameters is not None:
             width = width_for_budget(build, settings.parameters)
         self.steps = build(width)
+        if self.ridge is not None and client_batch_size == 1:
+            # Training starts from the regression. Equal outputs for several images could not be told apart.
+            last = self.steps[-1]
+            assert isinstance(last, _Step)
+            last.begin_with_zeros()
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
@@ -177,6 +182,14 @@ class _Step(nn.Module):
         # it. Convolutions see it anyway.
         straight = n_known > 0 and self.convolutions is None
         self.past = linear_of_rank(width, n_known, prod(self._drawn)) if straight else None
+
+    def begin_with_zeros(self) -> None:
+        """Make the estimate zero, until it is trained."""
+        drawing = self.output if self.convolutions is None else self.convolutions[-1]
+        past = self.past[-1] if isinstance(self.past, nn.Sequential) else self.past
+        for layer in (drawing, past):
+            for parameter in () if layer is None else layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, gradient: Tensor, averages: Tensor, estimate: Tensor | None) -> Tensor:
         """``(B, n_gradient)``, ``(B, n_averages)`` and ``(B, *known)`` to ``(B, *wanted)``."""

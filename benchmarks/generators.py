@@ -68,7 +68,7 @@ CASES = {
     "lenet_hybrid_n4": Case("lenet_hybrid", (*N4, "trainer.max_epochs=12"), 30),
     # One generator for a range of noise, and one for half of each of its levels.
     "lenet_hybrid_range": Case(
-        "lenet_hybrid", (noise(0.1, 1e-6), "trainer.max_epochs=3"), 12, tuple((noise(level),) for level in (0, *LEVELS))
+        "lenet_hybrid", (noise(0.2, 1e-4), "trainer.max_epochs=3"), 12, tuple((noise(level),) for level in (0, *LEVELS))
     ),
     **{
         f"lenet_hybrid_half_{level:g}": Case(

@@ -22,7 +22,7 @@ def exact(make_pairs):
 def test_images_and_verdicts(exact):
     generator, pair = exact
     gradients = {name: gradient[:4] for name, gradient in pair.gradients.items()}
-    images, verdicts = generator.reconstruct(gradients)
+    images, verdicts, _ = generator.reconstruct(gradients)
     assert images.dtype == torch.float32
     torch.testing.assert_close(images, pair.images[:4].float(), rtol=0, atol=1e-5)
     assert verdicts == (DETERMINED,) * 4
@@ -36,7 +36,7 @@ def test_leaks_that_cannot_be_inverted_are_named_and_alone(exact):
         gradient[1] = float("nan")
         gradient[2] = (gradient[3] + gradient[4]) / 2
     gradients["conv2.weight"][5, 0, 0, 0, 0] = float("inf")
-    images, verdicts = generator.reconstruct(gradients)
+    images, verdicts, _ = generator.reconstruct(gradients)
     words = [
         Status.ZERO_GRADIENT,
         Status.NOT_FINITE,
@@ -70,7 +70,7 @@ def test_a_vision_transformer_gives_its_image_without_any_weight(make_pairs):
     leaked, pair = make_pairs(settings, n=3, dtype="float32")
     generator = run_fits(ExactGenerator(leaked.architecture, ExactGeneratorConfig()), [pair])
     assert not generator.estimated_parameters()
-    images, verdicts = generator.reconstruct(pair.gradients)
+    images, verdicts, _ = generator.reconstruct(pair.gradients)
     assert (images - pair.images).square().mean() < 1e-6
     assert verdicts == (DETERMINED,) * 3
 
@@ -78,7 +78,7 @@ def test_a_vision_transformer_gives_its_image_without_any_weight(make_pairs):
 def test_where_the_walk_stops_a_regression_stands_in_and_says_so(make_pairs):
     leaked, pair = make_pairs(ResNetConfig(width=4), n=80, dtype="float32")
     generator = run_fits(ExactGenerator(leaked.architecture, ExactGeneratorConfig()), [pair])
-    images, verdicts = generator.reconstruct({name: gradient[:3] for name, gradient in pair.gradients.items()})
+    images, verdicts, _ = generator.reconstruct({name: gradient[:3] for name, gradient in pair.gradients.items()})
     assert torch.isfinite(images).all()
     assert verdicts == (Status.ESTIMATE.words,) * 3
     assert "regression" in generator.describe()

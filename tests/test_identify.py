@@ -95,6 +95,16 @@ def test_several_images_per_leak_are_noted():
     assert any("data.client_batch_size=4" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("client_batch_size", "updates", "found"),
+    [(4, UpdatesConfig(), True), (8, UpdatesConfig(), False), (4, UpdatesConfig(epochs=2), False)],
+)
+def test_it_is_said_where_images_of_an_average_can_be_told_apart(client_batch_size, updates, found):
+    data = DataConfig(name="cifar10", image_size=8, client_batch_size=client_batch_size)
+    report = gitlight.identify(Config(data=data, gradients=GradientsConfig(updates=updates)))
+    assert found == any("each image's input of the last layer can mostly be found" in note for note in report.notes)
+
+
 def test_updates_of_several_steps_are_noted():
     updates = GradientsConfig(updates=UpdatesConfig(epochs=2))
     report = gitlight.identify(Config(data=DataConfig(image_size=8), gradients=updates))

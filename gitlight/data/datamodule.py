@@ -274,12 +274,11 @@ class GradientPairDataModule(ImageDataModule):
         """
         with self.clock.running(batch[0].device):
             images, labels, indices = super().prepare(batch, split, epoch)
-            return self._pair(images, labels, indices, split, epoch, per_leak)
+            return self._pair(images, labels, indices, split, epoch, per_leak or self.settings.client_batch_size)
 
     def _pair(
-        self, images: Tensor, labels: Tensor, indices: Tensor, split: str, epoch: int, per_leak: int | None = None
+        self, images: Tensor, labels: Tensor, indices: Tensor, split: str, epoch: int, per_leak: int
     ) -> GradientPair:
-        per_leak = per_leak or self.settings.client_batch_size
         images = images.view(-1, per_leak, *images.shape[1:])
         labels, indices = labels.view(-1, per_leak), indices.view(-1, per_leak)
         if self.leaked_model.device != images.device:

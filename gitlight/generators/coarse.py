@@ -86,10 +86,8 @@ class CoarseGenerator(Generator):
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
         features = self.averages.features(gradients)
-        own, averages = (
-            self.scaling.split(self.scaling(gradients)),
-            self.averages.split(self.averages.standardise(features)),
-        )
+        own = self.scaling.split(self.scaling(gradients))
+        averages = self.averages.split(self.averages.standardise(features))
         first = next(iter(gradients.values()))
         estimate: Tensor | None = None
         for (parameters, weights), step in zip(self._parts, self.steps, strict=True):

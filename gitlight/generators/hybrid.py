@@ -186,8 +186,8 @@ class HybridGenerator(Generator):
         }
         if not state:
             raise CheckpointError(f"generator.weights_from: {file} holds no weights that generator.name=exact fitted.")
+        assert isinstance(self.walk, ClosedFormFeatures)  # weights_from goes with one image per leak
         try:
-            assert isinstance(self.walk, ClosedFormFeatures)
             self.walk.inversion.load_state_dict(state)
         except RuntimeError as error:
             raise CheckpointError(

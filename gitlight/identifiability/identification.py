@@ -53,18 +53,14 @@ def identify(config: Config) -> IdentifiabilityReport:
     notes = []
     if assumed:
         notes.append(f"{n_classes} classes are assumed; there is no folder of data.name={data.name} to count them in.")
+    leak = describe_leak(config.gradients.updates, data.client_batch_size)
     if data.client_batch_size > 1:
-        apart = is_separated_well(leaked.architecture, data.client_batch_size)
-        of_an_average = (
-            "the last layer's input of each image is exact (generator.name=hybrid), and nothing below it."
-            if apart
-            else "nothing is exact."
-        )
+        apart = leak == "gradient" and is_separated_well(leaked.architecture, data.client_batch_size)
+        what = "each image's input of the last layer can mostly be found (hybrid does)" if apart else "nothing is exact"
         notes.append(
             f"All this is for one image per leak. Of the average over data.client_batch_size={data.client_batch_size} "
-            f"images {of_an_average}"
+            f"images {what}."
         )
-    leak = describe_leak(config.gradients.updates, data.client_batch_size)
     if leak != "gradient":
         notes.append(f"All this is for gradients. Of updates of several local steps, {leak}, nothing is exact.")
     inversion = Inversion(leaked.architecture, None, 1, strict=False)

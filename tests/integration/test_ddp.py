@@ -15,7 +15,9 @@ def logged(run, column):
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-@pytest.mark.parametrize(("generator", "client_batch_size"), [("hybrid", 1), ("hybrid", 2), ("coarse", 1), ("mlp", 2)])
+@pytest.mark.parametrize(
+    ("generator", "client_batch_size"), [("hybrid", 1), ("hybrid", 2), ("coarse", 1), ("mlp", 1), ("mlp", 2)]
+)
 def test_two_processes_follow_the_curve_of_one(command, tmp_path, generator, client_batch_size):
     config = tmp_path / "run.yaml"
     config.write_text(

@@ -23,7 +23,7 @@ from gitlight.generators.exact.fits import (
 from gitlight.generators.exact.forward import gradient_mismatch
 from gitlight.generators.exact.labels import labels_from_bias_gradient
 from gitlight.generators.exact.matching import matching_fits
-from gitlight.generators.exact.noise import entry_size, rank_one
+from gitlight.generators.exact.noise import SUMMED, entry_size, rank_one
 from gitlight.generators.exact.plan import Do, Plan, plan_walk, rules_of
 from gitlight.generators.exact.posterior import Prior
 from gitlight.generators.exact.rule import InverseRule
@@ -35,9 +35,6 @@ _MOST_IMBALANCED = 0.1
 
 _SURELY = 6.0
 """Standard deviations of noise beyond which it is not noise."""
-
-_SUMMED = 4.0
-"""Rounding of one entry, which the sums of a forward and a backward pass through several layers multiply."""
 
 
 class Leaks(NamedTuple):
@@ -226,7 +223,7 @@ class Inversion(nn.Module):
         # Of large models a walk may use the last layer's alone: all others in double take longer than it does.
         kept = {name: gradient.double() for name, gradient in gradients.items() if name in self._used}
         size = entry_size(gradients)
-        return Leaks(kept, self._noise_of(kept, _SUMMED * torch.finfo(dtype).eps * size, size), which, dtype, size)
+        return Leaks(kept, self._noise_of(kept, SUMMED * torch.finfo(dtype).eps * size, size), which, dtype, size)
 
     def _noise_of(self, gradients: Gradients, rounding: Tensor, entry_size: Tensor) -> Tensor:
         """``(B,)``: the given relative noise, or what the last layer's gradient shows; rounding at least."""

@@ -8,6 +8,9 @@ from torch import Tensor
 from gitlight.data.pair import Gradients
 from gitlight.generators.exact.leading import leading_direction
 
+SUMMED = 4.0
+"""Rounding of one entry, which the sums of a forward and a backward pass through several layers multiply."""
+
 
 class RankOne(NamedTuple):
     """The last layer's weight gradient of one image has rank one, ``δ ⊗ a``; what is left over tells.

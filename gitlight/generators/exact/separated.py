@@ -11,7 +11,7 @@ from gitlight.errors import DataError
 from gitlight.generators.base import OfSingleImages, PairFit, ParameterEstimate
 from gitlight.generators.exact.features import LEVELS, Feature, FeatureValues
 from gitlight.generators.exact.labels import labels_of_batch, output_bias
-from gitlight.generators.exact.noise import entry_size
+from gitlight.generators.exact.noise import SUMMED, entry_size
 from gitlight.generators.exact.plan import rules_of
 from gitlight.generators.exact.rule import Estimate, InverseRule
 from gitlight.generators.exact.separation import Typical, n_equations_and_unknowns, separable, separate
@@ -23,9 +23,6 @@ _MOST_SUMS = 1 << 25
 
 _MOST_IN_JACOBIAN = 1 << 19
 """Entries of one leak's Jacobian, 4 MiB: beyond, a leak takes seconds."""
-
-_SUMMED = 4.0
-"""Rounding of one entry, which the sums of a forward and a backward pass through several layers multiply."""
 
 
 def is_separated_well(architecture: Architecture, client_batch_size: int) -> bool:
@@ -111,7 +108,7 @@ class SeparatedFeatures(nn.Module):
         which = (leaks == Status.EXACT).nonzero().squeeze(1)
         weight, bias = (gradients[self._head.parameters[role]][which] for role in ("weight", "bias"))
         size = entry_size(gradients)[which].clamp_min(1e-300)
-        noise = self._noise_of(weight.double(), size, torch.finfo(weight.dtype).eps)
+        noise = self.noise_of(weight.double(), size, torch.finfo(weight.dtype).eps)
         typical = Typical(self.typical_input, self.spread, self.probabilities)
         found = separate(weight.double(), bias.double(), noise, self.weight, self.bias, typical, n)
         inputs, variance = found.inputs.flatten(0, 1), found.inputs_variance.flatten()
@@ -143,9 +140,9 @@ class SeparatedFeatures(nn.Module):
         """The last layer's weights, up to a row common to all classes."""
         return {name: ParameterEstimate(getattr(self, role), True) for role, name in self._head.parameters.items()}
 
-    def _noise_of(self, weight_gradient: Tensor, entry_size: Tensor, rounding: float) -> Tensor:
+    def noise_of(self, weight_gradient: Tensor, entry_size: Tensor, rounding: float) -> Tensor:
         """``(B,)``: as given, or what the sums over all classes show, which are zero but for noise."""
-        least = _SUMMED * rounding * entry_size
+        least = SUMMED * rounding * entry_size
         if self._noise is not None:
             return torch.maximum(least, self._noise * entry_size)
         n_classes, n_features = weight_gradient.shape[1:]
@@ -165,7 +162,7 @@ class _HeadFit:
         weight, delta = (gradients[self._head.parameters[role]][which] for role in ("weight", "bias"))
         rounding = torch.finfo(weight.dtype).eps
         weight, delta = weight.double(), delta.double()
-        noise = self._features._noise_of(weight, entry_size(gradients)[which], rounding)
+        noise = self._features.noise_of(weight, entry_size(gradients)[which], rounding)
         # δ ⊗ a, by least squares; where δ is zero or vanishes when squared, there is no a.
         inputs = (delta.unsqueeze(1) @ weight).squeeze(1) / delta.square().sum(dim=1, keepdim=True)
         usable = torch.isfinite(inputs).all(dim=1)

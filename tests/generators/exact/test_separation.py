@@ -1,25 +1,11 @@
 """Telling the images of a client batch apart by the last layer's gradient."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from closed_form import run_fits
-from torch import nn
 from torch.nn import functional
 
-from gitlight.architecture import Architecture
-from gitlight.config import HybridGeneratorConfig, LeNetConfig, ResNetConfig, SketchConfig
-from gitlight.errors import ConfigError, DataError
-from gitlight.generators.base import OfSingleImages
 from gitlight.generators.exact import separation
-from gitlight.generators.exact.features import LEVELS
-from gitlight.generators.exact.separated import SeparatedFeatures, can_separate, is_separated_well
 from gitlight.generators.exact.separation import Typical, separable, separate
-from gitlight.generators.hybrid import HybridGenerator
-from gitlight.gradients.sketch import Sketch
-from gitlight.leaked.model import LeakedModel
-from gitlight.metrics import match
 
 N_CLASSES, N_FEATURES, N_LEAKS = 10, 30, 40
 
@@ -99,17 +85,6 @@ def test_labels_are_read_off_where_one_class_has_nearly_all_probability():
     assert torch.equal(found.labels, labels.sort(dim=1).values)
 
 
-def test_hybrid_gives_the_labels_that_it_reads_off(make_pairs):
-    settings = LeNetConfig(width=4)
-    leaked, pair = make_pairs(settings, n=60, client_batch_size=2)
-    _, single = make_pairs(settings, n=400)
-    chosen = HybridGeneratorConfig(channels=8, blocks=1, gradient_channels=2)
-    generator = run_fits(HybridGenerator(leaked.architecture, chosen, 2), [pair], [single])
-    assert torch.equal(generator.reconstruct(pair.gradients).labels, pair.labels.sort(dim=1).values)
-    other = run_fits(HybridGenerator(leaked.architecture, replace(chosen, separate=False), 2), [pair], [single])
-    assert other.reconstruct(pair.gradients).labels is None
-
-
 @pytest.mark.parametrize("scale", [1e-170, 1e170])
 def test_a_leak_of_an_impossible_size_spoils_no_other(scale):
     weight, bias, typical, inputs, labels, of_weight, of_bias, noise = leaks(2)
@@ -153,176 +128,3 @@ def test_the_jacobian_is_the_residuals_derivative():
 )
 def test_more_images_than_equations_are_not_separable(n_images, n_classes, n_features, can):
     assert separable(n_images, n_classes, n_features) is can
-
-
-@pytest.fixture
-def separated(make_pairs):
-    """Features of client batches of two on a LeNet with sigmoids, fitted; the leaked model and a pair."""
-    settings = LeNetConfig(width=4)
-    leaked, pair = make_pairs(settings, n=30, client_batch_size=2, seed=1)
-    _, single = make_pairs(settings, n=400)
-    features = SeparatedFeatures(leaked.architecture, None, 2)
-    for fit in features.fits():
-        fit.update(single.gradients, single.images, single.indices[:, 0])
-        fit.finish()
-    return features, leaked, pair
-
-
-def test_the_feature_is_what_the_activation_below_the_last_layer_was_made_of(separated):
-    features, leaked, pair = separated
-    network = leaked.network.double()
-    truth = network[:-3](pair.images.flatten(0, 1).double())  # without activation, flatten, linear
-    found, levels = features(pair.gradients)
-    assert features.features[0].result == "conv3"
-    values = found[0].view(30, 2, -1)
-    wanted = truth.view(30, 2, 1, 16, 4).movedim(2, 3)  # as images of 16 × 4, to be matched
-    matched = match(values.view(30, 2, 1, 16, 4).float(), wanted.reshape(30, 2, 1, 16, 4).float())
-    errors = (matched - wanted.reshape(matched.shape)).abs().flatten(1).max(dim=1).values
-    assert (errors < 1e-3).double().mean() > 0.9
-    assert levels.shape == (60, 2)
-
-
-def test_the_last_layers_weights_are_found_up_to_a_common_row(separated):
-    features, leaked, _ = separated
-    found = features.estimated_parameters()["linear.weight"]
-    assert found.up_to_common_row
-    true = leaked.network[-1].weight.double()
-    torch.testing.assert_close(found.value, true - true.mean(dim=0), rtol=1e-5, atol=1e-6)
-
-
-def test_leaks_that_are_zero_or_not_finite_are_no_estimate_and_spoil_no_other(separated):
-    features, _, pair = separated
-    clean, _ = features(pair.gradients)
-    spoiled = {name: gradient.clone() for name, gradient in pair.gradients.items()}
-    for gradient in spoiled.values():
-        gradient[3] = 0
-    spoiled["conv1.bias"][5, 0] = float("nan")
-    found, levels = features(spoiled)
-    bad = torch.tensor([6, 7, 10, 11])
-    assert not found[0][bad].any()
-    assert (levels[bad] == LEVELS[1]).all()
-    rest = torch.ones(60, dtype=torch.bool).index_fill(0, bad, False)
-    torch.testing.assert_close(found[0][rest], clean[0][rest], rtol=1e-4, atol=1e-4)
-
-
-def test_a_batch_without_a_usable_leak_is_no_error(separated):
-    features, _, pair = separated
-    found, levels = features({name: torch.zeros_like(gradient) for name, gradient in pair.gradients.items()})
-    assert not found[0].any()
-    assert (levels == LEVELS[1]).all()
-
-
-def test_single_images_without_an_output_error_spoil_no_fit(make_pairs):
-    settings = LeNetConfig(width=4)
-    leaked, single = make_pairs(settings, n=400)
-    clean, spoiled = (SeparatedFeatures(leaked.architecture, None, 2) for _ in range(2))
-    for features, gradients in (
-        (clean, {name: gradient[1:] for name, gradient in single.gradients.items()}),
-        (
-            spoiled,
-            single.gradients | {"linear.bias": single.gradients["linear.bias"].index_fill(0, torch.tensor([0]), 0)},
-        ),
-    ):
-        for fit in features.fits():
-            fit.update(gradients, single.images, single.indices[:, 0])
-            fit.finish()
-    for name, wanted in clean.state_dict().items():
-        torch.testing.assert_close(spoiled.state_dict()[name], wanted, msg=name)
-
-    (fit,) = SeparatedFeatures(leaked.architecture, None, 2).fits()
-    without = {name: torch.zeros_like(g) if name == "linear.bias" else g for name, g in single.gradients.items()}
-    fit.update(without, single.images, single.indices[:, 0])
-    with pytest.raises(DataError, match=r"generator\.separate=false"):
-        fit.finish()
-
-
-def test_what_is_the_whole_leaks_goes_to_each_of_its_own_images(make_pairs):
-    settings = LeNetConfig(width=4)
-    leaked, pair = make_pairs(settings, n=60, client_batch_size=2)
-    _, single = make_pairs(settings, n=400)
-    chosen = HybridGeneratorConfig(channels=8, blocks=1, gradient_channels=2)
-    generator = run_fits(HybridGenerator(leaked.architecture, chosen, 2), [pair], [single])
-    nn.init.normal_(generator.refinement.leave.weight, std=0.1)
-    whole = generator(pair.gradients)
-    for number in (0, 1, 7):
-        alone = generator({name: gradient[number : number + 1] for name, gradient in pair.gradients.items()})
-        torch.testing.assert_close(alone[0], whole[number], rtol=1e-4, atol=1e-4)
-
-
-def test_the_second_regression_is_of_single_images(make_pairs):
-    settings = LeNetConfig(width=4)
-    leaked, pair = make_pairs(settings, n=300, client_batch_size=2)
-    _, single = make_pairs(settings, n=600)
-    chosen = HybridGeneratorConfig(channels=8, blocks=1, gradient_channels=2)
-    generator = HybridGenerator(leaked.architecture, chosen, 2)
-    errors = []
-    for fit in generator.fits():
-        (used,) = [single] if isinstance(fit, OfSingleImages) else [pair]
-        fit.update(used.gradients, used.images, used.indices[:, 0] // used.images.shape[1])
-        fit.finish()
-        errors.append((match(generator.start(pair.gradients), pair.images) - pair.images).square().mean())
-    assert len(errors) == 3
-    assert errors[2] < errors[1]
-
-
-def test_training_lowers_the_error_of_separated_images(make_pairs):
-    settings = LeNetConfig(width=4)
-    leaked, pair = make_pairs(settings, n=150, client_batch_size=2)
-    _, single = make_pairs(settings, n=400)
-    _, other = make_pairs(settings, n=150, client_batch_size=2, seed=1)
-    chosen = HybridGeneratorConfig(channels=8, blocks=1, gradient_channels=2)
-    torch.manual_seed(0)
-    generator = run_fits(HybridGenerator(leaked.architecture, chosen, 2), [pair], [single])
-    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(15):
-        loss = (match(generator(other.gradients), other.images) - other.images).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in generator.parameters())
-
-
-def test_hybrid_starts_from_each_images_own_features(make_pairs):
-    settings = LeNetConfig(width=4)
-    leaked, pair = make_pairs(settings, n=400, client_batch_size=2)
-    _, single = make_pairs(settings, n=800)
-    _, other = make_pairs(settings, n=40, client_batch_size=2, seed=1)
-    errors = {}
-    for separate_images in (None, False):
-        chosen = HybridGeneratorConfig(channels=8, blocks=1, gradient_channels=2, separate=separate_images)
-        generator = run_fits(HybridGenerator(leaked.architecture, chosen, 2), [pair], [single])
-        start = generator.start(other.gradients)
-        assert start.shape == other.images.shape
-        errors[separate_images] = (match(start, other.images) - other.images).square().mean()
-    assert errors[None] < 0.75 * errors[False]
-
-
-def test_what_cannot_be_separated_is_an_error_where_it_is_asked_for(lenet_architecture):
-    assert can_separate(lenet_architecture, 4)
-    assert not can_separate(lenet_architecture, 5)  # five classes
-    assert [is_separated_well(lenet_architecture, n) for n in (1, 2, 3, 4)] == [False, True, False, False]
-    assert HybridGenerator(lenet_architecture, HybridGeneratorConfig(separate=True), 4).walk.n_slots == 4
-    assert HybridGenerator(lenet_architecture, HybridGeneratorConfig(), 4).walk.n_slots == 1
-    settings = HybridGeneratorConfig(separate=True)
-    with pytest.raises(ConfigError, match=r"generator\.separate.*5 images.*generator\.separate=null"):
-        HybridGenerator(lenet_architecture, settings, 5)
-    assert HybridGenerator(lenet_architecture, HybridGeneratorConfig(), 5).walk.n_slots == 1
-
-
-def test_many_classes_and_images_would_take_too_long():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 100))
-    architecture = Architecture.of(network, (3, 4, 4), 100)
-    assert can_separate(architecture, 8)
-    assert not can_separate(architecture, 32)
-
-
-def test_other_last_layers_and_batch_statistics_are_not_separable(lenet_architecture):
-    without_bias = nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False))
-    assert not can_separate(Architecture.of(without_bias, (3, 2, 2), 5), 2)
-    statistics = LeakedModel(ResNetConfig(width=4, batch_norm="batch"), (3, 16, 16), 5).architecture
-    assert not can_separate(statistics, 2)
-    sketched = Sketch(lenet_architecture, SketchConfig(name="count", size=20, keep_exact=[]))
-    assert not can_separate(sketched.seen_by_generators(lenet_architecture), 2)

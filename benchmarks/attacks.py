@@ -29,8 +29,8 @@ from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.matching import match_gradients
 from gitlight.attacks.variables import Pixels
 from gitlight.config import DLGConfig, MatchingConfig
-from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import GradientPair
+from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.report.trajectories import mean_curve, read_trajectories
 from gitlight.training import build_pairs
 

@@ -15,7 +15,7 @@ _EXPORTS = {
     "GITModule": "gitlight.training",
     "GradientEngine": "gitlight.gradients.engine",
     "GradientPair": "gitlight.data.pair",
-    "GradientPairDataModule": "gitlight.data.datamodule",
+    "GradientPairDataModule": "gitlight.data.pair_datamodule",
     "LeakedModel": "gitlight.leaked.model",
     "evaluate": "gitlight.evaluation",
     "identify": "gitlight.identifiability.identification",

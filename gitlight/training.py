@@ -15,8 +15,9 @@ from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_resumable
 from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, HybridGeneratorConfig, OptimizerConfig
 from gitlight.config_loading import load_config
-from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule, image_shape, load_images
+from gitlight.data.datamodule import ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
+from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import CheckpointError, ConfigError, LostRankError
 from gitlight.generators import GENERATORS
 from gitlight.generators.base import Generator, OfSingleImages

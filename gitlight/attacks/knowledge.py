@@ -16,8 +16,8 @@ from gitlight.attacks.iterative import IterativeAttack, Prior
 from gitlight.attacks.searches import build_search, check_image_prior
 from gitlight.config import Config, GIASConfig, MatchingConfig
 from gitlight.config_loading import component_settings
-from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import Gradients
+from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import ConfigError
 from gitlight.gradients.updates import describe_leak
 from gitlight.metrics import match

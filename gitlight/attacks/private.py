@@ -17,8 +17,8 @@ from gitlight.attacks.iterative import IterativeAttack
 from gitlight.attacks.knowledge import Knowledge, check_attack
 from gitlight.config import Config, GIASConfig, MatchingConfig
 from gitlight.config_loading import to_plain
-from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import GradientPair, Gradients
+from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.generators.base import Reconstruction
 from gitlight.metrics import match
 from gitlight.report.attacked import to_bytes

@@ -8,8 +8,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import GradientPair
+from gitlight.data.pair_datamodule import GradientPairDataModule
 
 PAIRS_PER_SECOND = "throughput/pairs_per_second"
 SHARE_MAKING_PAIRS = "throughput/share_making_pairs"

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from gitlight.architecture import Architecture
 from gitlight.attacks.labels import in_the_order_of, labels_from_leak
-from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import GradientPair
+from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.generators.base import Reconstruction
 from gitlight.generators.exact.labels import labels_from_bias_gradient, output_bias
 from gitlight.lpips import load_lpips

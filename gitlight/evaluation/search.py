@@ -7,7 +7,7 @@ from gitlight.attacks.knowledge import check_attack, knowledge_of
 from gitlight.attacks.private import attack_iteratively, forget_parts
 from gitlight.config import Config
 from gitlight.config_loading import save_config
-from gitlight.data.datamodule import GradientPairDataModule
+from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.evaluation.conditions import described, leak_changes, result_of, search_changes
 from gitlight.evaluation.measuring import measured, perceptual_distance
 from gitlight.evaluation.writing import Evaluation, warn_of_few, write_evaluation

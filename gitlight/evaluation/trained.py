@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from gitlight.config import Config, GivenConfig
-from gitlight.data.datamodule import GradientPairDataModule
 from gitlight.data.pair import Gradients
+from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import CheckpointError
 from gitlight.evaluation.conditions import attack_changes, changes_since, described, result_of
 from gitlight.evaluation.measuring import measured, perceptual_distance

@@ -6,8 +6,9 @@ from PIL import Image
 
 from gitlight.cli import train_command
 from gitlight.config import DataConfig, FullyConnectedConfig, GaussianNoiseConfig, GradientsConfig
-from gitlight.data.datamodule import GradientPairDataModule, ImageDataModule
+from gitlight.data.datamodule import ImageDataModule
 from gitlight.data.images import ImageSplits, InMemoryImages
+from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import CheckpointError, ConfigError, DataError
 from gitlight.leaked.model import LeakedModel
 

@@ -1,0 +1,157 @@
+"""`GradientPairDataModule`, which makes gradient-image pairs of the loaders' images, on the device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gitlight.config import ChannelConfig, DataConfig, GradientsConfig
+from gitlight.data.datamodule import Batch, ImageDataModule
+from gitlight.data.images import ImageSplits
+from gitlight.data.pair import GradientPair
+from gitlight.data.pair_clock import PairClock
+from gitlight.data.sampling import mixed_seed
+from gitlight.errors import CheckpointError
+from gitlight.gradients.channel import build_channel
+from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.sketch import Sketch
+from gitlight.gradients.updates import LocalUpdates, n_local_steps, smallest_local_batch
+from gitlight.leaked.batch_norm import check_batch_statistics
+from gitlight.leaked.model import LeakedModel
+
+
+class GradientPairDataModule(ImageDataModule):
+    """Makes pairs on the fly, on each rank's own device, from the images of the loaders.
+
+    The leaked model is never handed to a generator, which gets its `Architecture`.
+
+    Attributes:
+        leaked_model: the model that leaks.
+        architecture: what generators are built from: the leaked model's, with the sketch if there is one.
+    """
+
+    def __init__(
+        self,
+        loaded: ImageSplits,
+        settings: DataConfig,
+        leaked_model: LeakedModel,
+        gradients: GradientsConfig,
+        channel: list[ChannelConfig],
+        seed: int,
+    ) -> None:
+        """Args: a source's images, how to use them, the model that leaks, how its gradients are made and sent.
+
+        Raises:
+            ConfigError: a batch norm layer would see a single value per channel.
+        """
+        super().__init__(loaded, settings, seed)
+        check_batch_statistics(
+            leaked_model.architecture, smallest_local_batch(gradients.updates, settings.client_batch_size)
+        )
+        self.leaked_model = leaked_model
+        self.clock = PairClock()
+        self._channel = build_channel(channel)
+        sketch = None if gradients.sketch.name == "none" else Sketch(leaked_model.architecture, gradients.sketch)
+        self.architecture = (
+            sketch.seen_by_generators(leaked_model.architecture) if sketch else leaked_model.architecture
+        )
+        several_steps = n_local_steps(gradients.updates, settings.client_batch_size) > 1
+        # Channels and local steps act on whole gradients; without them they are sketched as they are made. The map is
+        # linear.
+        whole = bool(channel) or several_steps
+        self._sketch_after = sketch if whole else None
+        self._engine = GradientEngine(
+            leaked_model.network, leaked_model.architecture, gradients, None if whole else sketch
+        )
+        self._updates = (
+            LocalUpdates(leaked_model.network, leaked_model.architecture, gradients) if several_steps else None
+        )
+
+    def prepare(self, batch: Batch, split: str, epoch: int, per_leak: int | None = None) -> GradientPair:
+        """Turn images on a device into pairs there.
+
+        Args:
+            batch: images, labels and indices.
+            split: ``train``, ``validation``, ``test``, or ``fit`` (public images as they are, before training).
+            epoch: fixes mirroring, the order of local steps and the channel's noise of training pairs, which are fresh
+                in every epoch.
+            per_leak: images of a leak; None: ``data.client_batch_size``.
+        """
+        with self.clock.running(batch[0].device):
+            images, labels, indices = super().prepare(batch, split, epoch)
+            return self._pair(images, labels, indices, split, epoch, per_leak or self.settings.client_batch_size)
+
+    def _pair(
+        self, images: Tensor, labels: Tensor, indices: Tensor, split: str, epoch: int, per_leak: int
+    ) -> GradientPair:
+        images = images.view(-1, per_leak, *images.shape[1:])
+        labels, indices = labels.view(-1, per_leak), indices.view(-1, per_leak)
+        if self.leaked_model.device != images.device:
+            self.leaked_model.to(images.device)
+        if self._updates is None:
+            gradients = self._engine(images, labels)
+        else:
+            gradients = self._updates(images, labels, self._seeds("local order", split, epoch, indices))
+        if self._channel:
+            seeds = self._seeds("noise", split, epoch, indices)
+            for stage in self._channel:
+                gradients = stage(gradients, seeds)
+        if self._sketch_after is not None:
+            gradients = self._sketch_after(gradients)
+        return GradientPair(gradients, images, labels, indices)
+
+    def _seeds(self, purpose: str, split: str, epoch: int, indices: Tensor) -> Tensor:
+        """A seed ``(B,)`` for each leak from its first image: the same on any rank, fresh in each training epoch."""
+        counter = epoch if split == "train" else 0
+        return torch.tensor(
+            [mixed_seed(f"{split} {purpose}", self._seed, counter, index) for index in indices[:, 0].tolist()]
+        )
+
+    def fit_pairs(self, device: torch.device, single_images: bool = False) -> Iterator[GradientPair]:
+        """This rank's share of all public pairs, in order, without augmentation: for closed-form fits.
+
+        Args:
+            device: where they are made.
+            single_images: whether a pair is of one image, whatever the size of client batches.
+        """
+        for batch in self._loader("train", shuffle=False):
+            images, labels, indices = (part.to(device) for part in batch)
+            if not single_images:
+                yield self.prepare((images, labels, indices), "fit", epoch=0)
+                continue
+            # As many leaks at once as ever.
+            n_leaks = len(images) // self.settings.client_batch_size
+            for parts in zip(images.split(n_leaks), labels.split(n_leaks), indices.split(n_leaks), strict=True):
+                yield self.prepare(parts, "fit", epoch=0, per_leak=1)
+
+    def private_pairs(self, device: torch.device, n_images: int) -> Iterator[GradientPair]:
+        """Pairs of the first ``n_images`` private images, whole client batches of them."""
+        return self._first_pairs("test", device, n_images)
+
+    def held_out_pairs(self, device: torch.device, n_images: int) -> Iterator[GradientPair]:
+        """The same of the public images that validation uses: what an attacker can try an attack on."""
+        return self._first_pairs("validation", device, n_images)
+
+    def _first_pairs(self, split: str, device: torch.device, n_images: int) -> Iterator[GradientPair]:
+        left = n_images // self.settings.client_batch_size
+        for batch in self._loader(split, shuffle=False):
+            if left <= 0:
+                return
+            kept = left * self.settings.client_batch_size
+            images, labels, indices = (part[:kept].to(device) for part in batch)
+            yield self.prepare((images, labels, indices), split, epoch=0)
+            left -= len(images) // self.settings.client_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which leaked model the pairs are of, and how far training is in its images."""
+        return {**super().state_dict(), "leaked_fingerprint": self.leaked_model.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a resumed run attacks the model that it began with."""
+        if state_dict["leaked_fingerprint"] != self.leaked_model.fingerprint():
+            raise CheckpointError(
+                "The checkpoint was made with another leaked model: its weights differ from those that `leaked` gives "
+                "now. Use the run's own config.yaml, with the weights file that it names unchanged."
+            )
+        super().load_state_dict(state_dict)

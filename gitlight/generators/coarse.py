@@ -101,7 +101,7 @@ class CoarseGenerator(Generator):
             return torch.sigmoid(estimate)
         with torch.autocast(first.device.type, enabled=False), full_float32():
             start = self.ridge(self.start_features(features)).view(-1, 1, *self.architecture.image_shape)
-        # In units of the start's own error, as far as there is anything to learn.
+        # In units of the start's own error, for Adam's first steps not to be many times what is to be learned.
         return clamp_passing_gradients(start + estimate * self.ridge.error.float())
 
     def start_features(self, averages: Tensor) -> Tensor:

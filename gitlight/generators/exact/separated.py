@@ -178,13 +178,13 @@ class _HeadFit:
         return [*self._fit.sums(), *self._sums]
 
     def finish(self) -> None:
-        weight, bias, _ = self._fit.solve()
         inputs, squares, probabilities, count = self._sums
         if not count:
             raise DataError(
                 "The last layer's weights, which tell the images of a client batch apart, cannot be fitted: of no "
                 "single public image does its bias have a gradient. Give generator.separate=false, or another channel."
             )
+        weight, bias, _ = self._fit.solve()
         mean = inputs / count
         for name, value in (
             ("weight", weight),

@@ -45,6 +45,7 @@ class Case(NamedTuple):
 
 
 LEVELS = (1e-3, 1e-2, 1e-1)
+SHORT = ("trainer.max_epochs=3", "generator.mirrored_start=false")
 CASES = {
     "lenet_mlp": Case("lenet_mlp", epochs_on_gpu=50),
     "lenet_coarse": Case("lenet_coarse", epochs_on_gpu=24),
@@ -68,12 +69,10 @@ CASES = {
     "lenet_hybrid_n4": Case("lenet_hybrid", (*N4, "trainer.max_epochs=12"), 30),
     # One generator for a range of noise, and one for half of each of its levels.
     "lenet_hybrid_range": Case(
-        "lenet_hybrid", (noise(0.2, 1e-4), "trainer.max_epochs=3"), 12, tuple((noise(level),) for level in (0, *LEVELS))
+        "lenet_hybrid", (noise(0.1, 0), *SHORT), 12, tuple((noise(level),) for level in (0, 1e-4, *LEVELS))
     ),
     **{
-        f"lenet_hybrid_half_{level:g}": Case(
-            "lenet_hybrid", (noise(level / 2), "trainer.max_epochs=3"), 12, ((noise(level),),)
-        )
+        f"lenet_hybrid_half_{level:g}": Case("lenet_hybrid", (noise(level / 2), *SHORT), 12, ((noise(level),),))
         for level in LEVELS
     },
     # What each part is worth.

@@ -30,8 +30,9 @@ def configure_optimizer(module: LightningModule, settings: OptimizerConfig) -> A
         # Started in closed form, losses are 1e-4 and less, and inner gradients far below Adam's default of 1e-8.
         options["eps"] = 1e-14
     # One kernel for all parameters. Loss scaling is then the kernel's, which leaves no place for Lightning to clip.
-    scaled_and_clipped = module.trainer.precision == "16-mixed" and module.trainer.gradient_clip_val
-    options["fused"] = not scaled_and_clipped
+    # It asks no further than whether precision is mixed.
+    mixed_and_clipped = module.trainer.precision.endswith("-mixed") and module.trainer.gradient_clip_val
+    options["fused"] = not mixed_and_clipped
     optimizer = _OPTIMIZERS[settings.name](parameters, **options)
     n_steps = int(module.trainer.estimated_stepping_batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -24,7 +24,7 @@ def speed_up(module: nn.Module, settings: TrainerConfig) -> None:
     """
     if not (settings.compile or settings.channels_last):
         return
-    layers = list(_trained_layers(module))
+    layers = list(trained_layers(module))
     if not layers:
         key = "compile" if settings.compile else "channels_last"
         raise ConfigError(
@@ -38,10 +38,10 @@ def speed_up(module: nn.Module, settings: TrainerConfig) -> None:
             layer.compile()
 
 
-def _trained_layers(module: nn.Module) -> Iterator[nn.Module]:
+def trained_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The children that are called as layers and have something to train; lists of layers are opened."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            yield from _trained_layers(child)
+            yield from trained_layers(child)
         elif any(p.requires_grad and p.dtype != torch.float64 for p in child.parameters()):
             yield child

@@ -14,6 +14,7 @@ from gitlight.config import Config, TrainerConfig
 from gitlight.errors import ConfigError
 from gitlight.loggers import build_loggers
 from gitlight.runs import checkpoint_path
+from gitlight.sharding import FullyShardedStrategy
 from gitlight.stop_signals import StopSignals
 
 
@@ -33,8 +34,10 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
     settings["accelerator"] = accelerator(config.trainer)
     if nothing_to_train:
         settings["devices"] = 1
+        if settings["strategy"] in ("ddp", "fsdp"):  # which want something to train
+            settings["strategy"] = "auto"
     try:
-        trial = Trainer(**settings, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trial = Trainer(**_with_strategy(settings), logger=False, enable_checkpointing=False, enable_progress_bar=False)
     except (MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         given = ", ".join(f"trainer.{key}={value}" for key, value in settings.items() if value != _default(key))
         raise ConfigError(f"trainer: Lightning refuses these settings ({given or 'the defaults'}): {error}") from error
@@ -43,6 +46,11 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
             "trainer.num_nodes: this generator inverts in closed form and has nothing to train; use one machine."
         )
     return settings
+
+
+def _with_strategy(settings: dict[str, Any]) -> dict[str, Any]:
+    """For one `Trainer`, which keeps its strategy to itself."""
+    return {**settings, "strategy": FullyShardedStrategy()} if settings["strategy"] == "fsdp" else settings
 
 
 def _default(key: str) -> Any:
@@ -70,7 +78,7 @@ def build_trainer(
     callbacks = build_callbacks(config, folder, signals)
     continues_last = resume is not None and resume.resolve() == checkpoint_path(folder, "last").resolve()
     trainer = Trainer(
-        **settings,
+        **_with_strategy(settings),
         callbacks=callbacks,
         logger=build_loggers(config, folder, folder.name, resumed),
         plugins=[AtomicCheckpointIO(config.trainer.keep_last, last_is_good=continues_last)],

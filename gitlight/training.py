@@ -1,6 +1,7 @@
 """`GITModule`, the LightningModule around a generator, and `train`, what ``train.py`` does."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,28 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_resumable
-from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, HybridGeneratorConfig, OptimizerConfig
+from gitlight.config import (
+    ChannelConfig,
+    Config,
+    ExactGeneratorConfig,
+    GaussianNoiseConfig,
+    GivenConfig,
+    HybridGeneratorConfig,
+    OptimizerConfig,
+)
 from gitlight.config_loading import load_config
 from gitlight.data.datamodule import ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import CheckpointError, ConfigError, LostRankError
 from gitlight.generators import GENERATORS
-from gitlight.generators.base import Generator, OfSingleImages
+from gitlight.generators.base import FitOn, Generator
 from gitlight.gradients.updates import describe_leak
 from gitlight.leaked.model import LeakedModel
 from gitlight.metrics import match
@@ -36,6 +46,7 @@ from gitlight.runs import (
     run_folder,
     run_lock,
 )
+from gitlight.sharding import ShardableModule, check_shardable
 from gitlight.speed import speed_up
 from gitlight.stop_signals import StopSignals
 from gitlight.trainer import build_trainer, trainer_settings
@@ -43,7 +54,7 @@ from gitlight.trainer import build_trainer, trainer_settings
 log = logging.getLogger(__name__)
 
 
-class GITModule(LightningModule):
+class GITModule(ShardableModule):
     """Trains a generator on pairs: closed-form fits first, then descent on the mean squared error, or its own loss.
 
     With several images per leak the loss is that of the best assignment of outputs to images (Wu et al. 2023).
@@ -65,6 +76,13 @@ class GITModule(LightningModule):
         images: Tensor = self.generator(gradients)
         return images
 
+    forward_methods = ("training_loss",)
+
+    @property
+    def sharded(self) -> nn.Module:
+        """The generator; its closed-form parts are buffers, and whole on every device."""
+        return self.generator
+
     def on_fit_start(self) -> None:
         """Make the generator's closed-form fits, unless a resumed checkpoint holds them already."""
         if bool(self.generator.fitted):
@@ -73,10 +91,9 @@ class GITModule(LightningModule):
         assert isinstance(datamodule, GradientPairDataModule)
         with torch.no_grad():
             for number, fit in enumerate(self.generator.fits(), start=1):
-                single = isinstance(fit, OfSingleImages)
-                name = fit.name if isinstance(fit, OfSingleImages) else type(fit).__name__
-                log.info("fit %d (%s): one pass over the public pairs", number, name.removeprefix("_"))
-                for pair in datamodule.fit_pairs(self.device, single_images=single):
+                wanted = fit if isinstance(fit, FitOn) else FitOn(fit)
+                log.info("fit %d (%s): a pass over the public pairs", number, wanted.name.removeprefix("_"))
+                for pair in datamodule.fit_pairs(self.device, wanted.pairs):
                     # Neither labels nor anything else that the attacker does not have.
                     fit.update(pair.gradients, pair.images, pair.indices[:, 0] // pair.images.shape[1])
                 for total in fit.sums():
@@ -86,7 +103,8 @@ class GITModule(LightningModule):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 # Equal sums need not give equal solutions on unequal devices; fits may start what is trained, too.
                 for tensor in (*self.generator.buffers(), *self.generator.parameters()):
-                    torch.distributed.broadcast(tensor.data, src=0)
+                    if not isinstance(tensor, DTensor):  # of which every device has its share, drawn from one seed
+                        torch.distributed.broadcast(tensor.data, src=0)
 
     def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor | None:
         """Mean squared error over the batch, or the generator's own loss; None for one with nothing to train."""
@@ -101,6 +119,8 @@ class GITModule(LightningModule):
     def validation_step(self, pair: GradientPair, batch_idx: int) -> dict[str, Tensor]:
         """Log the loss on held-out public pairs and hand the reconstructions to the callbacks."""
         reconstructions = self(pair.gradients)
+        if self.is_waited_for(batch_idx):
+            self(pair.gradients)
         self.val_loss.update(self._loss(reconstructions, pair), weight=len(pair))
         self.log("val/loss", self.val_loss, on_epoch=True, batch_size=len(pair))
         return {"reconstructions": reconstructions}
@@ -142,25 +162,39 @@ def build_generator(config: Config, architecture: Architecture) -> Generator:
     return generator
 
 
-def _with_separation_decided(config: Config) -> Config:
-    """The config, with ``generator.separate=false`` where leaks are not gradients.
+def _with_decisions(config: Config) -> Config:
+    """The config, with what `hybrid`'s settings leave to the leaks that it is trained on.
 
-    It is decided for the run, and kept in its config.yaml: a generator may be evaluated on other leaks than it was
-    trained on.
+    It is decided for the run, and kept in its config.yaml: a generator may be evaluated on other leaks.
 
     Raises:
         ConfigError: ``generator.separate`` asks for what is not possible.
     """
     settings = config.generator
-    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
-    if not isinstance(settings, HybridGeneratorConfig) or leak == "gradient":
+    if not isinstance(settings, HybridGeneratorConfig):
         return config
-    if settings.separate:
-        raise ConfigError(
-            f"generator.separate: the images of one gradient can be told apart in closed form, and {leak} is not one. "
-            "Give generator.separate=null."
-        )
-    return replace(config, generator=replace(settings, separate=False))
+    # Where the noise is given, none is estimated, and all leaks are of one level.
+    if settings.noise_range is None and settings.noise is None and not settings.forward_equations:
+        settings = replace(settings, noise_range=_noise_range(config.channel))
+    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+    if leak != "gradient":
+        if settings.separate:
+            raise ConfigError(
+                f"generator.separate: the images of one gradient can be told apart in closed form, and {leak} is not "
+                "one. Give generator.separate=null."
+            )
+        settings = replace(settings, separate=False)
+    return replace(config, generator=settings)
+
+
+def _noise_range(channel: Sequence[ChannelConfig]) -> list[float] | None:
+    """Of the one stage that adds noise of several levels; None where there is not one."""
+    ranges = [
+        [stage.lowest_std, stage.relative_std]
+        for stage in channel
+        if isinstance(stage, GaussianNoiseConfig) and stage.lowest_std is not None
+    ]
+    return ranges[0] if len(ranges) == 1 and ranges[0][0] < ranges[0][1] else None
 
 
 def with_network(config: Config, network: nn.Module | None) -> Config:
@@ -200,7 +234,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         RunStopped: SIGTERM or SIGUSR1 came; a checkpoint is written.
         LostRankError: another process of the run is gone.
     """
-    config = _with_separation_decided(with_network(config, network))
+    config = _with_decisions(with_network(config, network))
     resume = checkpoint_to_resume(config)
     module: LightningModule
     datamodule: ImageDataModule
@@ -219,7 +253,9 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         if description := generator.describe():
             log.info("%s", description)
         module = GITModule(generator, config.optimizer)
-    speed_up(module.generator if isinstance(module, GITModule) else module, config.trainer)
+    trained = module.generator if isinstance(module, GITModule) else module
+    speed_up(trained, config.trainer)
+    check_shardable(trained, config.trainer)
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
     folder = run_folder(config)

@@ -27,7 +27,8 @@ def test_warm_up_may_be_the_whole_run_or_none():
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize(
-    ("precision", "clip", "fused"), [("32-true", 1.0, True), ("16-mixed", None, True), ("16-mixed", 1.0, False)]
+    ("precision", "clip", "fused"),
+    [("32-true", 1.0, True), ("16-mixed", None, True), ("16-mixed", 1.0, False), ("bf16-mixed", 1.0, False)],
 )
 def test_optimisers_are_fused_but_where_lightning_scales_and_clips(name, precision, clip, fused):
     module = nn.Linear(2, 2)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from gitlight.architecture import ImageShape
@@ -18,6 +17,7 @@ from gitlight.data.sampling import mixed_seed
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.optimization import configure_optimizer
 from gitlight.runs import checkpoint_path, load_checkpoint
+from gitlight.sharding import ShardableModule
 
 _SMALLEST = 4
 """Height and width of the decoder's first maps."""
@@ -32,13 +32,15 @@ class ImagesAlone(ImageDataModule):
         return GradientPair({}, images.unsqueeze(1), labels.unsqueeze(1), indices.unsqueeze(1))
 
 
-class ImagePrior(LightningModule):
+class ImagePrior(ShardableModule):
     """A variational autoencoder (Kingma and Welling 2014) whose pixel noise is learned (σ-VAE, Rybkin et al. 2021).
 
     Attributes:
         decoder: latents ``(N, latent size)`` to images ``(N, C, H, W)`` in [0, 1].
         latent_size: numbers that describe an image.
     """
+
+    forward_methods = ("_loss",)
 
     def __init__(
         self, settings: ImagePriorConfig, image_shape: ImageShape, seed: int, optimizer: OptimizerConfig | None = None
@@ -67,7 +69,7 @@ class ImagePrior(LightningModule):
             torch.manual_seed(seed)
             self.decoder = _decoder(settings.latent_size, widths, channels)
             self.encoder = _encoder(settings.latent_size, widths, channels)
-        self.log_std = nn.Parameter(torch.tensor(-1.5))
+        self.log_std = nn.Parameter(torch.tensor([-1.5]))  # FSDP takes no scalars
         self._seed, self._optimizer = seed, optimizer
         if optimizer is None:
             self.freeze()
@@ -81,6 +83,11 @@ class ImagePrior(LightningModule):
                 values = layer(values)
                 total += values.numel()
         return total
+
+    @property
+    def sharded(self) -> nn.Module:
+        """Encoder, decoder and the noise of a pixel."""
+        return self
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(N, C, H, W)`` in [0, 1] to means and logarithms of variances of latents, ``(N, latent size)`` each."""
@@ -102,6 +109,8 @@ class ImagePrior(LightningModule):
 
     def validation_step(self, pair: GradientPair, batch_idx: int) -> dict[str, Tensor]:
         """Hand the reconstructions of public images held out to the callbacks."""
+        if self.is_waited_for(batch_idx):
+            self(pair.images.flatten(0, 1))
         return {"reconstructions": self(pair.images.flatten(0, 1)).view_as(pair.images)}
 
     def _loss(self, images: Tensor, generator: torch.Generator) -> Tensor:

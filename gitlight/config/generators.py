@@ -43,6 +43,9 @@ class CoarseGeneratorConfig(GeneratorConfig):
         "the cube, and for large images they are fewer); 0: the steps make the image alone",
         minimum=0,
     )
+    mirrored_start: bool = setting(
+        True, "fit the regression on mirrored images, too, where data.horizontal_flip mirrors those that it trains on"
+    )
     channels: int = setting(32, "maps that a step makes large estimates of", minimum=1)
 
 
@@ -57,6 +60,15 @@ class HybridGeneratorConfig(GeneratorConfig):
         None,
         "standard deviation of gradient errors over the root mean square of a leak's entries; null: estimated per leak",
         minimum=0,
+    )
+    noise_range: list[float] | None = setting(
+        None,
+        "lowest and highest noise of leaks, in the same units, which the linear start is fitted for level by level, "
+        "about one for each power of ten; lowest 0: leaks without noise, too, which the weights are then fitted from; "
+        "null: that of a channel with gaussian_noise.lowest_std, if there is one",
+    )
+    mirrored_start: bool = setting(
+        True, "fit the linear start on mirrored images, too, where data.horizontal_flip mirrors those that it trains on"
     )
     forward_equations: bool = setting(
         False,

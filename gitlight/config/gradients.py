@@ -65,8 +65,8 @@ class GaussianNoiseConfig(ChannelConfig):
     lowest_std: float | None = setting(
         None,
         "draw each leak's level between this and relative_std, uniformly in its logarithm, so that one generator "
-        "learns the whole range; null: relative_std for all",
-        minimum=1e-12,
+        "learns the whole range; 0: from no noise that shows (1e-7) up; null: relative_std for all",
+        minimum=0,
     )
 
 

@@ -156,6 +156,8 @@ class ImageDataModule(LightningDataModule):
             generator = torch.Generator().manual_seed(mixed_seed("mirror", self._seed, epoch))
             coins = torch.rand(len(self.split("train")), generator=generator)[indices.cpu()] < 0.5
             images = torch.where(coins.to(images.device)[:, None, None, None], images.flip(3), images)
+        elif split == "fit" and epoch == 1:
+            images = images.flip(3)
         return images, labels, indices
 
     @property

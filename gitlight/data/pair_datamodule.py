@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gitlight.config import ChannelConfig, DataConfig, GradientsConfig
+from gitlight.config import ChannelConfig, DataConfig, GaussianNoiseConfig, GradientsConfig
 from gitlight.data.datamodule import Batch, ImageDataModule
 from gitlight.data.images import ImageSplits
 from gitlight.data.pair import GradientPair
 from gitlight.data.pair_clock import PairClock
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import CheckpointError
-from gitlight.gradients.channel import build_channel
+from gitlight.generators.base import ALL_ONCE, FitPairs
+from gitlight.gradients.channel import GaussianNoise, build_channel
 from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.sketch import Sketch
 from gitlight.gradients.updates import LocalUpdates, n_local_steps, smallest_local_batch
@@ -68,22 +69,38 @@ class GradientPairDataModule(ImageDataModule):
             LocalUpdates(leaked_model.network, leaked_model.architecture, gradients) if several_steps else None
         )
 
-    def prepare(self, batch: Batch, split: str, epoch: int, per_leak: int | None = None) -> GradientPair:
+    def prepare(
+        self,
+        batch: Batch,
+        split: str,
+        epoch: int,
+        per_leak: int | None = None,
+        noise: tuple[float, float] | None = None,
+    ) -> GradientPair:
         """Turn images on a device into pairs there.
 
         Args:
             batch: images, labels and indices.
-            split: ``train``, ``validation``, ``test``, or ``fit`` (public images as they are, before training).
+            split: ``train``, ``validation``, ``test``, or ``fit`` (public images before training).
             epoch: fixes mirroring, the order of local steps and the channel's noise of training pairs, which are fresh
-                in every epoch.
+                in every epoch; those for fits are mirrored if it is 1.
             per_leak: images of a leak; None: ``data.client_batch_size``.
+            noise: lowest and highest level of the channel's Gaussian noise; None: its own.
         """
         with self.clock.running(batch[0].device):
             images, labels, indices = super().prepare(batch, split, epoch)
-            return self._pair(images, labels, indices, split, epoch, per_leak or self.settings.client_batch_size)
+            per_leak = per_leak or self.settings.client_batch_size
+            return self._pair(images, labels, indices, split, epoch, per_leak, noise)
 
     def _pair(
-        self, images: Tensor, labels: Tensor, indices: Tensor, split: str, epoch: int, per_leak: int
+        self,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor,
+        split: str,
+        epoch: int,
+        per_leak: int,
+        noise: tuple[float, float] | None,
     ) -> GradientPair:
         images = images.view(-1, per_leak, *images.shape[1:])
         labels, indices = labels.view(-1, per_leak), indices.view(-1, per_leak)
@@ -96,6 +113,8 @@ class GradientPairDataModule(ImageDataModule):
         if self._channel:
             seeds = self._seeds("noise", split, epoch, indices)
             for stage in self._channel:
+                if noise is not None and isinstance(stage, GaussianNoise):
+                    stage = GaussianNoise(GaussianNoiseConfig(lowest_std=noise[0], relative_std=noise[1]))
                 gradients = stage(gradients, seeds)
         if self._sketch_after is not None:
             gradients = self._sketch_after(gradients)
@@ -103,27 +122,26 @@ class GradientPairDataModule(ImageDataModule):
 
     def _seeds(self, purpose: str, split: str, epoch: int, indices: Tensor) -> Tensor:
         """A seed ``(B,)`` for each leak from its first image: the same on any rank, fresh in each training epoch."""
-        counter = epoch if split == "train" else 0
+        counter = epoch if split in ("train", "fit") else 0
         return torch.tensor(
             [mixed_seed(f"{split} {purpose}", self._seed, counter, index) for index in indices[:, 0].tolist()]
         )
 
-    def fit_pairs(self, device: torch.device, single_images: bool = False) -> Iterator[GradientPair]:
-        """This rank's share of all public pairs, in order, without augmentation: for closed-form fits.
+    def fit_pairs(self, device: torch.device, wanted: FitPairs = ALL_ONCE) -> Iterator[GradientPair]:
+        """This rank's share of the public pairs, in order: for closed-form fits.
 
         Args:
             device: where they are made.
-            single_images: whether a pair is of one image, whatever the size of client batches.
+            wanted: which; by default each leak once, without augmentation.
         """
-        for batch in self._loader("train", shuffle=False):
-            images, labels, indices = (part.to(device) for part in batch)
-            if not single_images:
-                yield self.prepare((images, labels, indices), "fit", epoch=0)
-                continue
-            # As many leaks at once as ever.
-            n_leaks = len(images) // self.settings.client_batch_size
-            for parts in zip(images.split(n_leaks), labels.split(n_leaks), indices.split(n_leaks), strict=True):
-                yield self.prepare(parts, "fit", epoch=0, per_leak=1)
+        per_leak = 1 if wanted.single_images else self.settings.client_batch_size
+        for mirrored in range(2 if wanted.mirrored and self.settings.horizontal_flip else 1):
+            for batch in self._loader("train", shuffle=False):
+                images, labels, indices = (part.to(device) for part in batch)
+                # As many leaks at once as ever.
+                n_images = len(images) // self.settings.client_batch_size * per_leak
+                for parts in zip(images.split(n_images), labels.split(n_images), indices.split(n_images), strict=True):
+                    yield self.prepare(parts, "fit", mirrored, per_leak, wanted.noise)
 
     def private_pairs(self, device: torch.device, n_images: int) -> Iterator[GradientPair]:
         """Pairs of the first ``n_images`` private images, whole client batches of them."""

@@ -78,4 +78,5 @@ def _with_decisions_of(config: Config, trained: Config) -> Config:
     if not isinstance(settings, HybridGeneratorConfig) or not isinstance(former, HybridGeneratorConfig):
         return config
     separate = former.separate if settings.separate is None else settings.separate
-    return replace(config, generator=replace(settings, separate=separate))
+    noise_range = former.noise_range if settings.noise_range is None else settings.noise_range
+    return replace(config, generator=replace(settings, separate=separate, noise_range=noise_range))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -66,20 +66,35 @@ class PairFit(Protocol):
         ...
 
 
-class OfSingleImages:
-    """A `PairFit` that wants gradients of single images, whatever the client batches are of.
+@dataclass(frozen=True)
+class FitPairs:
+    """Which pairs a `PairFit` is made of; by default each public leak once, as the channel sends it.
 
-    Who can have gradients made of batches of their own images can have them made of one image, repeated.
+    Attributes:
+        single_images: gradients of single images, whatever the client batches are of. Who can have gradients made of
+            batches of their own images can have them made of one image, repeated.
+        mirrored: every leak a second time, of its mirrored images, where ``data.horizontal_flip`` says that a mirrored
+            image is as good as any.
+        noise: lowest and highest level to draw the channel's Gaussian noise from, relative to the root mean square of
+            a leak's entries; both zero: none. None: the channel's own levels.
     """
 
-    def __init__(self, fit: PairFit) -> None:
-        self._fit = fit
-        self.update, self.sums, self.finish = fit.update, fit.sums, fit.finish
+    single_images: bool = False
+    mirrored: bool = False
+    noise: tuple[float, float] | None = None
 
-    @property
-    def name(self) -> str:
-        """The name of what is fitted, for messages."""
-        return type(self._fit).__name__
+
+ALL_ONCE = FitPairs()
+
+
+class FitOn:
+    """A `PairFit` with the pairs that it wants; of a fit that wants some already, what is given here comes on top."""
+
+    def __init__(self, fit: PairFit, **wanted: Any) -> None:
+        """``wanted``: attributes of `FitPairs`."""
+        self.pairs: FitPairs = replace(fit.pairs if isinstance(fit, FitOn) else ALL_ONCE, **wanted)
+        self.name: str = fit.name if isinstance(fit, FitOn) else type(fit).__name__
+        self.update, self.sums, self.finish = fit.update, fit.sums, fit.finish
 
 
 class Generator(nn.Module, ABC):

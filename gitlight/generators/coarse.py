@@ -10,7 +10,7 @@ from gitlight.architecture import Architecture
 from gitlight.config import CoarseGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.generators.averages import WeightedAverages
-from gitlight.generators.base import Generator, PairFit, clamp_passing_gradients
+from gitlight.generators.base import FitOn, Generator, PairFit, clamp_passing_gradients
 from gitlight.generators.modules import divide
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
@@ -56,6 +56,7 @@ class CoarseGenerator(Generator):
         self._in_start = self.averages.smallest(most)
         n_start = sum(averages[name].shape[1] for name in self._in_start)
         self.ridge = RidgeRegression(n_start, prod(architecture.image_shape)) if n_start else None
+        self._mirrored = settings.mirrored_start and n_start > 0
         self._parts = [
             (module.parameters, tuple(name for name in module.parameters if name in averages))
             for module in self._modules_down
@@ -111,7 +112,7 @@ class CoarseGenerator(Generator):
 
     def fits(self) -> Iterator[PairFit]:
         """The statistics of gradients and averages, and the linear start."""
-        yield _Fit(self)
+        yield FitOn(_Fit(self), mirrored=self._mirrored)
 
     def describe(self) -> str:
         """The modules that the leaked model falls into."""

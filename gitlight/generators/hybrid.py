@@ -12,15 +12,24 @@ from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.averages import WeightedAverages
-from gitlight.generators.base import Generator, PairFit, ParameterEstimate, Reconstruction, clamp_passing_gradients
+from gitlight.generators.base import (
+    FitOn,
+    Generator,
+    PairFit,
+    ParameterEstimate,
+    Reconstruction,
+    clamp_passing_gradients,
+)
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
 from gitlight.generators.exact.separated import SeparatedFeatures, can_separate, is_separated_well
 from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit
+from gitlight.generators.noise_bands import BandedRegression, bands_of
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
+from gitlight.metrics import match
 from gitlight.runs import checkpoint_path, load_checkpoint
 
 
@@ -56,6 +65,10 @@ class HybridGenerator(Generator):
             raise ConfigError(
                 "generator.weights_from: gradient equations alone fit the few weights that they need from any pairs. "
                 "Give generator.forward_equations=true with it."
+            )
+        if settings.noise_range is not None and settings.noise is not None:
+            raise ConfigError(
+                "generator.noise_range: with generator.noise all leaks are of one level. Leave one of the two out."
             )
         self._weights_from = settings.weights_from
         possible = can_separate(architecture, client_batch_size)
@@ -95,9 +108,15 @@ class HybridGenerator(Generator):
             architecture, client_batch_size, unexplained if settings.averages and not reached else (), left
         )
         n_start += self.averages.n_entries
-        self.ridge: RidgeRegression | AsItIs | None = None
-        if not self._solved:
-            self.ridge = AsItIs() if reached else RidgeRegression(n_start, n_image)
+        self._bands = [] if settings.noise_range is None else bands_of(settings.noise_range)
+        self._mirrored = settings.mirrored_start
+        self.ridge: RidgeRegression | BandedRegression | AsItIs | None = None
+        if reached:
+            self.ridge = AsItIs()
+        elif self._bands and not self._solved:
+            self.ridge = BandedRegression(n_start, n_image, self._bands)
+        elif not self._solved:
+            self.ridge = RidgeRegression(n_start, n_image)
         self.standardisation = FeatureStandardisation(shapes)
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 
@@ -122,9 +141,13 @@ class HybridGenerator(Generator):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
+        return self._images_and_error(gradients)[0]
+
+    def _images_and_error(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """What `forward` gives; and the start's error, of all leaks, ``()``, or of each image, ``(B, N, 1, 1, 1)``."""
         features, averages, start = self.closed_form(gradients)
         if self.refinement is None:
-            return start.unsqueeze(1).clamp(0, 1)
+            return start.unsqueeze(1).clamp(0, 1), start.new_zeros(())
         seen = [self.averages.standardise(averages)]
         if self.scaling is not None:
             seen.append(self._of_each_slot(self.scaling(gradients)))
@@ -132,8 +155,22 @@ class HybridGenerator(Generator):
         residual = self.refinement(start, self.standardisation(features.values), torch.cat(seen, dim=1), levels)
         # In units of the start's own error: Adam's first steps would otherwise be many times what is to be learned, and
         # the fastest way to undo them is to switch all units off.
-        images = clamp_passing_gradients(start.unsqueeze(1) + residual.float() * self._residual_scale)
-        return images.view(-1, *self.image_shape)
+        error = self._error(features)
+        images = clamp_passing_gradients(start.unsqueeze(1) + residual.float() * error)
+        if error.dim():
+            error = error.expand(-1, images.shape[1], 1, 1, 1).reshape(-1, self.client_batch_size, 1, 1, 1)
+        return images.view(-1, *self.image_shape), error
+
+    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor | None:
+        """For a range of noise, squared errors over those of each leak's start; else None.
+
+        Or leaks with much noise, whose errors are a thousand times as large, would be all that counts.
+        """
+        if not isinstance(self.ridge, BandedRegression):
+            return None
+        found, error = self._images_and_error(gradients)
+        # One leak's images have one noise, and so one error, in whatever order they are.
+        return ((match(found, images) - images) / error).square().mean()
 
     def reconstruct(self, gradients: Gradients) -> Reconstruction:
         """`forward`, and the labels, where the walk reads them off."""
@@ -148,14 +185,25 @@ class HybridGenerator(Generator):
 
     def fits(self) -> Iterator[PairFit]:
         """The leaked weights that the walk needs, then everything that stands on its features."""
-        if self._weights_from is None:
-            yield from self.walk.fits()
-        else:
+        if self._weights_from is not None:
             self._take_weights(Path(self._weights_from))
-        if self.ridge is not None:
-            yield FeatureFit(self, self.ridge)
-        if isinstance(self.ridge, RidgeRegression) and self.walk.n_slots > 1:
-            yield MatchedFit(self, self.ridge)
+        else:
+            for fit in self.walk.fits():
+                yield FitOn(fit, noise=self._bands[0]) if self._bands else fit
+        if isinstance(self.ridge, BandedRegression):
+            for number, band in enumerate(self._bands):
+                # What is common to all bands goes by the noisiest: there features differ most.
+                common = number == len(self._bands) - 1
+                for fit in self._start_fits(self.ridge.band(number), common):
+                    yield FitOn(fit, noise=band)
+        elif self.ridge is not None:
+            yield from self._start_fits(self.ridge, common=True)
+
+    def _start_fits(self, ridge: RidgeRegression | AsItIs, common: bool) -> Iterator[FitOn]:
+        """Of one regression, and of what is common to all."""
+        yield FitOn(FeatureFit(self, ridge, common), mirrored=self._mirrored)
+        if isinstance(ridge, RidgeRegression) and self.walk.n_slots > 1:
+            yield FitOn(MatchedFit(self, ridge), mirrored=self._mirrored)
 
     def describe(self) -> str:
         """What the closed form reaches, and what stops it."""
@@ -195,9 +243,11 @@ class HybridGenerator(Generator):
                 f"exact: {str(error).splitlines()[-1].strip()}"
             ) from error
 
-    @property
-    def _residual_scale(self) -> Tensor:
+    def _error(self, features: FeatureValues) -> Tensor:
+        """The start's error, of all leaks, ``()``, or for each image ``(B · slots, 1, 1, 1, 1)``."""
         assert self.ridge is not None
+        if isinstance(self.ridge, BandedRegression):
+            return self.ridge.errors(features.levels[:, 0]).float().view(-1, 1, 1, 1, 1)
         return self.ridge.error.float()
 
     def closed_form(self, gradients: Gradients) -> tuple[FeatureValues, Tensor, Tensor]:
@@ -209,7 +259,9 @@ class HybridGenerator(Generator):
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False), full_float32():
             features, averages = self.walk(gradients), self._of_each_slot(self.averages.features(gradients))
             flat = features.values[-1]
-            if self.ridge is not None:
+            if isinstance(self.ridge, BandedRegression):
+                flat = self.ridge(self.start_features(features.values, averages), features.levels[:, 0])
+            elif self.ridge is not None:
                 flat = self.ridge(self.start_features(features.values, averages))
             return features, averages, flat.reshape(-1, *self.architecture.image_shape).float()
 

@@ -94,11 +94,18 @@ class AsItIs(nn.Module):
 
 
 class FeatureFit:
-    """The `PairFit` of all that stands on the walk's features: computed once, they cost more than the sums."""
+    """The `PairFit` of all that stands on the walk's features: computed once, they cost more than the sums.
 
-    def __init__(self, generator: "HybridGenerator", ridge: RidgeRegression | AsItIs) -> None:
+    Args:
+        generator: whose features they are.
+        ridge: the regression to fit.
+        common: whether to fit what is not a regression's, too: means and deviations.
+    """
+
+    def __init__(self, generator: "HybridGenerator", ridge: RidgeRegression | AsItIs, common: bool) -> None:
         self._generator = generator
         self._ridge = ridge
+        self._common = common
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
@@ -107,6 +114,8 @@ class FeatureFit:
         # A linear map of each image's features is the same map of their means: no image need be assigned to them.
         means = [feature.unflatten(0, (len(images), -1)).mean(dim=1) for feature in features]
         self._ridge.add(generator.start_features(means, averages), images.mean(dim=1).flatten(1), numbers)
+        if not self._common:
+            return
         generator.standardisation.add(features)
         generator.averages.add(averages)
         if generator.scaling is not None:
@@ -115,12 +124,16 @@ class FeatureFit:
     def sums(self) -> Sequence[Tensor]:
         """What is added up over devices."""
         generator = self._generator
+        if not self._common:
+            return self._ridge.sums()
         scaling = [] if generator.scaling is None else generator.scaling.sums()
         return [*self._ridge.sums(), *generator.standardisation.sums(), *generator.averages.sums(), *scaling]
 
     def finish(self) -> None:
         """Solve everything."""
         self._ridge.solve()
+        if not self._common:
+            return
         self._generator.standardisation.solve()
         self._generator.averages.finish()
         if self._generator.scaling is not None:

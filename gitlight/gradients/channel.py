@@ -12,6 +12,9 @@ from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients import CHANNELS
 
+ROUNDING = 1e-7
+"""Noise below the rounding of a gradient's entries in single precision."""
+
 
 class Channel(Protocol):
     """One stage of a channel: gradients of ``B`` leaks in, the same shapes out."""
@@ -26,13 +29,9 @@ class GaussianNoise:
 
     def __init__(self, settings: GaussianNoiseConfig) -> None:
         """Raises: ConfigError, if the range of levels is empty."""
-        self._highest = settings.relative_std
-        self._lowest = settings.relative_std if settings.lowest_std is None else settings.lowest_std
-        if self._lowest > self._highest:
-            raise ConfigError(
-                f"channel: gaussian_noise: lowest_std={self._lowest:g} is above relative_std={self._highest:g}, the "
-                "highest level. Give a smaller lowest_std."
-            )
+        lowest, self._highest = levels_of(settings)
+        # A level of zero has no logarithm, and one below rounding shows nowhere.
+        self._lowest = min(max(lowest, ROUNDING), self._highest)
 
     def __call__(self, gradients: Gradients, seeds: Tensor) -> Gradients:
         """Noisy copies; each leak's noise and its level depend on its seed alone."""
@@ -50,6 +49,21 @@ class GaussianNoise:
         noise *= levels.to(flat) * flat.square().mean(dim=1, keepdim=True).sqrt()
         parts = (flat + noise).split([gradient[0].numel() for gradient in gradients.values()], dim=1)
         return {name: part.view_as(gradient) for (name, gradient), part in zip(gradients.items(), parts, strict=True)}
+
+
+def levels_of(settings: GaussianNoiseConfig) -> tuple[float, float]:
+    """The lowest and the highest level.
+
+    Raises:
+        ConfigError: the former is above the latter.
+    """
+    lowest = settings.relative_std if settings.lowest_std is None else settings.lowest_std
+    if lowest > settings.relative_std:
+        raise ConfigError(
+            f"channel: gaussian_noise: lowest_std={lowest:g} is above relative_std={settings.relative_std:g}, the "
+            "highest level. Give a smaller lowest_std."
+        )
+    return lowest, settings.relative_std
 
 
 class Pruning:

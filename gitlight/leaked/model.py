@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -16,9 +15,10 @@ from gitlight.leaked import LEAKED_MODELS
 from gitlight.leaked.batch_norm import use_batch_statistics
 from gitlight.leaked.custom import given
 from gitlight.optimization import configure_optimizer
+from gitlight.sharding import ShardableModule
 
 
-class LeakedModel(LightningModule):
+class LeakedModel(ShardableModule):
     """A classifier, frozen unless it is being trained with ``train.py task=leaked``.
 
     Attributes:
@@ -74,6 +74,11 @@ class LeakedModel(LightningModule):
         if optimizer is None:
             self.freeze()
 
+    @property
+    def sharded(self) -> nn.Module:
+        """The network."""
+        return self.network
+
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` to logits ``(B, n_classes)``."""
         logits: Tensor = self.network(images)
@@ -105,6 +110,8 @@ class LeakedModel(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Log loss and accuracy on held-out public images."""
         loss, accuracy = self._loss_and_accuracy(batch)
+        if self.is_waited_for(batch_idx):
+            self(batch[0])
         self.val_loss.update(loss, weight=len(batch[1]))
         self.val_accuracy.update(accuracy, weight=len(batch[1]))
         values = {"val/loss": self.val_loss, "val/accuracy": self.val_accuracy}

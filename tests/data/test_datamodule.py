@@ -10,6 +10,7 @@ from gitlight.data.datamodule import ImageDataModule
 from gitlight.data.images import ImageSplits, InMemoryImages
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import CheckpointError, ConfigError, DataError
+from gitlight.generators.base import FitPairs
 from gitlight.leaked.model import LeakedModel
 
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_fit_pairs_are_all_public_images_as_they_are(images):
 
 def test_fit_pairs_of_single_images_are_the_same_images_and_their_own_gradients(images):
     data = module(images, client_batch_size=3)
-    batches = list(data.fit_pairs(CPU, single_images=True))
+    batches = list(data.fit_pairs(CPU, FitPairs(single_images=True)))
     assert max(len(pair) for pair in batches) == 4  # as many leaks at once as otherwise
     assert all(pair.images.shape[1] == 1 for pair in batches)
     whole = torch.cat([pair.indices.flatten() for pair in data.fit_pairs(CPU)])
@@ -109,6 +110,37 @@ def test_fit_pairs_of_single_images_are_the_same_images_and_their_own_gradients(
     for name, gradient in first.gradients.items():
         mean = of_one.gradients[name][:3].mean(dim=0)
         torch.testing.assert_close(gradient[0], mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("horizontal_flip", [True, False])
+def test_fit_pairs_may_be_mirrored_where_training_mirrors(images, horizontal_flip):
+    data = module(images, horizontal_flip=horizontal_flip)
+    pairs = list(data.fit_pairs(CPU, FitPairs(mirrored=True)))
+    seen, indices = torch.cat([pair.images[:, 0] for pair in pairs]), torch.cat([pair.indices[:, 0] for pair in pairs])
+    assert len(seen) == (100 if horizontal_flip else 50)
+    if horizontal_flip:
+        assert torch.equal(seen[50:], seen[:50].flip(3))
+        assert torch.equal(indices[50:], indices[:50])
+        first, mirrored = pairs[0].gradients, pairs[len(pairs) // 2].gradients
+        assert not any(torch.equal(gradient, mirrored[name]) for name, gradient in first.items())
+
+
+def test_fit_pairs_have_the_noise_that_they_are_wanted_with(images):
+    clean, noisy = module(images), module(images, channel=[GaussianNoiseConfig(relative_std=0.1, lowest_std=0)])
+
+    def added(noise):
+        """Of each leak, over the size of its entries."""
+        found = []
+        for one, other in zip(clean.fit_pairs(CPU), noisy.fit_pairs(CPU, FitPairs(noise=noise)), strict=True):
+            a, b = (torch.cat([g.flatten(1) for g in pair.gradients.values()], dim=1) for pair in (one, other))
+            found.append((b - a).norm(dim=1) / a.norm(dim=1))
+        return torch.cat(found)
+
+    assert added((0.0, 0.0)).max() == 0
+    low, high = added((1e-5, 1e-4)), added((1e-3, 1e-2))
+    assert 0 < low.max() < high.min()
+    assert high.max() > 2 * high.min(), "levels are drawn from the range"
+    assert added(None).max() > high.max()
 
 
 @pytest.mark.parametrize(("n_images", "per_leak", "n_leaks"), [(7, 1, 7), (7, 2, 3), (100, 1, 20)])

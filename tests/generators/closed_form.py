@@ -1,6 +1,6 @@
 """Closed-form fits without a trainer."""
 
-from gitlight.generators.base import OfSingleImages
+from gitlight.generators.base import FitOn
 
 
 def add(fit, pair):
@@ -10,7 +10,7 @@ def add(fit, pair):
 def run_fits(generator, pairs, single_images=()):
     """What `GITModule` does before training, on one device; ``single_images`` are pairs of one image each."""
     for fit in generator.fits():
-        single = isinstance(fit, OfSingleImages)
+        single = isinstance(fit, FitOn) and fit.pairs.single_images
         assert single_images or not single
         for pair in single_images if single else pairs:
             add(fit, pair)

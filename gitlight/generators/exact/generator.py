@@ -67,6 +67,8 @@ class ExactGenerator(Generator):
         self._features = [] if self._reaches else self._deepest_features()
         self.ridge: RidgeRegression | None = None
         if not self._reaches:
+            if settings.fit == "descent" and settings.start is None:
+                self._check_features_need_no_weight()
             n_features = sum(torch.Size(architecture[name].output_shape).numel() for name in self._features)
             self.ridge = RidgeRegression(n_features, torch.Size(architecture.image_shape).numel())
         self.largest_second: Tensor
@@ -189,6 +191,17 @@ class ExactGenerator(Generator):
             if len(shape) > 1:
                 start.uniform_(-(shape[1:].numel() ** -0.5), shape[1:].numel() ** -0.5)
             self.trained[name.replace(".", "/")] = nn.Parameter(start)
+
+    def _check_features_need_no_weight(self) -> None:
+        """The regression is fitted before training, when no weight is known."""
+        architecture = self.architecture
+        known = plan_walk(architecture, self.inversion.rules, (), 1, stacked=False).known
+        if deeper := [name for name in self._features if name not in known]:
+            raise ConfigError(
+                f"generator.fit: descent from untrained weights ends in no image here: the walk stops at "
+                f"{self._features[0]}, and a regression from {', '.join(deeper)} needs fitted weights. Give "
+                "generator.fit=layerwise, or generator.start=layerwise to train from fitted weights."
+            )
 
     def _deepest_features(self) -> list[str]:
         """The last results that the walk finds on its way down, within what a ridge regression can take."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.data.pair import Gradients
 from gitlight.errors import DataError
-from gitlight.generators.base import OfSingleImages, PairFit, ParameterEstimate
+from gitlight.generators.base import FitOn, PairFit, ParameterEstimate
 from gitlight.generators.exact.features import LEVELS, Feature, FeatureValues
 from gitlight.generators.exact.labels import labels_of_batch, output_bias
 from gitlight.generators.exact.noise import SUMMED, entry_size
@@ -134,7 +134,7 @@ class SeparatedFeatures(nn.Module):
 
     def fits(self) -> Iterable[PairFit]:
         """One pass over single images: the last layer's weights, and what is typical of its input."""
-        yield OfSingleImages(_HeadFit(self, self._head))
+        yield FitOn(_HeadFit(self, self._head), single_images=True)
 
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
         """The last layer's weights, up to a row common to all classes."""

@@ -8,7 +8,7 @@ from torch import nn
 from gitlight.architecture import Architecture
 from gitlight.config import HybridGeneratorConfig, LeNetConfig, ResNetConfig, SketchConfig
 from gitlight.errors import ConfigError, DataError
-from gitlight.generators.base import OfSingleImages
+from gitlight.generators.base import FitOn
 from gitlight.generators.exact.features import LEVELS
 from gitlight.generators.exact.separated import SeparatedFeatures, can_separate, is_separated_well
 from gitlight.generators.hybrid import HybridGenerator
@@ -132,7 +132,7 @@ def test_the_second_regression_is_of_single_images(make_pairs):
     generator = HybridGenerator(leaked.architecture, chosen, 2)
     errors = []
     for fit in generator.fits():
-        (used,) = [single] if isinstance(fit, OfSingleImages) else [pair]
+        (used,) = [single] if (isinstance(fit, FitOn) and fit.pairs.single_images) else [pair]
         fit.update(used.gradients, used.images, used.indices[:, 0] // used.images.shape[1])
         fit.finish()
         errors.append((match(generator.start(pair.gradients), pair.images) - pair.images).square().mean())

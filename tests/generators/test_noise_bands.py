@@ -1,0 +1,140 @@
+"""Hybrid-GIT for a range of noise."""
+
+import itertools
+
+import pytest
+import torch
+from closed_form import add
+from small_generators import build
+from torch import nn
+
+from gitlight.architecture import Architecture
+from gitlight.config import GaussianNoiseConfig, GradientsConfig
+from gitlight.data.pair import GradientPair
+from gitlight.errors import ConfigError
+from gitlight.generators.noise_bands import BandedRegression, bands_of
+from gitlight.generators.ridge import RidgeRegression
+from gitlight.gradients.channel import GaussianNoise
+from gitlight.gradients.engine import GradientEngine
+
+
+def test_bands_cover_the_range_without_a_gap():
+    for noise_range in ([0, 0.1], [1e-6, 0.2], [0.01, 0.01], [0, 1e-7], [1e-3, 3e-3]):
+        bands = bands_of(noise_range)
+        assert bands[0][0] == noise_range[0]
+        assert bands[-1][1] == pytest.approx(noise_range[1])
+        if noise_range[0] == 0:
+            assert bands.pop(0) == (0.0, 0.0)
+        for (_, highest), (lowest, _) in itertools.pairwise(bands):
+            assert highest == lowest
+        assert all(lowest <= highest for lowest, highest in bands)
+
+
+@pytest.mark.parametrize("noise_range", [[], [0.1], [0.1, 0.01], [-1, 0.1], [0, 0]])
+def test_what_is_no_range_is_named(noise_range):
+    with pytest.raises(ConfigError, match=r"generator.noise_range"):
+        bands_of(noise_range)
+
+
+def test_each_leak_goes_through_the_regression_of_its_band():
+    torch.manual_seed(0)
+    bands = [(0.0, 0.0), (1e-4, 1e-2), (1e-2, 1.0)]
+    banded = BandedRegression(3, 2, bands)
+    alone = [RidgeRegression(3, 2) for _ in bands]
+    for number, regression in enumerate(alone):
+        features, outputs = torch.randn(100, 3, dtype=torch.float64), torch.randn(100, 2)
+        for one in (regression, banded.band(number)):
+            one.add(features, outputs, torch.arange(100))
+            one.solve()
+    levels = torch.tensor([-16.0, 1.0, -3.0, -6.0, -2.1, -1.9], dtype=torch.float64)
+    which = [0, 2, 1, 0, 1, 2]
+    features = torch.randn(6, 3, dtype=torch.float64)
+    wanted = torch.stack([alone[number](row.unsqueeze(0))[0] for number, row in zip(which, features, strict=True)])
+    torch.testing.assert_close(banded(features, levels), wanted, rtol=1e-5, atol=1e-6)
+    assert banded.errors(levels).tolist() == [alone[number].error.item() for number in which]
+
+
+LEVELS = (0.0, 3e-4, 0.05)
+
+
+@pytest.fixture(scope="module")
+def leaks():
+    """A small model, and a function that gives pairs of 400 smooth images of it, at any noise."""
+    torch.manual_seed(4)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.Sigmoid(), nn.Conv2d(8, 8, 3, 1, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(128, 6)
+    ).requires_grad_(False)
+    architecture = Architecture.of(network, (1, 8, 8), 6)
+    coarse = torch.rand(500, 1, 4, 4)
+    images = nn.functional.interpolate(coarse, size=8, mode="bilinear").unsqueeze(1)
+    labels = torch.randint(6, (500, 1))
+    gradients = GradientEngine(network, architecture, GradientsConfig())(images, labels)
+
+    def pair(noise, which):
+        settings = GaussianNoiseConfig(lowest_std=noise[0], relative_std=noise[1])
+        its = {name: gradient[which] for name, gradient in gradients.items()}
+        numbers = torch.arange(500)[which]
+        return GradientPair(
+            GaussianNoise(settings)(its, numbers), images[which], torch.zeros(len(numbers), 1), numbers.view(-1, 1)
+        )
+
+    return architecture, pair
+
+
+def fitted(architecture, pair, **settings):
+    generator = build("hybrid", architecture, **settings)
+    for fit in generator.fits():
+        noise = getattr(fit, "pairs", None) and fit.pairs.noise
+        add(fit, pair(noise or (0.0, 0.1), slice(400)))
+        fit.finish()
+    generator.fitted.fill_(True)
+    return generator
+
+
+def test_one_start_for_each_band_is_better_at_every_level_than_one_for_all(leaks):
+    architecture, pair = leaks
+    banded = fitted(architecture, pair, noise_range=[0.0, 0.1])
+    single = fitted(architecture, pair)
+
+    def errors(generator):
+        found = []
+        for level in LEVELS:
+            others = pair((level, level), slice(400, 500))
+            found.append((generator.start(others.gradients) - others.images).square().mean().item())
+        return found
+
+    of_bands, of_one = errors(banded), errors(single)
+    assert all(mine < its for mine, its in zip(of_bands, of_one, strict=True)), (of_bands, of_one)
+    assert of_bands == sorted(of_bands), "the more noise the worse"
+    assert of_bands[0] < 0.2 * of_bands[-1]
+
+
+def test_the_weights_are_fitted_from_the_least_noise(leaks):
+    architecture, pair = leaks
+    generator = build("hybrid", architecture, noise_range=[0.0, 0.1])
+    noises = []
+    for fit in generator.fits():
+        noises.append(fit.pairs.noise)
+        add(fit, pair(fit.pairs.noise, slice(400)))
+        fit.finish()
+    n_bands = len(bands_of([0.0, 0.1]))
+    assert set(noises[:-n_bands]) == {(0.0, 0.0)}
+    assert noises[-n_bands:] == bands_of([0.0, 0.1])
+
+
+def test_every_level_counts_alike_in_training(leaks):
+    architecture, pair = leaks
+    generator = fitted(architecture, pair, noise_range=[0.0, 0.1])
+    parts = [pair((level, level), slice(400, 500)) for level in LEVELS]
+    losses = [generator.training_loss(part.gradients, part.images) for part in parts]
+    errors = [(generator(part.gradients) - part.images).square().mean() for part in parts]
+    assert max(losses) / min(losses) < 0.2 * max(errors) / min(errors)
+    sum(losses).backward()
+    assert any(parameter.grad is not None for parameter in generator.parameters())
+    assert fitted(architecture, pair).training_loss(parts[0].gradients, parts[0].images) is None
+
+
+def test_a_given_noise_leaves_no_range(leaks):
+    architecture, _ = leaks
+    with pytest.raises(ConfigError, match=r"generator.noise_range: with generator.noise"):
+        build("hybrid", architecture, noise_range=[0.0, 0.1], noise=0.01)

@@ -1,0 +1,142 @@
+"""Fully sharded training with two processes: the same curves, whole checkpoints, half of everything on each."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_run import SMALL
+
+from gitlight.attacks.image_prior import load_image_prior
+
+FSDP = ["trainer.devices=2", "trainer.strategy=fsdp"]
+
+# The ranks' shares of what is validated on differ, even in their number of batches: 9 and 8 leaks in batches of 8.
+UNEVEN = ["data.n_validation=17", "trainer.max_epochs=2"]
+
+HALVES = """
+import json, sys
+from pathlib import Path
+from lightning import Trainer
+from gitlight import load_config
+from gitlight.sharding import FullyShardedStrategy
+from gitlight.training import GITModule, build_generator, build_pairs
+
+config = load_config("run.yaml", sys.argv[1:])
+pairs = build_pairs(config)
+module = GITModule(build_generator(config, pairs.architecture), config.optimizer)
+whole = sum(parameter.numel() for parameter in module.parameters())
+trainer = Trainer(
+    strategy=FullyShardedStrategy(), accelerator="cpu", devices=2, max_steps=2, logger=False, inference_mode=False,
+    num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False, enable_checkpointing=False,
+)
+trainer.fit(module, datamodule=pairs)
+own = sum(parameter.to_local().numel() for parameter in module.parameters())
+states = trainer.optimizers[0].state.values()
+averages = [sum(state[name].to_local().numel() for state in states) for name in ("exp_avg", "exp_avg_sq")]
+found = {"whole": whole, "own": own, "averages": averages}
+Path(f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+"""
+
+
+def assert_alike(run, other):
+    found, wanted = rows(run), rows(other)
+    assert len(found) == len(wanted)
+    for its, others in zip(found, wanted, strict=True):
+        assert its == pytest.approx(others, rel=1e-4)
+
+
+def rows(run):
+    with (run / "metrics.csv").open() as file:
+        found = [
+            {key: float(value) for key, value in row.items() if value and not key.startswith("throughput")}
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in found if len(row) > 2]  # with more than epoch and step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["generator.name=mlp", "generator.hidden_size=512"],  # two layers of more than 2²⁰ entries: units of their own
+        [
+            *("generator.name=hybrid", "generator.channels=8", "data.client_batch_size=2", "data.n_validation=34"),
+            *("trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0"),
+        ],
+    ],
+    ids=["mlp", "hybrid"],
+)
+def test_generators_follow_the_curve_of_one_process(command, train, tmp_path, settings):
+    (tmp_path / "run.yaml").write_text("data: {horizontal_flip: true}\n")
+    settings = ["run.yaml", *SMALL, *UNEVEN, *settings]
+    assert train(*settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}") == 0
+    command("train.py", *settings, *FSDP, f"output_dir={tmp_path / 'two'}")
+    assert_alike(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_leaked_model_follows_the_curve_of_two_processes(command, tmp_path):
+    """Its batch norms average over what each process has of a batch."""
+    (tmp_path / "run.yaml").write_text("task: leaked\nleaked: {name: resnet20}\n")
+    for strategy in ("ddp", "fsdp"):
+        own = ["trainer.devices=2", f"trainer.strategy={strategy}", f"output_dir={tmp_path / strategy}"]
+        command("train.py", "run.yaml", *SMALL, *UNEVEN, *own)
+    assert_alike(tmp_path / "fsdp", tmp_path / "ddp")
+
+
+def test_an_image_prior_is_trained(command, tmp_path):
+    (tmp_path / "run.yaml").write_text("task: image_prior\nimage_prior: {channels: 16}\n")
+    command("train.py", "run.yaml", *SMALL, *UNEVEN, *FSDP, f"output_dir={tmp_path / 'prior'}")
+    errors = [row["val/mse"] for row in rows(tmp_path / "prior") if "val/mse" in row]
+    assert errors[-1] < errors[0]
+    prior = load_image_prior(tmp_path / "prior", (3, 32, 32), torch.device("cpu"))
+    assert prior(torch.rand(2, 3, 32, 32)).shape == (2, 3, 32, 32)
+
+
+def test_checkpoints_are_those_of_any_other_strategy(command, train, tmp_path):
+    (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 16}\noptimizer: {schedule: constant}\n")
+    for name, epochs in (("alone", 4), ("changing", 2)):
+        own = [f"trainer.max_epochs={epochs}", "trainer.devices=1", f"output_dir={tmp_path / name}"]
+        assert train("run.yaml", *SMALL, *own) == 0
+    run = [str(tmp_path / "changing"), "trainer.resume=last"]
+    command("train.py", *run, "trainer.max_epochs=3", *FSDP)
+    assert train(*run, "trainer.max_epochs=4", "trainer.strategy=auto", "trainer.devices=1") == 0
+    one, other = rows(tmp_path / "alone"), rows(tmp_path / "changing")
+    assert other[-1] == pytest.approx(one[-1], rel=1e-4)
+
+
+def test_each_device_has_its_share_of_parameters_and_of_what_adam_keeps(tmp_path):
+    (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 64}\n")
+    (tmp_path / "halves.py").write_text(HALVES)
+    process = subprocess.run(
+        [sys.executable, "halves.py", *SMALL],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr
+    for rank in range(2):
+        device = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert device["own"] == pytest.approx(device["whole"] / 2, rel=1e-3)
+        assert device["averages"] == [device["own"]] * 2
+
+
+def test_what_every_device_needs_whole_is_not_sharded(train, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("generator: {name: exact, fit: descent}\n")
+    larger = ["leaked.width=12", "data.image_size=16"]
+    assert train("run.yaml", *SMALL, *larger, "trainer.strategy=fsdp", f"output_dir={tmp_path / 'run'}") == 2
+    error = capsys.readouterr().err
+    assert "trainer.strategy: fsdp" in error
+    assert "ExactGenerator" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_has_nothing_to_train_needs_no_strategy(train, tmp_path, strategy):
+    (tmp_path / "run.yaml").write_text("generator: {name: exact}\ntrainer: {max_epochs: 1}\n")
+    own = ["trainer.devices=2", f"trainer.strategy={strategy}", f"output_dir={tmp_path / 'run'}"]
+    assert train("run.yaml", *SMALL, *own) == 0

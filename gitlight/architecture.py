@@ -59,6 +59,9 @@ class Layer:
     input_shapes: tuple[tuple[int, ...], ...]
     output_shape: tuple[int, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Layer":
+        return self  # nothing in it changes, and mapping proxies cannot be copied
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """The first input's shape."""
@@ -130,6 +133,9 @@ class Architecture:
     n_classes: int
     sketched: Mapping[str, torch.Size] = field(default_factory=dict)
     sketch_digest: bytes = b""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Architecture":
+        return self  # as its layers
 
     @classmethod
     def of(cls, model: nn.Module, image_shape: ImageShape, n_classes: int) -> "Architecture":

@@ -256,6 +256,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     trained = module.generator if isinstance(module, GITModule) else module
     speed_up(trained, config.trainer)
     check_shardable(trained, config.trainer)
+    _check_averaging(config, trained)
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
     folder = run_folder(config)
@@ -272,6 +273,20 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
                     raise LostRankError(lost) from error
                 raise
     return folder
+
+
+def _check_averaging(config: Config, trained: nn.Module) -> None:
+    """``optimizer.ema_decay`` averages weights that are trained, and whole."""
+    if config.optimizer.ema_decay is None:
+        return
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
+        raise ConfigError(
+            f"optimizer.ema_decay: {type(trained).__name__} has no trained weights to average. Leave it out."
+        )
+    if config.trainer.strategy == "fsdp":
+        raise ConfigError(
+            "optimizer.ema_decay: no average is kept of sharded weights. Leave it out, or give trainer.strategy=ddp."
+        )
 
 
 def _check_weights_from(config: Config, datamodule: GradientPairDataModule) -> None:

@@ -1,9 +1,11 @@
 """What accompanies training: metrics, pictures, weight distance, throughput, progress and checkpoints."""
 
 import sys
+import warnings
 from pathlib import Path
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from gitlight.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from gitlight.callbacks.learning_rate import LearningRate
@@ -55,6 +57,7 @@ def build_callbacks(config: Config, output_dir: Path, signals: StopSignals | Non
     output_dir = Path(output_dir)
     # The display comes after what it shows.
     return [
+        *_averaging(config),
         *_reconstruction_callbacks(config, output_dir),
         *_sweep_callbacks(),
         LearningRate(),
@@ -64,6 +67,15 @@ def build_callbacks(config: Config, output_dir: Path, signals: StopSignals | Non
         best_checkpoint(output_dir, MONITORS[config.task]),
         last_checkpoint(output_dir, config.trainer.checkpoint_every_n_steps, signals),
     ]
+
+
+def _averaging(config: Config) -> list[Callback]:
+    decay = config.optimizer.ema_decay
+    if decay is None:
+        return []
+    # Ours is not sharded then: `train` sees to it.
+    warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
+    return [EMAWeightAveraging(decay=decay)]
 
 
 def _reconstruction_callbacks(config: Config, output_dir: Path) -> list[Callback]:

@@ -19,6 +19,13 @@ class OptimizerConfig:
         "learning rate over the run: constant, cosine to zero, or step (tenfold down at 75 %)",
         choices=["constant", "cosine", "step"],
     )
+    ema_decay: float | None = setting(
+        None,
+        "validate with, and keep as the generator, an exponential moving average of the trained weights, of which each "
+        "step keeps this share (0.999: about the last thousand steps); null: the weights themselves",
+        minimum=0,
+        maximum=0.999999,
+    )
     warmup_fraction: float = setting(0.02, "share of the run over which the rate rises from zero", minimum=0, maximum=1)
 
 

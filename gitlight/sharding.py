@@ -91,7 +91,7 @@ class ShardableModule(LightningModule):
 
         Sharded parameters are gathered from all ranks in every forward pass, so that all must make as many.
         """
-        return batch_idx + 1 == _n_batches(self.trainer) < self._steps_of_others
+        return self._steps_of_others > 0 and batch_idx + 1 == _n_batches(self.trainer) < self._steps_of_others
 
 
 def _n_batches(trainer: Trainer) -> int:

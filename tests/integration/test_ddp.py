@@ -18,7 +18,7 @@ def logged(run, column):
 @pytest.mark.parametrize(
     ("generator", "client_batch_size"), [("hybrid", 1), ("hybrid", 2), ("coarse", 1), ("mlp", 1), ("mlp", 2)]
 )
-def test_two_processes_follow_the_curve_of_one(command, tmp_path, generator, client_batch_size):
+def test_two_processes_follow_the_curve_of_one(command, train, tmp_path, generator, client_batch_size):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"generator: {{name: {generator}}}\ntrainer: {{max_epochs: 2}}\n"
@@ -31,7 +31,7 @@ def test_two_processes_follow_the_curve_of_one(command, tmp_path, generator, cli
     settings += (
         ["generator.channels=8", "generator.blocks=1"] if generator == "hybrid" else ["generator.hidden_size=32"]
     )
-    command("train.py", str(config), *settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}")
+    assert train(str(config), *settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}") == 0
     command("train.py", str(config), *settings, *TWO_PROCESSES, f"output_dir={tmp_path / 'two'}")
     for column in ("train/loss", "val/loss", "val/mse", "val/psnr", "val/ssim"):
         one, two = logged(tmp_path / "one", column), logged(tmp_path / "two", column)
@@ -39,7 +39,7 @@ def test_two_processes_follow_the_curve_of_one(command, tmp_path, generator, cli
         assert two == pytest.approx(one, rel=1e-4), column
 
 
-def test_descent_takes_the_steps_of_one_process(command, tmp_path):
+def test_descent_takes_the_steps_of_one_process(command, train, tmp_path):
     """With 400 leaks there are more than twice the 192 inputs of the last layer, and with half of them not."""
     (tmp_path / "run.yaml").write_text(
         "data: {n_public_images: 416, batch_size: 400, image_size: 16}\n"
@@ -51,7 +51,7 @@ def test_descent_takes_the_steps_of_one_process(command, tmp_path):
     )
     own = {"data.n_public_images", "data.batch_size", "leaked.width"}
     settings = ["run.yaml", *(setting for setting in SMALL if setting.partition("=")[0] not in own)]
-    command("train.py", *settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}")
+    assert train(*settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}") == 0
     command("train.py", *settings, *TWO_PROCESSES, f"output_dir={tmp_path / 'two'}")
     one, two = logged(tmp_path / "one", "train/loss"), logged(tmp_path / "two", "train/loss")
     assert len(one) == 6

@@ -29,6 +29,10 @@ def check_shardable(module: nn.Module, settings: TrainerConfig) -> None:
     Raises:
         ConfigError: what it trains is not used as layers, as the weights that `exact` descends on are not.
     """
+    if settings.strategy == "fsdp" and settings.channels_last:
+        raise ConfigError(
+            "trainer.channels_last: FSDP shards contiguous weights alone. Leave it out, or give trainer.strategy=ddp."
+        )
     trains = any(parameter.requires_grad for parameter in module.parameters())
     if settings.strategy == "fsdp" and trains and not list(trained_layers(module)):
         raise ConfigError(

@@ -1,7 +1,6 @@
 """`GITModule`, the LightningModule around a generator, and `train`, what ``train.py`` does."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_resumable
 from gitlight.config import (
-    ChannelConfig,
     Config,
     ExactGeneratorConfig,
     GaussianNoiseConfig,
@@ -168,15 +166,22 @@ def _with_decisions(config: Config) -> Config:
     It is decided for the run, and kept in its config.yaml: a generator may be evaluated on other leaks.
 
     Raises:
-        ConfigError: ``generator.separate`` asks for what is not possible.
+        ConfigError: ``generator.separate`` or ``generator.noise_range`` asks for what is not possible.
     """
     settings = config.generator
     if not isinstance(settings, HybridGeneratorConfig):
         return config
+    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+    possible = _noise_range(config)
+    if settings.noise_range is not None and possible is None:
+        raise ConfigError(
+            "generator.noise_range: the noise of a leak can be read off the whole gradient of one image, and pairs be "
+            "made at each level of it, where the channel is one stage, gaussian_noise with lowest_std. Give "
+            "generator.noise_range=null."
+        )
     # Where the noise is given, none is estimated, and all leaks are of one level.
     if settings.noise_range is None and settings.noise is None and not settings.forward_equations:
-        settings = replace(settings, noise_range=_noise_range(config.channel))
-    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+        settings = replace(settings, noise_range=possible)
     if leak != "gradient":
         if settings.separate:
             raise ConfigError(
@@ -187,14 +192,21 @@ def _with_decisions(config: Config) -> Config:
     return replace(config, generator=settings)
 
 
-def _noise_range(channel: Sequence[ChannelConfig]) -> list[float] | None:
-    """Of the one stage that adds noise of several levels; None where there is not one."""
-    ranges = [
-        [stage.lowest_std, stage.relative_std]
-        for stage in channel
-        if isinstance(stage, GaussianNoiseConfig) and stage.lowest_std is not None
-    ]
-    return ranges[0] if len(ranges) == 1 and ranges[0][0] < ranges[0][1] else None
+def _noise_range(config: Config) -> list[float] | None:
+    """Of a channel that adds noise of several levels and does nothing else; None where a leak does not tell its level.
+
+    That is read off the last layer's gradient, which has rank one but for noise. Averages over several images or steps,
+    and pruned gradients, have not; and a sketch has not the size of the gradient that noise is relative to.
+    """
+    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+    if leak != "gradient" or config.data.client_batch_size > 1 or config.gradients.sketch.name != "none":
+        return None
+    if len(config.channel) != 1:
+        return None
+    (stage,) = config.channel
+    if not isinstance(stage, GaussianNoiseConfig) or stage.lowest_std is None or stage.lowest_std >= stage.relative_std:
+        return None
+    return [stage.lowest_std, stage.relative_std]
 
 
 def with_network(config: Config, network: nn.Module | None) -> Config:

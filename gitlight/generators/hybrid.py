@@ -247,7 +247,8 @@ class HybridGenerator(Generator):
         """The start's error, of all leaks, ``()``, or for each image ``(B · slots, 1, 1, 1, 1)``."""
         assert self.ridge is not None
         if isinstance(self.ridge, BandedRegression):
-            return self.ridge.errors(features.levels[:, 0]).float().view(-1, 1, 1, 1, 1)
+            # As in `AsItIs`: below one thousandth of a grey level there is nothing to learn, nor to divide by.
+            return self.ridge.errors(features.levels[:, 0]).clamp_min(1e-6).float().view(-1, 1, 1, 1, 1)
         return self.ridge.error.float()
 
     def closed_form(self, gradients: Gradients) -> tuple[FeatureValues, Tensor, Tensor]:

@@ -135,6 +135,14 @@ def test_what_every_device_needs_whole_is_not_sharded(train, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_channels_last_are_not_sharded(train, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("generator: {name: hybrid}\n")
+    own = ["trainer.strategy=fsdp", "trainer.channels_last=true", f"output_dir={tmp_path / 'run'}"]
+    assert train("run.yaml", *SMALL, *own) == 2
+    assert "trainer.channels_last" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_what_has_nothing_to_train_needs_no_strategy(train, tmp_path, strategy):
     (tmp_path / "run.yaml").write_text("generator: {name: exact}\ntrainer: {max_epochs: 1}\n")

@@ -2,16 +2,20 @@
 
 import json
 
+import pytest
 from small_run import SMALL
 
 from gitlight import load_config
+from gitlight.errors import ConfigError
+from gitlight.training import _with_decisions
+
+RANGE = "channel: [{name: gaussian_noise, relative_std: 0.1, lowest_std: 0}]\n"
 
 
 def test_the_range_is_decided_in_training_and_kept(train, evaluate, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(
-        "channel: [{name: gaussian_noise, relative_std: 0.1, lowest_std: 0}]\n"
-        "generator: {name: hybrid, channels: 8, blocks: 1}\ntrainer: {max_epochs: 1}\n"
+        f"{RANGE}generator: {{name: hybrid, channels: 8, blocks: 1}}\ntrainer: {{max_epochs: 1}}\n"
     )
     assert train("run.yaml", *SMALL, f"output_dir={run}") == 0
     assert load_config(run).generator.noise_range == [0, 0.1]
@@ -23,7 +27,25 @@ def test_the_range_is_decided_in_training_and_kept(train, evaluate, tmp_path):
 
 
 def test_a_range_that_is_none_is_named(train, tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text("generator: {name: hybrid, noise_range: [0.1, 0.01]}\n")
+    (tmp_path / "run.yaml").write_text(f"{RANGE}generator: {{name: hybrid, noise_range: [0.1, 0.01]}}\n")
     assert train("run.yaml", *SMALL, f"output_dir={tmp_path / 'run'}") == 2
     assert "generator.noise_range: [0.1, 0.01]" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+NO_LEVEL = [
+    ["data.client_batch_size=8"],
+    ["gradients.sketch.name=count"],
+    ["channel=[{name: gaussian_noise, relative_std: 0.1, lowest_std: 0}, {name: pruning, fraction: 0.5}]"],
+    ["channel=[]"],
+]
+
+
+@pytest.mark.parametrize("settings", NO_LEVEL)
+def test_leaks_that_do_not_tell_their_noise_have_no_range(tmp_path, settings):
+    (tmp_path / "run.yaml").write_text(f"{RANGE}generator: {{name: hybrid}}\n")
+    config = load_config(tmp_path / "run.yaml", settings)
+    assert _with_decisions(config).generator.noise_range is None
+    config = load_config(tmp_path / "run.yaml", [*settings, "generator.noise_range=[0, 0.1]"])
+    with pytest.raises(ConfigError, match=r"generator.noise_range: the noise of a leak"):
+        _with_decisions(config)

@@ -14,18 +14,12 @@ from torchmetrics import MeanMetric
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_resumable
-from gitlight.config import (
-    Config,
-    ExactGeneratorConfig,
-    GaussianNoiseConfig,
-    GivenConfig,
-    HybridGeneratorConfig,
-    OptimizerConfig,
-)
+from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig
 from gitlight.config_loading import load_config
 from gitlight.data.datamodule import ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
+from gitlight.decisions import with_decisions
 from gitlight.errors import CheckpointError, ConfigError, LostRankError
 from gitlight.generators import GENERATORS
 from gitlight.generators.base import FitOn, Generator
@@ -59,6 +53,8 @@ class GITModule(ShardableModule):
     Metrics and pictures are callbacks'.
     """
 
+    forward_methods = ("training_loss",)
+
     def __init__(self, generator: Generator, optimizer: OptimizerConfig) -> None:
         super().__init__()
         self.generator = generator
@@ -74,8 +70,6 @@ class GITModule(ShardableModule):
         images: Tensor = self.generator(gradients)
         return images
 
-    forward_methods = ("training_loss",)
-
     @property
     def sharded(self) -> nn.Module:
         """The generator; its closed-form parts are buffers, and whole on every device."""
@@ -90,7 +84,7 @@ class GITModule(ShardableModule):
         with torch.no_grad():
             for number, fit in enumerate(self.generator.fits(), start=1):
                 wanted = fit if isinstance(fit, FitOn) else FitOn(fit)
-                log.info("fit %d (%s): a pass over the public pairs", number, wanted.name.removeprefix("_"))
+                log.info("fit %d (%s): over the public pairs", number, wanted.name.removeprefix("_"))
                 for pair in datamodule.fit_pairs(self.device, wanted.pairs):
                     # Neither labels nor anything else that the attacker does not have.
                     fit.update(pair.gradients, pair.images, pair.indices[:, 0] // pair.images.shape[1])
@@ -160,55 +154,6 @@ def build_generator(config: Config, architecture: Architecture) -> Generator:
     return generator
 
 
-def _with_decisions(config: Config) -> Config:
-    """The config, with what `hybrid`'s settings leave to the leaks that it is trained on.
-
-    It is decided for the run, and kept in its config.yaml: a generator may be evaluated on other leaks.
-
-    Raises:
-        ConfigError: ``generator.separate`` or ``generator.noise_range`` asks for what is not possible.
-    """
-    settings = config.generator
-    if not isinstance(settings, HybridGeneratorConfig):
-        return config
-    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
-    possible = _noise_range(config)
-    if settings.noise_range is not None and possible is None:
-        raise ConfigError(
-            "generator.noise_range: the noise of a leak can be read off the whole gradient of one image, and pairs be "
-            "made at each level of it, where the channel is one stage, gaussian_noise with lowest_std. Give "
-            "generator.noise_range=null."
-        )
-    # Where the noise is given, none is estimated, and all leaks are of one level.
-    if settings.noise_range is None and settings.noise is None and not settings.forward_equations:
-        settings = replace(settings, noise_range=possible)
-    if leak != "gradient":
-        if settings.separate:
-            raise ConfigError(
-                f"generator.separate: the images of one gradient can be told apart in closed form, and {leak} is not "
-                "one. Give generator.separate=null."
-            )
-        settings = replace(settings, separate=False)
-    return replace(config, generator=settings)
-
-
-def _noise_range(config: Config) -> list[float] | None:
-    """Of a channel that adds noise of several levels and does nothing else; None where a leak does not tell its level.
-
-    That is read off the last layer's gradient, which has rank one but for noise. Averages over several images or steps,
-    and pruned gradients, have not; and a sketch has not the size of the gradient that noise is relative to.
-    """
-    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
-    if leak != "gradient" or config.data.client_batch_size > 1 or config.gradients.sketch.name != "none":
-        return None
-    if len(config.channel) != 1:
-        return None
-    (stage,) = config.channel
-    if not isinstance(stage, GaussianNoiseConfig) or stage.lowest_std is None or stage.lowest_std >= stage.relative_std:
-        return None
-    return [stage.lowest_std, stage.relative_std]
-
-
 def with_network(config: Config, network: nn.Module | None) -> Config:
     """The config of a run whose leaked model is passed in Python: ``leaked`` then says so; None changes nothing.
 
@@ -246,7 +191,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         RunStopped: SIGTERM or SIGUSR1 came; a checkpoint is written.
         LostRankError: another process of the run is gone.
     """
-    config = _with_decisions(with_network(config, network))
+    config = with_decisions(with_network(config, network))
     resume = checkpoint_to_resume(config)
     module: LightningModule
     datamodule: ImageDataModule

@@ -65,7 +65,7 @@ class HybridGeneratorConfig(GeneratorConfig):
         None,
         "lowest and highest noise of leaks, in the same units, which the linear start is fitted for level by level, "
         "about one for each power of ten; lowest 0: leaks without noise, too, which the weights are then fitted from; "
-        "null: that of a channel with gaussian_noise.lowest_std, if there is one",
+        "for whole gradients of one image; null: that of a channel that is one gaussian_noise with lowest_std, or none",
     )
     mirrored_start: bool = setting(
         True, "fit the linear start on mirrored images, too, where data.horizontal_flip mirrors those that it trains on"

@@ -1,12 +1,11 @@
 """`evaluate`, what ``evaluate.py`` does: attack private images, measure, and report."""
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
-from gitlight.config import Config, HybridGeneratorConfig, MatchingConfig, TrainerConfig
+from gitlight.config import Config, MatchingConfig, TrainerConfig
 from gitlight.config_loading import load_config
+from gitlight.decisions import with_decisions_of
 from gitlight.errors import ConfigError
 from gitlight.evaluation.search import evaluate_search
 from gitlight.evaluation.trained import attack, evaluate_generator
@@ -59,7 +58,7 @@ def evaluate(config: Config, network: nn.Module | None = None) -> Evaluation:
     checkpoint = {} if iterative else trained_checkpoint(config)
     read_results(folder / "evaluation" / "metrics.json")
     trained = load_config(folder) if (folder / "config.yaml").is_file() else config
-    config = _with_decisions_of(config, trained)
+    config = with_decisions_of(config, trained)
     datamodule, device = build_pairs(config, network), _device(config.trainer)
     if iterative:
         return evaluate_search(config, trained, datamodule, device)
@@ -70,13 +69,3 @@ def _device(settings: TrainerConfig) -> torch.device:
     """One device of the kind that training would use; the CPU where the machine has none."""
     on_gpu = accelerator(settings) != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
-
-
-def _with_decisions_of(config: Config, trained: Config) -> Config:
-    """The config, with what training decided where its settings left it open."""
-    settings, former = config.generator, trained.generator
-    if not isinstance(settings, HybridGeneratorConfig) or not isinstance(former, HybridGeneratorConfig):
-        return config
-    separate = former.separate if settings.separate is None else settings.separate
-    noise_range = former.noise_range if settings.noise_range is None else settings.noise_range
-    return replace(config, generator=replace(settings, separate=separate, noise_range=noise_range))

@@ -29,7 +29,6 @@ from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
-from gitlight.metrics import match
 from gitlight.runs import checkpoint_path, load_checkpoint
 
 
@@ -69,6 +68,11 @@ class HybridGenerator(Generator):
         if settings.noise_range is not None and settings.noise is not None:
             raise ConfigError(
                 "generator.noise_range: with generator.noise all leaks are of one level. Leave one of the two out."
+            )
+        if settings.noise_range is not None and (client_batch_size > 1 or architecture.sketched):
+            raise ConfigError(
+                "generator.noise_range: only the whole gradient of one image tells its noise. Give "
+                "generator.noise_range=null."
             )
         self._weights_from = settings.weights_from
         possible = can_separate(architecture, client_batch_size)
@@ -144,7 +148,7 @@ class HybridGenerator(Generator):
         return self._images_and_error(gradients)[0]
 
     def _images_and_error(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
-        """What `forward` gives; and the start's error, of all leaks, ``()``, or of each image, ``(B, N, 1, 1, 1)``."""
+        """What `forward` gives; and the start's error, of all leaks, ``()``, or of each, ``(B, 1, 1, 1, 1)``."""
         features, averages, start = self.closed_form(gradients)
         if self.refinement is None:
             return start.unsqueeze(1).clamp(0, 1), start.new_zeros(())
@@ -157,8 +161,6 @@ class HybridGenerator(Generator):
         # the fastest way to undo them is to switch all units off.
         error = self._error(features)
         images = clamp_passing_gradients(start.unsqueeze(1) + residual.float() * error)
-        if error.dim():
-            error = error.expand(-1, images.shape[1], 1, 1, 1).reshape(-1, self.client_batch_size, 1, 1, 1)
         return images.view(-1, *self.image_shape), error
 
     def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor | None:
@@ -169,8 +171,7 @@ class HybridGenerator(Generator):
         if not isinstance(self.ridge, BandedRegression):
             return None
         found, error = self._images_and_error(gradients)
-        # One leak's images have one noise, and so one error, in whatever order they are.
-        return ((match(found, images) - images) / error).square().mean()
+        return ((found - images) / error).square().mean()
 
     def reconstruct(self, gradients: Gradients) -> Reconstruction:
         """`forward`, and the labels, where the walk reads them off."""
@@ -244,7 +245,7 @@ class HybridGenerator(Generator):
             ) from error
 
     def _error(self, features: FeatureValues) -> Tensor:
-        """The start's error, of all leaks, ``()``, or for each image ``(B · slots, 1, 1, 1, 1)``."""
+        """The start's error, of all leaks, ``()``, or of each, ``(B, 1, 1, 1, 1)``."""
         assert self.ridge is not None
         if isinstance(self.ridge, BandedRegression):
             # As in `AsItIs`: below one thousandth of a grey level there is nothing to learn, nor to divide by.

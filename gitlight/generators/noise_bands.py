@@ -15,7 +15,9 @@ _SHOWS = 1e-5
 
 
 def bands_of(noise_range: Sequence[float]) -> list[tuple[float, float]]:
-    """Bands of noise, about one for each power of ten; one for leaks without noise where the range begins at zero.
+    """Bands of noise, about one for each power of ten from where noise shows; one for all that there is below.
+
+    Where the range begins at zero, that one is of leaks without noise.
 
     Args:
         noise_range: lowest and highest level, relative to the root mean square of a leak's entries.
@@ -33,11 +35,13 @@ def bands_of(noise_range: Sequence[float]) -> list[tuple[float, float]]:
             f"generator.noise_range: {list(noise_range)} is not a lowest and a highest level of noise, as [0, 0.1] is."
         )
     lowest, highest = noise_range
-    without = [(0.0, 0.0)] if lowest == 0 else []
-    lowest = min(lowest or _SHOWS, highest)
+    hidden = []
+    if lowest < _SHOWS < highest or lowest == 0:
+        hidden = [(lowest, _SHOWS if lowest else 0.0)]
+    lowest = min(max(lowest, _SHOWS), highest)
     count = max(1, round(math.log10(highest / lowest)))
     edges = [float(f"{lowest * (highest / lowest) ** (number / count):.6g}") for number in range(count + 1)]
-    return [*without, *itertools.pairwise(edges)]
+    return [*hidden, *itertools.pairwise(edges)]
 
 
 class BandedRegression(nn.Module):

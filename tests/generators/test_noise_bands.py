@@ -19,7 +19,7 @@ from gitlight.gradients.engine import GradientEngine
 
 
 def test_bands_cover_the_range_without_a_gap():
-    for noise_range in ([0, 0.1], [1e-6, 0.2], [0.01, 0.01], [0, 1e-7], [1e-3, 3e-3]):
+    for noise_range in ([0, 0.1], [1e-6, 0.2], [1e-12, 0.1], [0.01, 0.01], [0, 1e-7], [1e-3, 3e-3]):
         bands = bands_of(noise_range)
         assert bands[0][0] == noise_range[0]
         assert bands[-1][1] == pytest.approx(noise_range[1])
@@ -28,6 +28,7 @@ def test_bands_cover_the_range_without_a_gap():
         for (_, highest), (lowest, _) in itertools.pairwise(bands):
             assert highest == lowest
         assert all(lowest <= highest for lowest, highest in bands)
+        assert len(bands) <= 5, "none is of noise that does not show"
 
 
 @pytest.mark.parametrize("noise_range", [[], [0.1], [0.1, 0.01], [-1, 0.1], [0, 0]])
@@ -138,3 +139,9 @@ def test_a_given_noise_leaves_no_range(leaks):
     architecture, _ = leaks
     with pytest.raises(ConfigError, match=r"generator.noise_range: with generator.noise"):
         build("hybrid", architecture, noise_range=[0.0, 0.1], noise=0.01)
+
+
+def test_averages_leave_no_range(leaks):
+    architecture, _ = leaks
+    with pytest.raises(ConfigError, match=r"generator.noise_range: only the whole gradient of one image"):
+        build("hybrid", architecture, 2, noise_range=[0.0, 0.1])

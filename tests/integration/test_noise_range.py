@@ -6,8 +6,8 @@ import pytest
 from small_run import SMALL
 
 from gitlight import load_config
+from gitlight.decisions import with_decisions
 from gitlight.errors import ConfigError
-from gitlight.training import _with_decisions
 
 RANGE = "channel: [{name: gaussian_noise, relative_std: 0.1, lowest_std: 0}]\n"
 
@@ -19,9 +19,10 @@ def test_the_range_is_decided_in_training_and_kept(train, evaluate, tmp_path):
     )
     assert train("run.yaml", *SMALL, f"output_dir={run}") == 0
     assert load_config(run).generator.noise_range == [0, 0.1]
-    noises = [[], [{"name": "gaussian_noise", "relative_std": 0.1}]]
-    for channel in noises:
-        assert evaluate(str(run), f"channel={json.dumps(channel)}", "evaluation.n_images=16") == 0
+    # A run's folder has the range in its config.yaml; the config that the run was begun with has not.
+    noisy = 'channel=[{"name": "gaussian_noise", "relative_std": 0.1}]'
+    assert evaluate(str(run), "channel=[]", "evaluation.n_images=16") == 0
+    assert evaluate("run.yaml", *SMALL, f"output_dir={run}", noisy, "evaluation.n_images=16") == 0
     clean, noisy = json.loads((run / "evaluation" / "metrics.json").read_text())["results"]
     assert clean["metrics"]["mse"]["mean"] < noisy["metrics"]["mse"]["mean"]
 
@@ -45,7 +46,7 @@ NO_LEVEL = [
 def test_leaks_that_do_not_tell_their_noise_have_no_range(tmp_path, settings):
     (tmp_path / "run.yaml").write_text(f"{RANGE}generator: {{name: hybrid}}\n")
     config = load_config(tmp_path / "run.yaml", settings)
-    assert _with_decisions(config).generator.noise_range is None
+    assert with_decisions(config).generator.noise_range is None
     config = load_config(tmp_path / "run.yaml", [*settings, "generator.noise_range=[0, 0.1]"])
     with pytest.raises(ConfigError, match=r"generator.noise_range: the noise of a leak"):
-        _with_decisions(config)
+        with_decisions(config)

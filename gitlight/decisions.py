@@ -1,0 +1,66 @@
+"""What a run decides where its settings leave it open, and keeps: what `hybrid` is depends on its training's leaks."""
+
+from dataclasses import replace
+
+from gitlight.config import Config, GaussianNoiseConfig, HybridGeneratorConfig
+from gitlight.errors import ConfigError
+from gitlight.gradients.updates import describe_leak
+
+
+def with_decisions(config: Config) -> Config:
+    """The config, with what `hybrid`'s settings leave to the leaks that it is trained on.
+
+    It is decided for the run, and kept in its config.yaml: a generator may be evaluated on other leaks.
+
+    Raises:
+        ConfigError: ``generator.separate`` or ``generator.noise_range`` asks for what is not possible.
+    """
+    settings = config.generator
+    if not isinstance(settings, HybridGeneratorConfig):
+        return config
+    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+    possible = _noise_range(config)
+    if settings.noise_range is not None and possible is None:
+        raise ConfigError(
+            "generator.noise_range: the noise of a leak can be read off the whole gradient of one image, and pairs be "
+            "made at each level of it, where the channel is one stage, gaussian_noise with lowest_std. Give "
+            "generator.noise_range=null."
+        )
+    # Where the noise is given, none is estimated, and all leaks are of one level.
+    if settings.noise_range is None and settings.noise is None and not settings.forward_equations:
+        settings = replace(settings, noise_range=possible)
+    if leak != "gradient":
+        if settings.separate:
+            raise ConfigError(
+                f"generator.separate: the images of one gradient can be told apart in closed form, and {leak} is not "
+                "one. Give generator.separate=null."
+            )
+        settings = replace(settings, separate=False)
+    return replace(config, generator=settings)
+
+
+def with_decisions_of(config: Config, trained: Config) -> Config:
+    """The config, with what training decided where its settings left it open."""
+    settings, former = config.generator, trained.generator
+    if not isinstance(settings, HybridGeneratorConfig) or not isinstance(former, HybridGeneratorConfig):
+        return config
+    separate = former.separate if settings.separate is None else settings.separate
+    noise_range = former.noise_range if settings.noise_range is None else settings.noise_range
+    return replace(config, generator=replace(settings, separate=separate, noise_range=noise_range))
+
+
+def _noise_range(config: Config) -> list[float] | None:
+    """Of a channel that adds noise of several levels and does nothing else; None where a leak does not tell its level.
+
+    That is read off the last layer's gradient, which has rank one but for noise. Averages over several images or steps,
+    and pruned gradients, have not; and a sketch has not the size of the gradient that noise is relative to.
+    """
+    leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+    if leak != "gradient" or config.data.client_batch_size > 1 or config.gradients.sketch.name != "none":
+        return None
+    if len(config.channel) != 1:
+        return None
+    (stage,) = config.channel
+    if not isinstance(stage, GaussianNoiseConfig) or stage.lowest_std is None or stage.lowest_std >= stage.relative_std:
+        return None
+    return [stage.lowest_std, stage.relative_std]

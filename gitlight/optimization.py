@@ -7,6 +7,7 @@ import torch
 from lightning import LightningModule
 
 from gitlight.config import OptimizerConfig
+from gitlight.sharding import FullyShardedStrategy
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -33,6 +34,8 @@ def configure_optimizer(module: LightningModule, settings: OptimizerConfig) -> A
     # It asks no further than whether precision is mixed.
     mixed_and_clipped = module.trainer.precision.endswith("-mixed") and module.trainer.gradient_clip_val
     options["fused"] = not mixed_and_clipped
+    if settings.name == "sgd" and isinstance(module.trainer.strategy, FullyShardedStrategy):
+        options["fused"] = False  # PyTorch's fused SGD, unlike its Adam, does not know sharded parameters
     optimizer = _OPTIMIZERS[settings.name](parameters, **options)
     n_steps = int(module.trainer.estimated_stepping_batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(

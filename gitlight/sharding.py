@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _NormBase
 
-from gitlight.config import TrainerConfig
+from gitlight.config import OptimizerConfig, TrainerConfig
 from gitlight.errors import ConfigError
 from gitlight.speed import trained_layers
 
@@ -19,22 +19,32 @@ _OWN_UNIT = 2**20
 """Entries from which a layer is a unit of its own: whole on a device while it computes, no longer."""
 
 
-def check_shardable(module: nn.Module, settings: TrainerConfig) -> None:
+def check_shardable(module: nn.Module, settings: TrainerConfig, optimizer: OptimizerConfig) -> None:
     """Find out before a run begins whether ``trainer.strategy=fsdp`` can train it.
 
     Args:
         module: a generator, a leaked model or an image prior.
-        settings: of the run.
+        settings: of the run, and
+        optimizer: how it trains.
 
     Raises:
-        ConfigError: what it trains is not used as layers, as the weights that `exact` descends on are not.
+        ConfigError: what it trains is not used as layers, as the weights that `exact` descends on are not; or some
+            other setting does not go with it.
     """
-    if settings.strategy == "fsdp" and settings.channels_last:
+    if settings.strategy != "fsdp":
+        return
+    if settings.channels_last:
         raise ConfigError(
             "trainer.channels_last: FSDP shards contiguous weights alone. Leave it out, or give trainer.strategy=ddp."
         )
     trains = any(parameter.requires_grad for parameter in module.parameters())
-    if settings.strategy == "fsdp" and trains and not list(trained_layers(module)):
+    if trains and optimizer.name == "sgd" and optimizer.momentum == 0:
+        # Lightning stumbles over the state of an optimiser that keeps none.
+        raise ConfigError(
+            "optimizer.momentum: without momentum a run under FSDP could not be resumed. Give one above zero, or "
+            "trainer.strategy=ddp."
+        )
+    if trains and not list(trained_layers(module)):
         raise ConfigError(
             f"trainer.strategy: fsdp shards trained layers, and {type(module).__name__} trains weights that every "
             "device needs whole. Give trainer.strategy=ddp."
@@ -62,9 +72,12 @@ class ShardableModule(LightningModule):
 
     Attributes:
         forward_methods: names of methods beside ``forward`` that use the parameters of `sharded`.
+        large_layers_apart: whether large layers are whole one at a time, not all at once. Each must then be called
+            itself, which users' own modules need not do, and share no weight with another.
     """
 
     forward_methods: tuple[str, ...] = ()
+    large_layers_apart = False
     _steps_of_others = 0
 
     @property
@@ -76,7 +89,8 @@ class ShardableModule(LightningModule):
         """Shard, where that is the strategy; Lightning calls it before the optimiser is made."""
         strategy = self.trainer.strategy
         if isinstance(strategy, FullyShardedStrategy):
-            _shard(self.sharded, strategy.device_mesh["data_parallel"], self.forward_methods)
+            mesh = strategy.device_mesh["data_parallel"]
+            _shard(self.sharded, mesh, self.forward_methods, self.large_layers_apart)
 
     def on_validation_start(self) -> None:
         """Ask how many batches the rank with the most of them has, and take over the first rank's running averages."""
@@ -103,8 +117,8 @@ def _n_batches(trainer: Trainer) -> int:
     return int(sum(trainer.num_val_batches))
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...]) -> None:
-    for layer in module.modules():
+def _shard(module: nn.Module, mesh: DeviceMesh, forward_methods: tuple[str, ...], large_layers_apart: bool) -> None:
+    for layer in module.modules() if large_layers_apart else ():
         if layer is not module and sum(p.numel() for p in layer.parameters(recurse=False)) >= _OWN_UNIT:
             fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)

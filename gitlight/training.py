@@ -54,6 +54,7 @@ class GITModule(ShardableModule):
     """
 
     forward_methods = ("training_loss",)
+    large_layers_apart = True
 
     def __init__(self, generator: Generator, optimizer: OptimizerConfig) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         module = GITModule(generator, config.optimizer)
     trained = module.generator if isinstance(module, GITModule) else module
     speed_up(trained, config.trainer)
-    check_shardable(trained, config.trainer)
+    check_shardable(trained, config.trainer, config.optimizer)
     _check_averaging(config, trained)
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from gitlight.config import OptimizerConfig
@@ -32,7 +33,9 @@ def test_warm_up_may_be_the_whole_run_or_none():
 )
 def test_optimisers_are_fused_but_where_lightning_scales_and_clips(name, precision, clip, fused):
     module = nn.Linear(2, 2)
-    trainer = SimpleNamespace(precision=precision, gradient_clip_val=clip, estimated_stepping_batches=3)
+    trainer = SimpleNamespace(
+        precision=precision, gradient_clip_val=clip, estimated_stepping_batches=3, strategy=DDPStrategy()
+    )
     module.trainer = trainer
     made = configure_optimizer(module, OptimizerConfig(name=name))["optimizer"]
     assert [group["fused"] for group in made.param_groups] == [fused]

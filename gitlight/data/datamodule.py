@@ -1,5 +1,6 @@
 """`ImageDataModule`, which yields images of any source, split and in batches."""
 
+import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -115,6 +116,7 @@ class ImageDataModule(LightningDataModule):
                 f"data.batch_size: {self.settings.batch_size} leaks a step, but only {self.n_leaks('train')} can be "
                 "made of the public images; lower data.batch_size."
             )
+        self._check_limit("limit_train_batches", self.n_leaks("train") // self.settings.batch_size)
         self._train_loader = self._loader("train", shuffle=True)
         self._train_loader.load_state_dict(self._position)
         return self._train_loader
@@ -126,7 +128,21 @@ class ImageDataModule(LightningDataModule):
                 f"data.n_validation: {self.n_leaks('validation')} leaks to validate on are fewer than the "
                 f"{self._world_size} devices, which need at least one each."
             )
+        fewest = self.n_leaks("validation") // self._world_size
+        self._check_limit("limit_val_batches", -(-fewest // self._leaks_per_rank))
         return self._loader("validation", shuffle=False)
+
+    def _check_limit(self, key: str, n_batches: int) -> None:
+        """A share of an epoch must be a batch at least, on the device that has the fewest, ``n_batches``.
+
+        Lightning asks each device alone, and those that have enough would wait for the others.
+        """
+        limit = getattr(self.trainer, key, 1.0)
+        if isinstance(limit, float) and 0 < limit < 1 and int(limit * n_batches) == 0:
+            raise ConfigError(
+                f"trainer.{key}: {limit} of {n_batches} batches a device is none; give at least "
+                f"{math.ceil(1000 / n_batches) / 1000}, or a number of batches."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """How far training is in its images.
@@ -165,6 +181,10 @@ class ImageDataModule(LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     @property
+    def _leaks_per_rank(self) -> int:
+        return -(-self.settings.batch_size // self._world_size)
+
+    @property
     def _stage(self) -> str:
         assert self.trainer is not None
         if self.trainer.training:
@@ -179,13 +199,12 @@ class ImageDataModule(LightningDataModule):
     def _loader(self, name: str, shuffle: bool) -> LeakLoader:
         rank = self.trainer.global_rank if self.trainer is not None else 0
         split, settings = self.split(name), self.settings
-        per_rank = -(-settings.batch_size // self._world_size)
         workers = self._n_workers(split)
         return LeakLoader(
             _Readable(split),
             LeakSampler(len(split), settings, rank, self._world_size, self._seed, shuffle),
             self._between_batches if shuffle else _nothing,
-            batch_size=per_rank * settings.client_batch_size,
+            batch_size=self._leaks_per_rank * settings.client_batch_size,
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,

@@ -39,6 +39,29 @@ Path(f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
 """
 
 
+OWN_LAYERS = """
+import torch
+from torch import nn
+
+class Attentive(nn.Module):
+    \"\"\"Large layers that are not called themselves: attention's projection, and one whose weight two use.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 1024, 8, 8)
+        self.attention = nn.MultiheadAttention(1024, 2, batch_first=True)
+        self.once, self.again = nn.Linear(1024, 1024), nn.Linear(1024, 1024)
+        self.again.weight = self.once.weight
+        self.head = nn.Linear(1024, 8)
+
+    def forward(self, images):
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = nn.functional.linear(torch.relu(self.once(x)), self.again.weight, self.again.bias)
+        return self.head(x.mean(1))
+"""
+
+
 def assert_alike(run, other):
     found, wanted = rows(run), rows(other)
     assert len(found) == len(wanted)
@@ -89,6 +112,29 @@ def test_other_tasks_follow_the_curve_of_two_processes(command, tmp_path, settin
     assert_alike(tmp_path / "fsdp", tmp_path / "ddp")
 
 
+def test_large_layers_of_own_models_need_not_be_called_themselves(command, tmp_path):
+    (tmp_path / "own_layers.py").write_text(OWN_LAYERS)
+    command.environment["PYTHONPATH"] = str(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        "task: leaked\nleaked: {name: custom, target: own_layers.Attentive}\noptimizer: {learning_rate: 1.0e-4}\n"
+    )
+    shared = [setting for setting in SMALL if not setting.startswith("leaked.")]
+    settings = [*shared, "data.batch_size=8", "trainer.limit_train_batches=2", "trainer.max_epochs=1"]
+    for strategy in ("ddp", "fsdp"):
+        own = ["trainer.devices=2", f"trainer.strategy={strategy}", f"output_dir={tmp_path / strategy}"]
+        command("train.py", "run.yaml", *settings, *own)
+    assert_alike(tmp_path / "fsdp", tmp_path / "ddp")
+
+
+def test_sgd_goes_on_as_if_it_had_not_stopped(command, tmp_path):
+    (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 16}\n")
+    settings = [*SMALL, "optimizer.name=sgd", "optimizer.learning_rate=0.1", "optimizer.schedule=constant", *FSDP]
+    command("train.py", "run.yaml", *settings, "trainer.max_epochs=2", f"output_dir={tmp_path / 'whole'}")
+    command("train.py", "run.yaml", *settings, "trainer.max_epochs=1", f"output_dir={tmp_path / 'parts'}")
+    command("train.py", str(tmp_path / "parts"), "trainer.resume=last", "trainer.max_epochs=2")
+    assert_alike(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_checkpoints_are_those_of_any_other_strategy(command, train, tmp_path):
     (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 16}\noptimizer: {schedule: constant}\n")
     for name, epochs in (("alone", 4), ("changing", 2)):
@@ -129,11 +175,17 @@ def test_what_every_device_needs_whole_is_not_sharded(train, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_channels_last_are_not_sharded(train, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["trainer.channels_last=true"], "trainer.channels_last"),
+        (["optimizer.name=sgd", "optimizer.momentum=0"], "optimizer.momentum"),
+    ],
+)
+def test_what_does_not_go_with_sharding_is_named(train, tmp_path, capsys, settings, named):
     (tmp_path / "run.yaml").write_text("generator: {name: hybrid}\n")
-    own = ["trainer.strategy=fsdp", "trainer.channels_last=true", f"output_dir={tmp_path / 'run'}"]
-    assert train("run.yaml", *SMALL, *own) == 2
-    assert "trainer.channels_last" in capsys.readouterr().err
+    assert train("run.yaml", *SMALL, "trainer.strategy=fsdp", *settings, f"output_dir={tmp_path / 'run'}") == 2
+    assert named in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -13,10 +13,14 @@ from torch import Tensor
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import AlexNet_Weights
 
+from gitlight.errors import ConfigError
 from gitlight.metrics import PerceptualDistance
 
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds without an answer after which the download of the weights is given up."""
+
+_KEY = "loss.perceptual: lpips: "
+"""How the message begins for who trains with it."""
 
 IMAGES_AT_A_TIME = 64
 """Images in one pass through AlexNet, which bounds the memory."""
@@ -34,6 +38,20 @@ def load_lpips() -> PerceptualDistance | None:
         A function from reconstructions and images, ``(K, C, H, W)`` in [0, 1] with at least 31 × 31 pixels, to one
         distance per image, ``(K,)``. Grey images are repeated to three channels.
     """
+    try:
+        distance = lpips_network()
+    except ConfigError as error:
+        rank_zero_warn(f"LPIPS is left out: {str(error).removeprefix(_KEY)}")
+        return None
+    return torch.no_grad()(distance)
+
+
+def lpips_network() -> PerceptualDistance:
+    """AlexNet LPIPS to train with: the same function as `load_lpips`', and gradients flow to the reconstructions.
+
+    Raises:
+        ConfigError: AlexNet's weights are not to be had, or cannot be read.
+    """
     weights = AlexNet_Weights.IMAGENET1K_V1
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(urlsplit(weights.url).path).name
@@ -48,11 +66,9 @@ def load_lpips() -> PerceptualDistance | None:
             problem = f"the AlexNet weights in {path} cannot be read ({reason}); delete the file and"
         else:
             problem = f"the AlexNet weights are not in torch's hub cache and cannot be downloaded ({reason});"
-        rank_zero_warn(f"LPIPS is left out: {problem} put {path.name} from {weights.url} into {folder}.")
-        return None
+        raise ConfigError(f"{_KEY}{problem} put {path.name} from {weights.url} into {folder}.") from error
     network.requires_grad_(False).eval()
 
-    @torch.no_grad()
     def lpips(reconstructions: Tensor, images: Tensor) -> Tensor:
         network.to(device=images.device, dtype=images.dtype)
         # expand() repeats grey images' one channel and leaves colour images as they are.

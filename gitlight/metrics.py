@@ -79,7 +79,7 @@ def image_metrics(
     candidates = reconstructions.detach().to(dtype).flatten(0, 1).clamp(0, 1)
     truth = images.detach().to(dtype).flatten(0, 1).clamp(0, 1)
     mse = (candidates - truth).square().mean(dim=(1, 2, 3))
-    metrics = {"mse": mse, "psnr": _psnr(mse), "ssim": _ssim(candidates, truth)}
+    metrics = {"mse": mse, "psnr": _psnr(mse), "ssim": ssim(candidates, truth)}
     if lpips is not None and min(images.shape[-2:]) >= SMALLEST_LPIPS_IMAGE:
         metrics["lpips"] = lpips(candidates, truth)
     return {name: values.reshape(leading) for name, values in metrics.items()}
@@ -114,16 +114,21 @@ def bootstrap_interval(values: Tensor, n_samples: int, seed: int) -> tuple[float
     return low, high
 
 
-def _psnr(mse: Tensor) -> Tensor:
-    # max(NaN, x) is NaN, so a diverged reconstruction stays visible.
-    return -10 * torch.log10(mse.clamp(min=10 ** (-PERFECT_PSNR / 10)))
-
-
-def _ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """SSIM per image, ``(K,)``: the mean over the places where the whole window lies within the image.
+def ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Structural similarity of each image: the mean over the places where the whole window lies within it.
 
     That is Wang et al.'s definition and scikit-image's; torchmetrics' own mean counts padded borders or not depending
     on its version, so only its map is used. In images under 11 pixels no window fits: the padded map is averaged.
+
+    Args:
+        reconstructions: ``(K, C, H, W)`` in [0, 1]; gradients flow to them.
+        images: the truth, of the same shape.
+
+    Returns:
+        ``(K,)``.
+
+    Raises:
+        ValueError: a side is under 6 pixels, where the window cannot be padded.
     """
     height, width = images.shape[-2:]
     margin = SSIM_WINDOW // 2
@@ -135,6 +140,11 @@ def _ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
     if min(height, width) >= SSIM_WINDOW:
         similarity = similarity[..., margin : height - margin, margin : width - margin]
     return similarity.mean(dim=(1, 2, 3))
+
+
+def _psnr(mse: Tensor) -> Tensor:
+    # max(NaN, x) is NaN, so a diverged reconstruction stays visible.
+    return -10 * torch.log10(mse.clamp(min=10 ** (-PERFECT_PSNR / 10)))
 
 
 def _check_shapes(reconstructions: Tensor, images: Tensor) -> None:

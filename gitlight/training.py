@@ -14,8 +14,8 @@ from torchmetrics import MeanMetric
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_resumable
-from gitlight.config import Config, ExactGeneratorConfig, GivenConfig, OptimizerConfig
-from gitlight.config_loading import load_config
+from gitlight.compatibility import check_averaging, check_perceptual, check_weights_from
+from gitlight.config import Config, GivenConfig, LossConfig, OptimizerConfig
 from gitlight.data.datamodule import ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
@@ -27,10 +27,10 @@ from gitlight.gradients.updates import describe_leak
 from gitlight.leaked.model import LeakedModel
 from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
+from gitlight.perceptual import perceptual_term
 from gitlight.rank_watch import RankWatch
 from gitlight.runs import (
     WANDB_ID,
-    checkpoint_path,
     checkpoint_to_resume,
     load_checkpoint,
     prepare_run_folder,
@@ -49,16 +49,25 @@ log = logging.getLogger(__name__)
 class GITModule(ShardableModule):
     """Trains a generator on pairs: closed-form fits first, then descent on the mean squared error, or its own loss.
 
-    With several images per leak the loss is that of the best assignment of outputs to images (Wu et al. 2023).
-    Metrics and pictures are callbacks'.
+    A perceptual term may come on top of the squared error (`gitlight.perceptual`). With several images per leak the
+    loss is that of the best assignment of outputs to images (Wu et al. 2023). Metrics and pictures are callbacks'.
     """
 
     forward_methods = ("training_loss",)
     large_layers_apart = True
 
-    def __init__(self, generator: Generator, optimizer: OptimizerConfig) -> None:
+    def __init__(self, generator: Generator, optimizer: OptimizerConfig, loss: LossConfig | None = None) -> None:
+        """Args: what is trained, how, and on what; None: the squared error alone.
+
+        Raises:
+            ConfigError: the images are not fit for the perceptual term, or its network's weights are missing.
+        """
         super().__init__()
         self.generator = generator
+        self._loss_settings = loss or LossConfig()
+        name = self._loss_settings.perceptual
+        # A function, not a module: its network is neither trained nor kept in checkpoints.
+        self._perceptual = None if name is None else perceptual_term(name, generator.architecture.image_shape)
         # Lightning's own epoch mean rounds the ranks' batch counts, which is wrong for shares of unequal size.
         self.val_loss = MeanMetric()
         self._optimizer = optimizer
@@ -100,11 +109,12 @@ class GITModule(ShardableModule):
                         torch.distributed.broadcast(tensor.data, src=0)
 
     def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor | None:
-        """Mean squared error over the batch, or the generator's own loss; None for one with nothing to train."""
+        """The batch's loss, or the generator's own; None for one with nothing to train."""
         if not any(parameter.requires_grad for parameter in self.generator.parameters()):
             return None
-        loss = self.generator.training_loss(pair.gradients, pair.images)
-        if loss is None:
+        if self.generator.has_own_loss:
+            loss = self.generator.training_loss(pair.gradients, pair.images)
+        else:
             loss = self._loss(self(pair.gradients), pair)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, sync_dist=True, batch_size=len(pair))
         return loss
@@ -119,14 +129,20 @@ class GITModule(ShardableModule):
         return {"reconstructions": reconstructions}
 
     def _loss(self, reconstructions: Tensor, pair: GradientPair) -> Tensor:
-        matched = match(reconstructions, pair.images)
+        """Mean squared error, and the perceptual term in its weight."""
+        matched, images = match(reconstructions, pair.images), pair.images
         if self.generator.refuses:
             answered = torch.isfinite(matched).flatten(1).all(dim=1)
             if not bool(answered.any()):
                 # Connected to the parameters all the same: other ranks wait for this one's gradients.
                 return sum((p.sum() * 0.0 for p in self.generator.parameters()), matched.new_zeros(()))
-            return nn.functional.mse_loss(matched[answered], pair.images[answered])
-        return nn.functional.mse_loss(matched, pair.images)
+            matched, images = matched[answered], images[answered]
+        loss = nn.functional.mse_loss(matched, images)
+        if self._perceptual is not None:
+            with torch.autocast(images.device.type, enabled=False):
+                distances = self._perceptual(matched.flatten(0, 1).float(), images.flatten(0, 1))
+            loss = loss + self._loss_settings.weight * distances.mean()
+        return loss
 
     def configure_optimizers(self) -> Any:
         """The optimiser and schedule of the config."""
@@ -206,15 +222,16 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         datamodule = ImagesAlone(load_images(config.data), config.data, config.seed)
     else:
         datamodule = build_pairs(config, network)
-        _check_weights_from(config, datamodule)
+        check_weights_from(config, datamodule.leaked_model)
         generator = build_generator(config, datamodule.architecture)
         if description := generator.describe():
             log.info("%s", description)
-        module = GITModule(generator, config.optimizer)
+        check_perceptual(config, generator)
+        module = GITModule(generator, config.optimizer, config.loss)
     trained = module.generator if isinstance(module, GITModule) else module
     speed_up(trained, config.trainer)
     check_shardable(trained, config.trainer, config.optimizer)
-    _check_averaging(config, trained)
+    check_averaging(config, trained)
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
     folder = run_folder(config)
@@ -231,45 +248,6 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
                     raise LostRankError(lost) from error
                 raise
     return folder
-
-
-def _check_averaging(config: Config, trained: nn.Module) -> None:
-    """``optimizer.ema_decay`` averages weights that are trained, and whole."""
-    if config.optimizer.ema_decay is None:
-        return
-    if not any(parameter.requires_grad for parameter in trained.parameters()):
-        raise ConfigError(
-            f"optimizer.ema_decay: {type(trained).__name__} has no trained weights to average. Leave it out."
-        )
-    if config.trainer.strategy == "fsdp":
-        raise ConfigError(
-            "optimizer.ema_decay: no average is kept of sharded weights. Leave it out, or give trainer.strategy=ddp."
-        )
-
-
-def _check_weights_from(config: Config, datamodule: GradientPairDataModule) -> None:
-    """The run that ``generator.weights_from`` names must have fitted the weights of this leaked model."""
-    named = getattr(config.generator, "weights_from", None)
-    if named is None:
-        return
-    folder = Path(named)
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(
-            f"generator.weights_from: {named} is not a run's folder. Train configs/lenet_exact.yaml first."
-        )
-    fitted = load_config(folder)
-    if not isinstance(fitted.generator, ExactGeneratorConfig) or fitted.generator.fit != "layerwise":
-        raise ConfigError(
-            f"generator.weights_from: {named} is a run of generator.name={fitted.generator.name}, and only exact with "
-            "generator.fit=layerwise fits weights that forward equations can use."
-        )
-    checkpoint = load_checkpoint(checkpoint_path(folder, "last"))
-    stored = checkpoint.get(type(datamodule).__qualname__, {}).get("leaked_fingerprint")
-    if stored != datamodule.leaked_model.fingerprint():
-        raise CheckpointError(
-            f"generator.weights_from: {named} fitted another leaked model: its weights are not those that `leaked` "
-            "gives now. Give a run with the same `leaked` settings."
-        )
 
 
 def _checked_checkpoint(

@@ -1,14 +1,10 @@
 import os
-import urllib.error
-import urllib.request
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torchmetrics
-import torchvision
 from torch import Tensor
 
 from gitlight.lpips import load_lpips
@@ -16,32 +12,6 @@ from gitlight.lpips import load_lpips
 FILE = "alexnet-owt-7be5be79.pth"
 LAYERS = (1, 4, 7, 9, 11)
 """Positions of AlexNet's five activations among its ``features``."""
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty torch hub cache without a network."""
-
-    def no_network(*args: object, **kwargs: object) -> None:
-        raise urllib.error.URLError("no network in tests")
-
-    monkeypatch.setattr(torch.hub, "urlopen", no_network)
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    load_lpips.cache_clear()
-    yield tmp_path / "checkpoints"
-    load_lpips.cache_clear()
-
-
-@pytest.fixture
-def alexnet(hub: Path) -> torch.nn.Module:
-    """AlexNet with weights of a seed, which lie in the hub cache."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = torchvision.models.alexnet(weights=None).eval()
-    hub.mkdir()
-    torch.save(network.state_dict(), hub / FILE)
-    return network
 
 
 def lpips_by_hand(alexnet: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Keeps a run's settings in its checkpoints, so that nothing else is continued by mistake."""
 
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], config: Config) -> N
             f"{VERSION}. Continue the run with the version that began it, or start a new run, without trainer.resume."
         )
     now = _deciding(config)
-    if changed := differences(saved, now, "there"):
+    # A setting that came after the run began had its default's effect there.
+    if changed := differences({**_defaults(config, now), **saved}, now, "there"):
         raise CheckpointError(
             f"{path} is a checkpoint of a run with other settings ({changed}). A run goes on with its own: "
             "give its folder as the config and leave these out. For others start a new run, without trainer.resume."
@@ -76,3 +79,14 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], config: Config) -> N
 
 def _deciding(config: Config) -> dict[str, Any]:
     return {key: value for key, value in dotted(config).items() if not key.startswith(_FREE)}
+
+
+def _defaults(config: Config, keys: Iterable[str]) -> dict[str, Any]:
+    """Of these settings, those of the config's sections, which are of the same classes."""
+    sections = {
+        field.name: type(getattr(config, field.name))()
+        for field in fields(config)
+        if is_dataclass(getattr(config, field.name))
+    }
+    found = dotted(replace(config, **sections))
+    return {key: found[key] for key in keys if key in found}

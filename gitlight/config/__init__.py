@@ -38,7 +38,14 @@ from gitlight.config.leaked import (
     ViTB16Config,
     ViTConfig,
 )
-from gitlight.config.run import EvaluationConfig, ImagePriorConfig, LoggingConfig, OptimizerConfig, TrainerConfig
+from gitlight.config.run import (
+    EvaluationConfig,
+    ImagePriorConfig,
+    LoggingConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainerConfig,
+)
 
 __all__ = [
     "AttackConfig",
@@ -63,6 +70,7 @@ __all__ = [
     "LeNetConfig",
     "LeakedConfig",
     "LoggingConfig",
+    "LossConfig",
     "MLPGeneratorConfig",
     "MatchingConfig",
     "OptimizerConfig",
@@ -97,6 +105,7 @@ class Config:
     gradients: GradientsConfig = field(default_factory=GradientsConfig)
     channel: list[Any] = setting([], "stages that gradients pass on their way to the attacker, in order")
     generator: GeneratorConfig = field(default_factory=HybridGeneratorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     image_prior: ImagePriorConfig = field(default_factory=ImagePriorConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

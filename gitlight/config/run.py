@@ -30,6 +30,19 @@ class OptimizerConfig:
 
 
 @dataclass
+class LossConfig:
+    """What generators are trained to make small beside their mean squared error."""
+
+    perceptual: str | None = setting(
+        None,
+        "a term for sharper images, at a cost in squared error: one less SSIM, the difference of image gradients, or "
+        "LPIPS, for which AlexNet's weights are needed; null: none",
+        choices=["ssim", "gradient_difference", "lpips"],
+    )
+    weight: float = setting(0.1, "of that term, where the squared error (pixels in [0, 1]) has one", above=0)
+
+
+@dataclass
 class TrainerConfig:
     """Lightning's own names (`lightning.Trainer`); and which checkpoints are kept and continued from."""
 

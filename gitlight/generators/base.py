@@ -155,14 +155,19 @@ class Generator(nn.Module, ABC):
         """The leaked parameters that the generator has estimated, by name; empty if it estimates none."""
         return {}
 
-    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor | None:
-        """A loss of the generator's own to train on; None: the mean squared error of its reconstructions.
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether it trains on `training_loss`, and not on its reconstructions' mean squared error (and `loss`)."""
+        return False
+
+    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor:
+        """A loss of the generator's own to train on, where it has one.
 
         Args:
             gradients: parameter name → ``(B, *shape)``.
             images: ``(B, N, C, H, W)``, the images behind them.
         """
-        return None
+        raise NotImplementedError
 
     def describe(self) -> str:
         """What a user should know of this generator for this architecture, in a line; empty if nothing."""

@@ -163,13 +163,13 @@ class HybridGenerator(Generator):
         images = clamp_passing_gradients(start.unsqueeze(1) + residual.float() * error)
         return images.view(-1, *self.image_shape), error
 
-    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor | None:
-        """For a range of noise, squared errors over those of each leak's start; else None.
+    @property
+    def has_own_loss(self) -> bool:
+        """For a range of noise, where leaks with much of it would be all that counts, by their errors."""
+        return isinstance(self.ridge, BandedRegression)
 
-        Or leaks with much noise, whose errors are a thousand times as large, would be all that counts.
-        """
-        if not isinstance(self.ridge, BandedRegression):
-            return None
+    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor:
+        """Squared errors over those of each leak's start."""
         found, error = self._images_and_error(gradients)
         return ((found - images) / error).square().mean()
 

@@ -100,10 +100,14 @@ class ExactGenerator(Generator):
         """The weights' fits, where they are not trained alone; and what tells one image's leak from an average."""
         return self._fits()
 
-    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor | None:
-        """Residuals of all layers' equations, for that objective; None for the image's error."""
-        if self.layer_descent is None:
-            return None
+    @property
+    def has_own_loss(self) -> bool:
+        """For the objective ``layers``."""
+        return self.layer_descent is not None
+
+    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor:
+        """Residuals of all layers' equations."""
+        assert self.layer_descent is not None
         with torch.autocast(images.device.type, enabled=False), full_float32():
             self.inversion.keep_matched(self._trained())
             return self.layer_descent(self.inversion, gradients, images, self._trained(detached=False))

@@ -1,0 +1,64 @@
+"""Settings that do not go with what they make a run train: one message, before anything of the run is touched."""
+
+from pathlib import Path
+
+from torch import nn
+
+from gitlight.config import Config, ExactGeneratorConfig
+from gitlight.config_loading import load_config
+from gitlight.data.pair_datamodule import GradientPairDataModule
+from gitlight.errors import CheckpointError, ConfigError
+from gitlight.generators.base import Generator
+from gitlight.leaked.model import LeakedModel
+from gitlight.runs import checkpoint_path, load_checkpoint
+
+
+def check_averaging(config: Config, trained: nn.Module) -> None:
+    """``optimizer.ema_decay`` averages weights that are trained, and whole."""
+    if config.optimizer.ema_decay is None:
+        return
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
+        raise ConfigError(
+            f"optimizer.ema_decay: {type(trained).__name__} has no trained weights to average. Leave it out."
+        )
+    if config.trainer.strategy == "fsdp":
+        raise ConfigError(
+            "optimizer.ema_decay: no average is kept of sharded weights. Leave it out, or give trainer.strategy=ddp."
+        )
+
+
+def check_perceptual(config: Config, generator: Generator) -> None:
+    """``loss.perceptual`` is a term beside the squared error of what is trained."""
+    if config.loss.perceptual is None:
+        return
+    if generator.has_own_loss or not any(parameter.requires_grad for parameter in generator.parameters()):
+        reason = "trains on a loss of its own" if generator.has_own_loss else "has nothing to train"
+        raise ConfigError(
+            f"loss.perceptual: with these settings {config.generator.name} {reason}, to which nothing is added. Leave "
+            "it out."
+        )
+
+
+def check_weights_from(config: Config, leaked_model: LeakedModel) -> None:
+    """The run that ``generator.weights_from`` names must have fitted the weights of this leaked model."""
+    named = getattr(config.generator, "weights_from", None)
+    if named is None:
+        return
+    folder = Path(named)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"generator.weights_from: {named} is not a run's folder. Train configs/lenet_exact.yaml first."
+        )
+    fitted = load_config(folder)
+    if not isinstance(fitted.generator, ExactGeneratorConfig) or fitted.generator.fit != "layerwise":
+        raise ConfigError(
+            f"generator.weights_from: {named} is a run of generator.name={fitted.generator.name}, and only exact with "
+            "generator.fit=layerwise fits weights that forward equations can use."
+        )
+    checkpoint = load_checkpoint(checkpoint_path(folder, "last"))
+    stored = checkpoint.get(GradientPairDataModule.__qualname__, {}).get("leaked_fingerprint")
+    if stored != leaked_model.fingerprint():
+        raise CheckpointError(
+            f"generator.weights_from: {named} fitted another leaked model: its weights are not those that `leaked` "
+            "gives now. Give a run with the same `leaked` settings."
+        )

@@ -1,0 +1,26 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gitlight.callbacks.run_settings import STATE_KEY, RunSettings, check_resumable
+from gitlight.config import Config, LossConfig, MLPGeneratorConfig
+from gitlight.errors import CheckpointError
+from gitlight.runs import FORMAT, VERSION
+
+CONFIG = Config(generator=MLPGeneratorConfig(hidden_size=8))
+
+
+def checkpoint(without):
+    state = {key: value for key, value in RunSettings(CONFIG).state_dict().items() if not key.startswith(without)}
+    return {"callbacks": {STATE_KEY: state}, FORMAT: VERSION}
+
+
+def test_a_setting_that_came_after_the_run_began_has_its_default():
+    check_resumable(Path("last.ckpt"), checkpoint("loss."), CONFIG)
+    check_resumable(Path("last.ckpt"), checkpoint("generator.scale_inputs"), CONFIG)
+    changed = replace(CONFIG, loss=LossConfig(weight=0.5))
+    with pytest.raises(CheckpointError, match=r"other settings \(loss.weight: 0.1 there, 0.5 now\)"):
+        check_resumable(Path("last.ckpt"), checkpoint("loss."), changed)
+    with pytest.raises(CheckpointError, match=r"\(generator.hidden_size: 3000 there, 8 now\)"):
+        check_resumable(Path("last.ckpt"), checkpoint("generator.hidden_size"), CONFIG)

@@ -71,6 +71,7 @@ CASES = {
     "lenet_hybrid_n4": Case("lenet_hybrid", (*N4, "trainer.max_epochs=12"), 30),
     # One generator for a range of noise, and one for half of each of its levels.
     "lenet_hybrid_range": Case("lenet_hybrid_range", SHORT, 12, tuple((noise(level),) for level in (0, 1e-4, *LEVELS))),
+    "lenet_hybrid_half_0": Case("lenet_hybrid", SHORT, 12),
     **{
         f"lenet_hybrid_half_{level:g}": Case("lenet_hybrid", (noise(level / 2), *SHORT), 12, ((noise(level),),))
         for level in LEVELS

@@ -6,10 +6,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo test test-all check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv with gitlight and everything for development (about 6 GB, mostly torch)
 
@@ -22,8 +22,13 @@ check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## check, then all tests and doctests, on up to four cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test: check ## check, then tests and doctests but the slowest, on up to four cores
+	$(PYTEST) -m 'not slow'
+
+test-all: check ## the same, and the slowest
+	$(PYTEST)
 
 clean: ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis gitlight.egg-info

@@ -1,7 +1,10 @@
 import csv
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from alexnet_weights import empty_hub, put_alexnet
 from torch import Tensor
 
 from gitlight.cli import train_command
@@ -12,6 +15,17 @@ from gitlight.perceptual import perceptual_term
 
 SHAPE = (3, 32, 32)
 IMAGES = torch.rand(2, 4, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with empty_hub(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+@pytest.fixture
+def alexnet(hub: Path) -> torch.nn.Module:
+    return put_alexnet(hub)
 
 
 def gradient_difference(a: Tensor, b: Tensor) -> list[float]:

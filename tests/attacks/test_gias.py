@@ -196,6 +196,7 @@ def test_runs_of_other_public_images_are_warned_of(run, tmp_path, caplog, attack
     assert "seed: 0 there, 1 now" in warned[0]
 
 
+@pytest.mark.slow
 def test_bad_image_priors_are_named(run, tmp_path):
     def attack(*overrides, name="gias"):
         config = load_config(

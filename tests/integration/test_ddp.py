@@ -15,9 +15,12 @@ def logged(run, column):
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-@pytest.mark.parametrize(
-    ("generator", "client_batch_size"), [("hybrid", 1), ("hybrid", 2), ("coarse", 1), ("mlp", 1), ("mlp", 2)]
-)
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("hybrid", 1), ("hybrid", 2), ("coarse", 1), ("mlp", 2))
+]
+
+
+@pytest.mark.parametrize(("generator", "client_batch_size"), [("mlp", 1), *SLOW])
 def test_two_processes_follow_the_curve_of_one(command, train, tmp_path, generator, client_batch_size):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -39,6 +42,7 @@ def test_two_processes_follow_the_curve_of_one(command, train, tmp_path, generat
         assert two == pytest.approx(one, rel=1e-4), column
 
 
+@pytest.mark.slow
 def test_descent_takes_the_steps_of_one_process(command, train, tmp_path):
     """With 400 leaks there are more than twice the 192 inputs of the last layer, and with half of them not."""
     (tmp_path / "run.yaml").write_text(
@@ -66,6 +70,7 @@ def test_a_batch_that_cannot_be_shared_is_named(command, tmp_path):
     assert "multiple of 2" in output
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(command, train, tmp_path):
     """A signal to one of them stops both, the loss of one ends both, and a single one continues the curve."""
     config = tmp_path / "run.yaml"

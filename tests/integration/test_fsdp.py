@@ -103,6 +103,7 @@ def test_generators_follow_the_curve_of_one_process(command, train, tmp_path, se
     ["task: leaked\nleaked: {name: resnet20}\n", "task: image_prior\nimage_prior: {channels: 16}\n"],
     ids=["leaked", "image_prior"],
 )
+@pytest.mark.slow
 def test_other_tasks_follow_the_curve_of_two_processes(command, tmp_path, settings):
     """Batch norms average over what each process has of a batch, and each draws latents of its own."""
     (tmp_path / "run.yaml").write_text(settings)
@@ -112,6 +113,7 @@ def test_other_tasks_follow_the_curve_of_two_processes(command, tmp_path, settin
     assert_alike(tmp_path / "fsdp", tmp_path / "ddp")
 
 
+@pytest.mark.slow
 def test_large_layers_of_own_models_need_not_be_called_themselves(command, tmp_path):
     (tmp_path / "own_layers.py").write_text(OWN_LAYERS)
     command.environment["PYTHONPATH"] = str(tmp_path)
@@ -126,6 +128,7 @@ def test_large_layers_of_own_models_need_not_be_called_themselves(command, tmp_p
     assert_alike(tmp_path / "fsdp", tmp_path / "ddp")
 
 
+@pytest.mark.slow
 def test_sgd_goes_on_as_if_it_had_not_stopped(command, tmp_path):
     (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 16}\n")
     settings = [*SMALL, "optimizer.name=sgd", "optimizer.learning_rate=0.1", "optimizer.schedule=constant", *FSDP]
@@ -135,6 +138,7 @@ def test_sgd_goes_on_as_if_it_had_not_stopped(command, tmp_path):
     assert_alike(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_checkpoints_are_those_of_any_other_strategy(command, train, tmp_path):
     (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 16}\noptimizer: {schedule: constant}\n")
     for name, epochs in (("alone", 4), ("changing", 2)):
@@ -147,6 +151,7 @@ def test_checkpoints_are_those_of_any_other_strategy(command, train, tmp_path):
     assert other[-1] == pytest.approx(one[-1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_each_device_has_its_share_of_parameters_and_of_what_adam_keeps(tmp_path):
     (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 64}\n")
     (tmp_path / "halves.py").write_text(HALVES)
@@ -190,6 +195,7 @@ def test_what_does_not_go_with_sharding_is_named(train, tmp_path, capsys, settin
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.slow
 def test_what_has_nothing_to_train_needs_no_strategy(train, tmp_path, strategy):
     (tmp_path / "run.yaml").write_text("generator: {name: exact}\ntrainer: {max_epochs: 1}\n")
     own = ["trainer.devices=2", f"trainer.strategy={strategy}", f"output_dir={tmp_path / 'run'}"]

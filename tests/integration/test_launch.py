@@ -102,6 +102,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "delete", host], check=False)
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_hosts(two_hosts, tmp_path, of_one_process):
     hosts, first = two_hosts
     processes = [
@@ -130,6 +131,7 @@ def test_slurm_requeues_a_job_whose_time_is_over(tmp_path, code, requeued):
     assert not requeued or (tmp_path / "asked").read_text() == "requeue 77\n"
 
 
+@pytest.mark.slow
 def test_slurm_starts_and_continues(tmp_path, of_one_process):
     (tmp_path / "bin").mkdir()
     srun = tmp_path / "bin" / "srun"

@@ -20,6 +20,7 @@ def results(run):
     return json.loads((run / "evaluation" / "metrics.json").read_text())["results"]
 
 
+@pytest.mark.slow
 def test_a_model_in_the_current_folder_is_attacked(command, tmp_path):
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n"
@@ -40,6 +41,7 @@ def test_a_model_in_the_current_folder_is_attacked(command, tmp_path):
 
 
 @pytest.mark.parametrize("generator", ["mlp", "hybrid"])
+@pytest.mark.slow
 def test_updates_are_attacked_and_are_a_condition_of_their_own(train, evaluate, tmp_path, generator, capsys):
     settings = {"mlp": "hidden_size: 8", "hybrid": "channels: 8, blocks: 1"}[generator]
     (tmp_path / "fedavg.yaml").write_text(

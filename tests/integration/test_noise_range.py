@@ -12,6 +12,7 @@ from gitlight.errors import ConfigError
 RANGE = "channel: [{name: gaussian_noise, relative_std: 0.1, lowest_std: 0}]\n"
 
 
+@pytest.mark.slow
 def test_the_range_is_decided_in_training_and_kept(train, evaluate, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(

@@ -71,6 +71,7 @@ def stopped_at(monkeypatch, step, number):
     monkeypatch.setattr(GITModule, "training_step", and_a_signal)
 
 
+@pytest.mark.slow
 def test_a_killed_and_stopped_run_resumed_ends_like_one_never_interrupted(
     command, train, config, tmp_path, monkeypatch, capsys
 ):

@@ -117,7 +117,7 @@ def assert_all_gone(sweep: Sweeping) -> None:
     assert sweep.alive() == []
 
 
-@pytest.mark.parametrize(("how", "n_trials"), [("SIGKILL", 8), ("SIGTERM", 5)])
+@pytest.mark.parametrize(("how", "n_trials"), [("SIGKILL", 8), pytest.param("SIGTERM", 5, marks=pytest.mark.slow)])
 def test_a_sweep_whose_process_is_ended_runs_every_trial_once(sweep: Sweeping, how: str, n_trials: int) -> None:
     sweep.write(QUICK, quick(RATES[:n_trials]))
     process = sweep.start("--workers", "2")
@@ -171,6 +171,7 @@ def test_a_sweep_runs_once_at_a_time_unless_its_database_is_shared(sweep: Sweepi
     assert_all_gone(sweep)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_database_and_one_is_killed(sweep: Sweeping) -> None:
     sweep.write(QUICK, quick(RATES[:6]))
     storage = ("--storage", f"sqlite:///{sweep.folder.parent / 'shared.db'}")
@@ -198,6 +199,7 @@ def test_two_processes_share_a_database_and_one_is_killed(sweep: Sweeping) -> No
 TINY = [*SMALL, "data.n_public_images=48", "data.image_size=16", "generator.name=mlp", "generator.hidden_size=8"]
 
 
+@pytest.mark.slow
 def test_training_is_killed_and_goes_on_is_pruned_and_fails_in_a_sweep(sweep: Sweeping) -> None:
     parameters = "{trainer.strategy: {values: [auto, nonsense]}, optimizer.learning_rate: {values: [1.0e-4, 10.0]}}"
     early = "{type: hyperband, min_iter: 1, eta: 2}"

@@ -53,6 +53,7 @@ def test_the_average_is_that_of_the_definition(tmp_path):
     assert (found - steps.weights[-1]).abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_it_is_continued_and_evaluated(train, evaluate, tmp_path):
     (tmp_path / "run.yaml").write_text("optimizer: {ema_decay: 0.9, schedule: constant}\n")
     settings = ["run.yaml", *SMALL, "generator.name=hybrid", "generator.channels=4", "generator.blocks=1"]

@@ -47,6 +47,7 @@ def test_a_preconditioned_step_solves_least_squares():
     torch.testing.assert_close(weight.detach() - weight.grad, wanted, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_from_a_random_start_the_weights_converge(make_pairs):
     torch.manual_seed(0)
     leaked, pair = make_pairs(LeNetConfig(width=4), n=120)

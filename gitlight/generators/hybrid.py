@@ -1,7 +1,7 @@
 """Hybrid-GIT: exact where the equations are exact, learned where they are not."""
 
-from collections.abc import Iterator, Sequence
-from math import isqrt, prod
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from gitlight.generators.base import (
 )
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
 from gitlight.generators.exact.separated import SeparatedFeatures, can_separate, is_separated_well
+from gitlight.generators.hybrid_features import deepest_that_fit, smallest_parameters
 from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit
 from gitlight.generators.noise_bands import BandedRegression, bands_of
 from gitlight.generators.refinement import FeatureMaps, Refinement
@@ -100,10 +101,10 @@ class HybridGenerator(Generator):
         unexplained = [
             name for layer in architecture.layers if layer.name not in explained for name in layer.parameters.values()
         ]
-        small = _smallest(unexplained, architecture, settings.gradient_entries)
+        small = smallest_parameters(unexplained, architecture, settings.gradient_entries)
         self.scaling = GradientScaling(architecture, small) if small and settings.gradient_channels else None
         reached = self.walk.features[-1].result == IMAGE and settings.forward_equations
-        self._in_start = _deepest_that_fit(shapes, settings.linear_start_features)
+        self._in_start = deepest_that_fit(shapes, settings.linear_start_features)
         if reached:
             self._in_start = {len(shapes) - 1: shapes[-1]}
         n_start = sum(map(prod, self._in_start.values()))
@@ -280,43 +281,3 @@ class HybridGenerator(Generator):
                 feature = nn.functional.adaptive_avg_pool2d(feature, (shape[1], shape[2]))
             chosen.append(feature.flatten(1))
         return torch.cat([*chosen, averages.double()], dim=1)
-
-
-def _smallest(names: Sequence[str], architecture: Architecture, limit: int) -> tuple[str, ...]:
-    """Of these parameters, the smallest whose gradients have at most ``limit`` entries together; in their order."""
-    shapes = architecture.gradient_shapes
-    chosen: set[str] = set()
-    total = 0
-    for name in sorted(dict.fromkeys(names), key=lambda name: shapes[name].numel()):
-        total += shapes[name].numel()
-        if total > limit:
-            break
-        chosen.add(name)
-    return tuple(name for name in dict.fromkeys(names) if name in chosen)
-
-
-def _deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int, tuple[int, ...]]:
-    """Positions and shapes of the last features, the nearest to the image, with at most ``limit`` entries in all.
-
-    If not even one fits, the deepest map is averaged down until it does.
-
-    >>> _deepest_that_fit([(12, 8, 8), (12, 8, 8), (12, 16, 16)], 4000)
-    {1: (12, 8, 8), 2: (12, 16, 16)}
-    >>> _deepest_that_fit([(12, 56, 56)], 4000)
-    {0: (12, 18, 18)}
-    """
-    chosen: dict[int, tuple[int, ...]] = {}
-    total = 0
-    for position in reversed(range(len(shapes))):
-        if total + prod(shapes[position]) <= limit:
-            chosen = {position: shapes[position], **chosen}
-            total += prod(shapes[position])
-    if not chosen and len(shapes[-1]) == 3 and shapes[-1][0] <= limit:
-        side = isqrt(limit // shapes[-1][0])
-        chosen[len(shapes) - 1] = (shapes[-1][0], min(side, shapes[-1][1]), min(side, shapes[-1][2]))
-    if not chosen:
-        raise ConfigError(
-            f"generator.linear_start_features: {limit} is less than any feature of this leaked model has; the smallest "
-            f"has {min(map(prod, shapes))}."
-        )
-    return chosen

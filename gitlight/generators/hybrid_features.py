@@ -1,0 +1,47 @@
+"""What the stages of Hybrid-GIT see, where not all has room."""
+
+from collections.abc import Sequence
+from math import isqrt, prod
+
+from gitlight.architecture import Architecture
+from gitlight.errors import ConfigError
+
+
+def smallest_parameters(names: Sequence[str], architecture: Architecture, limit: int) -> tuple[str, ...]:
+    """Of these parameters, the smallest whose gradients have at most ``limit`` entries together; in their order."""
+    shapes = architecture.gradient_shapes
+    chosen: set[str] = set()
+    total = 0
+    for name in sorted(dict.fromkeys(names), key=lambda name: shapes[name].numel()):
+        total += shapes[name].numel()
+        if total > limit:
+            break
+        chosen.add(name)
+    return tuple(name for name in dict.fromkeys(names) if name in chosen)
+
+
+def deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int, tuple[int, ...]]:
+    """Positions and shapes of the last features, the nearest to the image, with at most ``limit`` entries in all.
+
+    If not even one fits, the deepest map is averaged down until it does.
+
+    >>> deepest_that_fit([(12, 8, 8), (12, 8, 8), (12, 16, 16)], 4000)
+    {1: (12, 8, 8), 2: (12, 16, 16)}
+    >>> deepest_that_fit([(12, 56, 56)], 4000)
+    {0: (12, 18, 18)}
+    """
+    chosen: dict[int, tuple[int, ...]] = {}
+    total = 0
+    for position in reversed(range(len(shapes))):
+        if total + prod(shapes[position]) <= limit:
+            chosen = {position: shapes[position], **chosen}
+            total += prod(shapes[position])
+    if not chosen and len(shapes[-1]) == 3 and shapes[-1][0] <= limit:
+        side = isqrt(limit // shapes[-1][0])
+        chosen[len(shapes) - 1] = (shapes[-1][0], min(side, shapes[-1][1]), min(side, shapes[-1][2]))
+    if not chosen:
+        raise ConfigError(
+            f"generator.linear_start_features: {limit} is less than any feature of this leaked model has; the smallest "
+            f"has {min(map(prod, shapes))}."
+        )
+    return chosen

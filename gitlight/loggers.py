@@ -1,6 +1,5 @@
 """Where a run's numbers go: ``metrics.csv`` always, W&B where it is wanted. Neither ever stops a run."""
 
-import csv
 import logging
 import os
 import uuid
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from gitlight.config import Config
+from gitlight.csv_logger import CSVFileLogger
 from gitlight.runs import WANDB_ID
 from gitlight.sweep.trial import agent_run_folder
 
@@ -71,92 +71,6 @@ def log_curve(config: Config, folder: Path, name: str, curve: Sequence[tuple[int
     for iteration, distance, psnr in curve:
         logger.log_metrics({"attack/iteration": iteration, "attack/distance": distance, "attack/psnr": psnr})
     logger.finalize("success")
-
-
-class CSVFileLogger(Logger):
-    """One row for each set of metrics that Lightning logs, written at once; columns ``epoch``, ``step``, metrics.
-
-    ``step`` counts optimiser steps from 0, as Lightning does. Lightning's own CSVLogger deletes the file of the run
-    that it continues.
-
-    Args:
-        path: the file; rank 0 writes it, from the first row on.
-        resume_step: number of steps done when training goes on: rows of these steps are kept, later ones, which
-            will be logged again, are dropped; ``None`` starts an empty file.
-    """
-
-    def __init__(self, path: Path, resume_step: int | None) -> None:
-        super().__init__()
-        self.path = Path(path)
-        self._resume_step = resume_step
-        self._columns: list[str] = []
-        self._started = False
-
-    @property
-    def name(self) -> str:
-        """Lightning names folders after it; here the run's folder is given."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """See `name`."""
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        """The folder of the file."""
-        return str(self.path.parent)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: settings are in the run's config.yaml."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write one row.
-
-        Args:
-            metrics: name → number.
-            step: optimiser steps before the one that the numbers belong to.
-        """
-        if not self._started:
-            self._start()
-        row = {name: float(value) for name, value in metrics.items()}
-        if "epoch" in row:
-            row["epoch"] = int(row["epoch"])
-        if step is not None:
-            row["step"] = step
-        if new := [name for name in row if name not in self._columns]:
-            self._rewrite([*self._columns, *new], _read_rows(self.path))
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
-
-    def _start(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept: list[dict[str, str]] = []
-        if self._resume_step is not None:
-            kept = [row for row in _read_rows(self.path) if row.get("step") and int(row["step"]) < self._resume_step]
-        columns = dict.fromkeys(["epoch", "step", *(name for row in kept for name in row)])
-        self._rewrite(list(columns), kept)
-        self._started = True
-
-    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        # Renamed into place, so that being killed here loses nothing.
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(partial, self.path)
-        self._columns = columns
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    text = path.read_text()
-    # A killed run may leave half a row; its numbers would be wrong.
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
 class ForgivingWandbLogger(WandbLogger):

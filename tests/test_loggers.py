@@ -12,7 +12,8 @@ import wandb
 
 import gitlight.loggers
 from gitlight.config import Config
-from gitlight.loggers import CSVFileLogger, ForgivingWandbLogger, build_loggers
+from gitlight.csv_logger import CSVFileLogger
+from gitlight.loggers import ForgivingWandbLogger, build_loggers
 
 KEY = "0123456789" * 4
 

@@ -10,8 +10,8 @@ from gitlight.callbacks import LearningRate, PairsProgressBar, QuietProgress, bu
 from gitlight.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.config import Config
+from gitlight.csv_logger import CSVFileLogger, read_rows
 from gitlight.data.pair import GradientPair
-from gitlight.loggers import CSVFileLogger, _read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_a_whole_run_leaves_its_files(fit: Fit, tmp_path: Path) -> None:
         "reconstructions/epoch_0000.png",
         "reconstructions/epoch_0001.png",
     }
-    table = _read_rows(tmp_path / "metrics.csv")
+    table = read_rows(tmp_path / "metrics.csv")
     assert {"epoch", "step", "train/loss", "lr", "val/loss", "val/psnr", "val/ssim", "val/mse"} <= set(table[0])
     # The rate that each step is taken with: it halves every step.
     assert [float(row["lr"]) for row in table if row["lr"]] == [0.5 * 0.5**i for i in range(6)]
@@ -127,7 +127,7 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(fit: Fit, tmp_path: P
         callbacks = [LearningRate(), best_checkpoint(folder, "val/loss"), last_checkpoint(folder)]
         logger = CSVFileLogger(folder / "metrics.csv", step)
         fit(callbacks, TinyModule(), data, ckpt_path=resume, max_epochs=max_epochs, logger=[logger])
-        return _read_rows(folder / "metrics.csv")
+        return read_rows(folder / "metrics.csv")
 
     whole = run(tmp_path / "whole", 4)
     run(tmp_path / "parts", 2)

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import gitlight.callbacks.throughput
 from gitlight.callbacks import Throughput
+from gitlight.csv_logger import CSVFileLogger, read_rows
 from gitlight.data.pair import GradientPair
-from gitlight.loggers import CSVFileLogger, _read_rows
 
 
 class FakeClock:
@@ -51,7 +51,7 @@ def test_pairs_per_second_leaves_validation_out(fit: Fit, tmp_path: Path, clock:
     )
     logged = [
         (int(row["step"]), float(row["throughput/pairs_per_second"]))
-        for row in _read_rows(tmp_path / "metrics.csv")
+        for row in read_rows(tmp_path / "metrics.csv")
         if row["throughput/pairs_per_second"]
     ]
     # Leaks, not images; windows of two steps, and each epoch's mean.
@@ -87,7 +87,7 @@ class LinearModule(TimedModule):
 def test_flops_are_those_of_the_generators_step(fit: Fit, tmp_path: Path, clock: FakeClock) -> None:
     logger = CSVFileLogger(tmp_path / "metrics.csv", None)
     fit([Throughput()], LinearModule(clock), TinyData(batches(4, 4), batches(3)), logger=[logger], log_every_n_steps=1)
-    rows = _read_rows(tmp_path / "metrics.csv")
+    rows = read_rows(tmp_path / "metrics.csv")
     flops = [1e12 * float(value) for row in rows if (value := row["throughput/teraflops_per_second"])]
     # Forward and the weight's gradient, a multiplication and an addition each; eight images a second.
     assert flops == pytest.approx([8 * 2 * 2 * 12 * 20] * len(flops))

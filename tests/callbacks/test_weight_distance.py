@@ -14,8 +14,8 @@ from gitlight.callbacks import ReconstructionMetrics, WeightDistance
 from gitlight.callbacks.checkpoints import last_checkpoint
 from gitlight.callbacks.weight_distance import weight_distances
 from gitlight.checkpoint_io import AtomicCheckpointIO
+from gitlight.csv_logger import CSVFileLogger, read_rows
 from gitlight.generators.base import ParameterEstimate
-from gitlight.loggers import CSVFileLogger, _read_rows
 
 
 def test_distances_are_euclidean_norms() -> None:
@@ -107,7 +107,7 @@ def run(fit: Fit, folder: Path, max_epochs: int = 2, resume: str | None = None) 
 
 def logged(folder: Path, name: str) -> list[tuple[int, float]]:
     """``(step, value)`` of the rows of metrics.csv that have the metric."""
-    return [(int(row["step"]), float(row[name])) for row in _read_rows(folder / "metrics.csv") if row[name]]
+    return [(int(row["step"]), float(row[name])) for row in read_rows(folder / "metrics.csv") if row[name]]
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -120,7 +120,7 @@ def test_distances_are_logged_before_the_first_step_and_at_each_validation(fit: 
     assert logged(tmp_path, "weight_distance/total") == logged(tmp_path, "weight_distance/weight")
     relative = [value for _, value in logged(tmp_path, "weight_distance/total_relative")]
     assert relative == pytest.approx([relative[0], relative[0] / 4, relative[0] / 16], rel=1e-4)
-    first = next(row for row in _read_rows(tmp_path / "metrics.csv") if row["weight_distance/total"])
+    first = next(row for row in read_rows(tmp_path / "metrics.csv") if row["weight_distance/total"])
     assert (first["epoch"], first["train/loss"], first["val/mse"]) == ("0", "", "")
 
 
@@ -186,6 +186,6 @@ def test_generators_without_estimates_log_and_draw_nothing(fit: Fit, tmp_path: P
     callback = WeightDistance(tmp_path)
     trainer = fit([callback], logger=[CSVFileLogger(tmp_path / "metrics.csv", None)])
     assert not any("distance" in name for name in trainer.callback_metrics)
-    assert not any("distance" in name for name in _read_rows(tmp_path / "metrics.csv")[0])
+    assert not any("distance" in name for name in read_rows(tmp_path / "metrics.csv")[0])
     assert [path.name for path in tmp_path.glob("*.*")] == ["metrics.csv"]
     assert callback.history == []

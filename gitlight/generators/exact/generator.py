@@ -13,12 +13,12 @@ from gitlight.errors import ArchitectureError, CheckpointError, ConfigError
 from gitlight.generators.base import Generator, PairFit, ParameterEstimate, Reconstruction
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.descent import descend
+from gitlight.generators.exact.generator_fits import FallbackFit, SecondFit
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.layer_descent import LayerDescent
 from gitlight.generators.exact.noise import rank_one
 from gitlight.generators.exact.plan import Do, Known, plan_walk
 from gitlight.generators.exact.status import Status, screen, worsen
-from gitlight.generators.exact.weights import side_by_side
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.gradients.precision import full_float32
 from gitlight.runs import checkpoint_path, load_checkpoint
@@ -64,12 +64,12 @@ class ExactGenerator(Generator):
         self.layer_descent: LayerDescent | None = None
         if settings.fit == "descent":
             self._prepare_descent()
-        self._features = [] if self._reaches else self._deepest_features()
+        self.features = [] if self._reaches else self._deepest_features()
         self.ridge: RidgeRegression | None = None
         if not self._reaches:
             if settings.fit == "descent" and settings.start is None:
                 self._check_features_need_no_weight()
-            n_features = sum(torch.Size(architecture[name].output_shape).numel() for name in self._features)
+            n_features = sum(torch.Size(architecture[name].output_shape).numel() for name in self.features)
             self.ridge = RidgeRegression(n_features, torch.Size(architecture.image_shape).numel())
         self.largest_second: Tensor
         self.register_buffer("largest_second", torch.zeros((), dtype=torch.float64))
@@ -120,7 +120,7 @@ class ExactGenerator(Generator):
         obstacles = list(self.inversion.plan.obstacles.items())
         first = f" The walk ends above {obstacles[0][0]}: {obstacles[0][1]}." if obstacles else ""
         what = (
-            "an estimate of the image" if self._reaches else f"{', '.join(self._features)}, and a regression from there"
+            "an estimate of the image" if self._reaches else f"{', '.join(self.features)}, and a regression from there"
         )
         return f"exact reaches {what}. Weights: {steps}.{first}"
 
@@ -142,9 +142,9 @@ class ExactGenerator(Generator):
             yield from self.inversion.fits(self._settings.matching_epochs, found)
             found = self.inversion.weights()
         self._take(found)
-        yield _SecondFit(self)
+        yield SecondFit(self)
         if self.ridge is not None:
-            yield _FallbackFit(self, self.ridge)
+            yield FallbackFit(self, self.ridge)
 
     def _invert(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
         """Images ``(B, C, H, W)`` and statuses; gradients flow to trained weights."""
@@ -161,7 +161,7 @@ class ExactGenerator(Generator):
             result = self.inversion.find(leaks_found)
             if self.ridge is None:
                 return result.values[IMAGE].value, result.status
-            flat = self.ridge(torch.cat([result.values[name].value.flatten(1) for name in self._features], dim=1))
+            flat = self.ridge(torch.cat([result.values[name].value.flatten(1) for name in self.features], dim=1))
             return flat.reshape(-1, *shape), worsen(result.status, result.status == 0, Status.ESTIMATE)
 
     def _prepare_descent(self) -> None:
@@ -200,10 +200,10 @@ class ExactGenerator(Generator):
         """The regression is fitted before training, when no weight is known."""
         architecture = self.architecture
         known = plan_walk(architecture, self.inversion.rules, (), 1, stacked=False).known
-        if deeper := [name for name in self._features if name not in known]:
+        if deeper := [name for name in self.features if name not in known]:
             raise ConfigError(
                 f"generator.fit: descent from untrained weights ends in no image here: the walk stops at "
-                f"{self._features[0]}, and a regression from {', '.join(deeper)} needs fitted weights. Give "
+                f"{self.features[0]}, and a regression from {', '.join(deeper)} needs fitted weights. Give "
                 "generator.fit=layerwise, or generator.start=layerwise to train from fitted weights."
             )
 
@@ -270,49 +270,3 @@ class ExactGenerator(Generator):
             name = key.replace("/", ".")
             if name in values:
                 parameter.copy_(values[name])
-
-
-class _SecondFit:
-    """The `PairFit` of the largest second singular value among single images' leaks."""
-
-    def __init__(self, generator: ExactGenerator) -> None:
-        self._generator = generator
-        self._largest = generator.largest_second.new_zeros(())
-        self._by_device: Tensor | None = None
-
-    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
-        rule = self._generator.inversion.rules[self._generator.architecture.output]
-        if isinstance(rule, AffineRule) and rule.weight is not None:
-            good = screen(gradients) == Status.EXACT
-            if bool(good.any()):
-                second = rank_one(gradients[rule.weight][good]).second.max()
-                self._largest = torch.maximum(self._largest.to(second), second)
-
-    def sums(self) -> list[Tensor]:
-        # Each device's in a place of its own, so that their sum holds them all.
-        self._by_device = side_by_side(self._largest)
-        return [self._by_device]
-
-    def finish(self) -> None:
-        found = self._largest if self._by_device is None else self._by_device.max()
-        self._generator.largest_second.copy_(found)
-
-
-class _FallbackFit:
-    """The `PairFit` of the regression that stands in where the walk does not reach the image."""
-
-    def __init__(self, generator: ExactGenerator, ridge: RidgeRegression) -> None:
-        self._generator, self._ridge = generator, ridge
-
-    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
-        inversion = self._generator.inversion
-        leaks = inversion.usable(gradients)
-        found = inversion.find(leaks)
-        features = torch.cat([found.values[name].value.flatten(1) for name in self._generator._features], dim=1)
-        self._ridge.add(features, images[leaks.which, 0].flatten(1), numbers[leaks.which])
-
-    def sums(self) -> list[Tensor]:
-        return list(self._ridge.sums())
-
-    def finish(self) -> None:
-        self._ridge.solve()

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from torch import nn
 
-from gitlight.config import Config, ExactGeneratorConfig
+from gitlight.config import Config, ExactGeneratorConfig, LossConfig
 from gitlight.config_loading import load_config
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.base import Generator
 from gitlight.leaked.model import LeakedModel
 from gitlight.runs import checkpoint_path, load_checkpoint
+from gitlight.trainer import accelerator
 
 
 def check_averaging(config: Config, trained: nn.Module) -> None:
@@ -24,6 +25,21 @@ def check_averaging(config: Config, trained: nn.Module) -> None:
     if config.trainer.strategy == "fsdp":
         raise ConfigError(
             "optimizer.ema_decay: no average is kept of sharded weights. Leave it out, or give trainer.strategy=ddp."
+        )
+
+
+def check_loss(config: Config) -> None:
+    """``loss`` is of generators, and its weight that of a term."""
+    if config.loss.perceptual is None:
+        if config.loss.weight != LossConfig().weight:
+            raise ConfigError("loss.weight: there is no term to weigh. Give loss.perceptual, or leave it out.")
+        return
+    if config.task != "generator":
+        raise ConfigError(f"loss.perceptual: task={config.task} has a loss of its own. Leave it out.")
+    if config.loss.perceptual == "ssim" and config.trainer.deterministic and accelerator(config.trainer) != "cpu":
+        raise ConfigError(
+            "loss.perceptual: PyTorch has no deterministic backward pass for SSIM's padding on GPUs. Give "
+            "loss.perceptual=gradient_difference, or leave trainer.deterministic out."
         )
 
 

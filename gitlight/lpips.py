@@ -19,11 +19,8 @@ from gitlight.metrics import PerceptualDistance
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds without an answer after which the download of the weights is given up."""
 
-_KEY = "loss.perceptual: lpips: "
-"""How the message begins for who trains with it."""
-
 IMAGES_AT_A_TIME = 64
-"""Images in one pass through AlexNet, which bounds the memory."""
+"""Images in one pass through AlexNet, which bounds the memory but in training, where all passes are kept."""
 
 
 @functools.cache
@@ -41,7 +38,7 @@ def load_lpips() -> PerceptualDistance | None:
     try:
         distance = lpips_network()
     except ConfigError as error:
-        rank_zero_warn(f"LPIPS is left out: {str(error).removeprefix(_KEY)}")
+        rank_zero_warn(f"LPIPS is left out: {error}")
         return None
     return torch.no_grad()(distance)
 
@@ -66,7 +63,7 @@ def lpips_network() -> PerceptualDistance:
             problem = f"the AlexNet weights in {path} cannot be read ({reason}); delete the file and"
         else:
             problem = f"the AlexNet weights are not in torch's hub cache and cannot be downloaded ({reason});"
-        raise ConfigError(f"{_KEY}{problem} put {path.name} from {weights.url} into {folder}.") from error
+        raise ConfigError(f"{problem} put {path.name} from {weights.url} into {folder}.") from error
     network.requires_grad_(False).eval()
 
     def lpips(reconstructions: Tensor, images: Tensor) -> Tensor:

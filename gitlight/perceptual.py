@@ -31,7 +31,12 @@ def perceptual_term(name: str, image_shape: ImageShape) -> PerceptualDistance:
         )
     if name == "ssim":
         return _dissimilarity
-    return lpips_network() if name == "lpips" else _gradient_difference
+    if name == "gradient_difference":
+        return _gradient_difference
+    try:
+        return lpips_network()
+    except ConfigError as error:
+        raise ConfigError(f"loss.perceptual: {name}: {error}") from error
 
 
 def _dissimilarity(reconstructions: Tensor, images: Tensor) -> Tensor:

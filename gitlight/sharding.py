@@ -38,6 +38,11 @@ def check_shardable(module: nn.Module, settings: TrainerConfig, optimizer: Optim
             "trainer.channels_last: FSDP shards contiguous weights alone. Leave it out, or give trainer.strategy=ddp."
         )
     trains = any(parameter.requires_grad for parameter in module.parameters())
+    if scalars := [name for name, p in module.named_parameters() if p.requires_grad and p.ndim == 0]:
+        raise ConfigError(
+            f"trainer.strategy: fsdp cannot shard {scalars[0]}, a parameter without dimensions. Give it one, of one "
+            "entry, or trainer.strategy=ddp."
+        )
     if trains and optimizer.name == "sgd" and optimizer.momentum == 0:
         # Lightning stumbles over the state of an optimiser that keeps none.
         raise ConfigError(
@@ -79,6 +84,7 @@ class ShardableModule(LightningModule):
     forward_methods: tuple[str, ...] = ()
     large_layers_apart = False
     _steps_of_others = 0
+    _had_backward = False
 
     @property
     def sharded(self) -> nn.Module:
@@ -91,6 +97,17 @@ class ShardableModule(LightningModule):
         if isinstance(strategy, FullyShardedStrategy):
             mesh = strategy.device_mesh["data_parallel"]
             _shard(self.sharded, mesh, self.forward_methods, self.large_layers_apart)
+
+    def on_after_backward(self) -> None:
+        """Refuse what no optimiser state is kept of: a run could not be resumed. DDP refuses it, too."""
+        if not isinstance(self.trainer.strategy, FullyShardedStrategy) or self._had_backward:
+            return
+        self._had_backward = True
+        if unused := [name for name, p in self.sharded.named_parameters() if p.requires_grad and p.grad is None]:
+            raise ConfigError(
+                f"trainer.strategy: fsdp: the loss does not depend on {unused[0]}. Take it out of the model, set its "
+                "requires_grad to false, or train on one device."
+            )
 
     def on_validation_start(self) -> None:
         """Ask how many batches the rank with the most of them has, and take over the first rank's running averages."""

@@ -18,8 +18,10 @@ from gitlight.sharding import FullyShardedStrategy
 from gitlight.stop_signals import StopSignals
 
 
-def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
-    """The arguments that `Trainer` takes from ``trainer.*``, tried out before anything of a run is touched.
+def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, Any], int]:
+    """The arguments that `Trainer` takes from ``trainer.*``, and for how many processes they are.
+
+    They are tried out before anything of a run is touched.
 
     Args:
         config: the run's settings.
@@ -45,7 +47,7 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> dict[str, Any]:
         raise ConfigError(
             "trainer.num_nodes: this generator inverts in closed form and has nothing to train; use one machine."
         )
-    return settings
+    return settings, trial.world_size
 
 
 def _with_strategy(settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_resumable
-from gitlight.compatibility import check_averaging, check_perceptual, check_weights_from
+from gitlight.compatibility import check_averaging, check_loss, check_perceptual, check_weights_from
 from gitlight.config import Config, GivenConfig, LossConfig, OptimizerConfig
 from gitlight.data.datamodule import ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
@@ -50,7 +50,8 @@ class GITModule(ShardableModule):
     """Trains a generator on pairs: closed-form fits first, then descent on the mean squared error, or its own loss.
 
     A perceptual term may come on top of the squared error (`gitlight.perceptual`). With several images per leak the
-    loss is that of the best assignment of outputs to images (Wu et al. 2023). Metrics and pictures are callbacks'.
+    loss is that of the assignment of outputs to images with the least squared error (Wu et al. 2023). Metrics and
+    pictures are callbacks'.
     """
 
     forward_methods = ("training_loss",)
@@ -139,8 +140,9 @@ class GITModule(ShardableModule):
             matched, images = matched[answered], images[answered]
         loss = nn.functional.mse_loss(matched, images)
         if self._perceptual is not None:
+            dtype = torch.promote_types(torch.promote_types(matched.dtype, images.dtype), torch.float32)
             with torch.autocast(images.device.type, enabled=False):
-                distances = self._perceptual(matched.flatten(0, 1).float(), images.flatten(0, 1))
+                distances = self._perceptual(matched.to(dtype).flatten(0, 1), images.to(dtype).flatten(0, 1))
             loss = loss + self._loss_settings.weight * distances.mean()
         return loss
 
@@ -209,6 +211,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         LostRankError: another process of the run is gone.
     """
     config = with_decisions(with_network(config, network))
+    check_loss(config)
     resume = checkpoint_to_resume(config)
     module: LightningModule
     datamodule: ImageDataModule
@@ -233,7 +236,8 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     check_shardable(trained, config.trainer, config.optimizer)
     check_averaging(config, trained)
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
-    settings = trainer_settings(config, nothing_to_train=not any(p.requires_grad for p in module.parameters()))
+    settings, world_size = trainer_settings(config, not any(p.requires_grad for p in module.parameters()))
+    datamodule.check_shares(world_size, settings["limit_train_batches"], settings["limit_val_batches"])
     folder = run_folder(config)
     if resumed is not None and resume is not None and resume.resolve().parent.parent != folder.resolve():
         resumed[WANDB_ID] = None  # a run that begins where another one was is not that one

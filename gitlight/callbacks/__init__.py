@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 MONITORS = {"generator": "val/psnr", "leaked": "val/accuracy", "image_prior": "val/psnr"}
-"""Task → the validation metric, larger is better, that chooses ``best.ckpt``."""
+"""Task → the validation metric, larger is better, that chooses ``best.ckpt`` where ``loss.perceptual`` is not given."""
 
 
 def build_callbacks(config: Config, output_dir: Path, signals: StopSignals | None = None) -> list[Callback]:
@@ -64,9 +64,16 @@ def build_callbacks(config: Config, output_dir: Path, signals: StopSignals | Non
         RunSettings(config),
         RunState(config.seed),
         QuietProgress() if config.logging.quiet or not sys.stdout.isatty() else PairsProgressBar(),
-        best_checkpoint(output_dir, MONITORS[config.task]),
+        _best_checkpoint(config, output_dir),
         last_checkpoint(output_dir, config.trainer.checkpoint_every_n_steps, signals),
     ]
+
+
+def _best_checkpoint(config: Config, output_dir: Path) -> Callback:
+    if config.loss.perceptual is not None:
+        # By PSNR the epoch would be kept that has done least for the term.
+        return best_checkpoint(output_dir, "val/loss", "min")
+    return best_checkpoint(output_dir, MONITORS[config.task], "max")
 
 
 def _averaging(config: Config) -> list[Callback]:

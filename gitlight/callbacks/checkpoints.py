@@ -13,13 +13,13 @@ from gitlight.runs import CHECKPOINTS, LAST
 from gitlight.stop_signals import StopSignals
 
 
-def best_checkpoint(output_dir: Path, monitor: str) -> ModelCheckpoint:
-    """Keeps ``best.ckpt``: the state after the validation with the largest ``monitor``."""
+def best_checkpoint(output_dir: Path, monitor: str, mode: str) -> ModelCheckpoint:
+    """Keeps ``best.ckpt``: the state after the validation with the largest (``max``) or least (``min``) ``monitor``."""
     return _MovableCheckpoint(
         dirpath=output_dir / CHECKPOINTS,
         filename="best",
         monitor=monitor,
-        mode="max",
+        mode=mode,
         save_on_train_epoch_end=False,
         # Otherwise a second run into the folder would write best-v1.ckpt.
         enable_version_counter=False,

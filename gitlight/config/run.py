@@ -35,8 +35,8 @@ class LossConfig:
 
     perceptual: str | None = setting(
         None,
-        "a term for sharper images, at a cost in squared error: one less SSIM, the difference of image gradients, or "
-        "LPIPS, for which AlexNet's weights are needed; null: none",
+        "a term for likeness to the eye, at a cost in squared error: one less SSIM, the difference of image gradients, "
+        "or LPIPS, for which AlexNet's weights are needed; null: none",
         choices=["ssim", "gradient_difference", "lpips"],
     )
     weight: float = setting(0.1, "of that term, where the squared error (pixels in [0, 1]) has one", above=0)

@@ -105,43 +105,51 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """This rank's part of every global batch, shuffled afresh each epoch."""
-        world = self._world_size
-        if self.settings.batch_size % world:
-            raise ConfigError(
-                f"data.batch_size: {self.settings.batch_size} leaks a step cannot be shared equally by {world} "
-                f"devices; give a multiple of {world}."
-            )
-        if self.n_leaks("train") < self.settings.batch_size:
-            raise ConfigError(
-                f"data.batch_size: {self.settings.batch_size} leaks a step, but only {self.n_leaks('train')} can be "
-                "made of the public images; lower data.batch_size."
-            )
-        self._check_limit("limit_train_batches", self.n_leaks("train") // self.settings.batch_size)
+        self._check_train_shares(self._world_size)
         self._train_loader = self._loader("train", shuffle=True)
         self._train_loader.load_state_dict(self._position)
         return self._train_loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """This rank's part of the public images held out."""
-        if self.n_leaks("validation") < self._world_size:
-            raise ConfigError(
-                f"data.n_validation: {self.n_leaks('validation')} leaks to validate on are fewer than the "
-                f"{self._world_size} devices, which need at least one each."
-            )
-        fewest = self.n_leaks("validation") // self._world_size
-        self._check_limit("limit_val_batches", -(-fewest // self._leaks_per_rank))
+        self._check_validation_shares(self._world_size)
         return self._loader("validation", shuffle=False)
 
-    def _check_limit(self, key: str, n_batches: int) -> None:
-        """A share of an epoch must be a batch at least, on the device that has the fewest, ``n_batches``.
+    def check_shares(self, world_size: int, limit_train_batches: Any = None, limit_val_batches: Any = None) -> None:
+        """Find out before a run begins whether its batches can be shared out.
 
-        Lightning asks each device alone, and those that have enough would wait for the others.
+        Args:
+            world_size: number of devices.
+            limit_train_batches: batches (int) or share (float) of an epoch; None: all.
+            limit_val_batches: the same, of what is validated on.
+
+        Raises:
+            ConfigError: they cannot, or a device would have none.
         """
-        limit = getattr(self.trainer, key, 1.0)
-        if isinstance(limit, float) and 0 < limit < 1 and int(limit * n_batches) == 0:
+        self._check_train_shares(world_size)
+        self._check_validation_shares(world_size)
+        _check_limit("limit_train_batches", limit_train_batches, self.n_leaks("train") // self.settings.batch_size)
+        # Lightning asks each device alone, and those that have enough would wait for the others.
+        fewest = self.n_leaks("validation") // world_size
+        _check_limit("limit_val_batches", limit_val_batches, -(-fewest // self._leaks_per_rank(world_size)))
+
+    def _check_train_shares(self, world_size: int) -> None:
+        if self.settings.batch_size % world_size:
             raise ConfigError(
-                f"trainer.{key}: {limit} of {n_batches} batches a device is none; give at least "
-                f"{math.ceil(1000 / n_batches) / 1000}, or a number of batches."
+                f"data.batch_size: {self.settings.batch_size} leaks a step cannot be shared equally by {world_size} "
+                f"devices; give a multiple of {world_size}."
+            )
+        if self.n_leaks("train") < self.settings.batch_size:
+            raise ConfigError(
+                f"data.batch_size: {self.settings.batch_size} leaks a step, but only {self.n_leaks('train')} can be "
+                "made of the public images; lower data.batch_size."
+            )
+
+    def _check_validation_shares(self, world_size: int) -> None:
+        if self.n_leaks("validation") < world_size:
+            raise ConfigError(
+                f"data.n_validation: {self.n_leaks('validation')} leaks to validate on are fewer than the "
+                f"{world_size} devices, which need at least one each."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,9 +188,8 @@ class ImageDataModule(LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
-    @property
-    def _leaks_per_rank(self) -> int:
-        return -(-self.settings.batch_size // self._world_size)
+    def _leaks_per_rank(self, world_size: int) -> int:
+        return -(-self.settings.batch_size // world_size)
 
     @property
     def _stage(self) -> str:
@@ -204,7 +211,7 @@ class ImageDataModule(LightningDataModule):
             _Readable(split),
             LeakSampler(len(split), settings, rank, self._world_size, self._seed, shuffle),
             self._between_batches if shuffle else _nothing,
-            batch_size=self._leaks_per_rank * settings.client_batch_size,
+            batch_size=self._leaks_per_rank(self._world_size) * settings.client_batch_size,
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -225,6 +232,14 @@ class ImageDataModule(LightningDataModule):
         ranks_here = getattr(self.trainer, "num_devices", 1) if self.trainer is not None else 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, cores // ranks_here)
+
+
+def _check_limit(key: str, limit: Any, n_batches: int) -> None:
+    if isinstance(limit, float) and 0 < limit < 1 and int(limit * n_batches) == 0:
+        raise ConfigError(
+            f"trainer.{key}: {limit} of {n_batches} batches a device is none; give at least "
+            f"{math.ceil(1000 / n_batches) / 1000}, or a number of batches."
+        )
 
 
 def _nothing() -> None:

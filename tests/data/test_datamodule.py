@@ -1,5 +1,4 @@
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,19 +57,15 @@ def test_pairs_have_the_shapes_and_ranges_of_the_contract(images):
     assert all(gradient.shape[0] == len(pair) == 4 for gradient in pair.gradients.values())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_share_of_an_epoch_is_a_batch_at_least_on_every_device(images, rank):
+def test_a_share_of_an_epoch_is_a_batch_at_least_on_every_device(images):
     """Of 9 leaks one device has 5, in batches of 2, and the other 4."""
     data = module(images, n_validation=9, batch_size=4)
-    limits = {"limit_train_batches": 0.05, "limit_val_batches": 0.4}
-    data.trainer = SimpleNamespace(world_size=2, global_rank=rank, num_devices=2, **limits)
     with pytest.raises(ConfigError, match=r"trainer.limit_val_batches: 0.4 of 2 batches .* at least 0.5"):
-        data.val_dataloader()
+        data.check_shares(2, limit_val_batches=0.4)
     with pytest.raises(ConfigError, match=r"trainer.limit_train_batches: 0.05 of 12 batches .* at least 0.084"):
-        data.train_dataloader()
-    data.trainer.limit_train_batches, data.trainer.limit_val_batches = 0.084, 0.5
-    assert len(data.train_dataloader()) == 12
-    assert len(data.val_dataloader()) == (3, 2)[rank]
+        data.check_shares(2, limit_train_batches=0.05)
+    data.check_shares(2, 0.084, 0.5)
+    data.check_shares(2, 1, 0)
 
 
 def test_a_pair_holds_the_image_and_label_at_its_index(images):

@@ -128,6 +128,35 @@ def test_large_layers_of_own_models_need_not_be_called_themselves(command, tmp_p
     assert_alike(tmp_path / "fsdp", tmp_path / "ddp")
 
 
+ODD = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self, scalar):
+        super().__init__()
+        self.head, self.unused = nn.Linear(3072, 8), nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(() if scalar else 1))
+
+    def forward(self, images):
+        return self.head(images.flatten(1)) * self.scale
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scalar", "named"), [("true", "scale"), ("false", "unused.weight")])
+def test_parameters_that_cannot_be_sharded_or_resumed_are_named(command, tmp_path, scalar, named):
+    (tmp_path / "odd.py").write_text(ODD)
+    command.environment["PYTHONPATH"] = str(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        f"task: leaked\nleaked: {{name: custom, target: odd.Odd, arguments: {{scalar: {scalar}}}}}\n"
+    )
+    shared = [setting for setting in SMALL if not setting.startswith("leaked.")]
+    output = command("train.py", "run.yaml", *shared, *FSDP, "trainer.max_epochs=1", code=2)
+    assert "error: trainer.strategy: fsdp" in output
+    assert named in output
+
+
 @pytest.mark.slow
 def test_sgd_goes_on_as_if_it_had_not_stopped(command, tmp_path):
     (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 16}\n")

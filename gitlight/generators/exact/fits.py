@@ -212,6 +212,8 @@ class PriorFit:
             total, products, count = self._sums.pop(name)
             mean = total / count
             covariance = products / count - torch.outer(mean, mean)
+            if not covariance.diagonal().mean() > 1e-12 * products.diagonal().mean() / count:
+                continue  # weights that no pair determined make a constant of it, of which rounding alone would be left
             # Fewer images than dimensions leave directions without any variance, in which a new image still may vary.
             covariance.diagonal().add_(0.01 * covariance.diagonal().mean() + 1e-300)
             self._inversion.keep_prior(name, mean, torch.linalg.inv(covariance))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from closed_form import add
@@ -6,9 +8,10 @@ from torch import nn
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import FullyConnectedConfig, LeNetConfig
 from gitlight.errors import ArchitectureError
-from gitlight.generators.exact.fits import Way
+from gitlight.generators.exact.fits import PriorFit, Way
 from gitlight.generators.exact.inversion import Inversion, Leaks
 from gitlight.generators.exact.plan import Known
+from gitlight.generators.exact.posterior import Prior
 from gitlight.generators.exact.status import Status
 
 
@@ -46,6 +49,24 @@ def test_noise_is_not_taken_for_a_rounded_probability(lenet_architecture):
     noise = torch.tensor([0.1, 1e-6, 1e-6]).double()
     leaks = Leaks({name: delta.double()}, noise, torch.arange(3), torch.float32, torch.ones(3).double())
     assert inversion.rounded(leaks).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("scale", "is_kept"), [(0.0, False), (1.0, True)])
+def test_what_fitted_weights_make_constant_has_no_prior(make_pairs, scale, is_kept):
+    """Few pairs leave weights at zero. Of a constant's covariance only rounding would be inverted."""
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=20)
+    weights = {name: scale * value.detach().double() for name, value in leaked.network.named_parameters()}
+    kept = {}
+    inversion = SimpleNamespace(
+        architecture=leaked.architecture,
+        weights=lambda: weights,
+        keep_prior=lambda name, mean, precision: kept.update({name: Prior(mean, precision)}),
+    )
+    fit = PriorFit(inversion, ["activation1"])
+    fit.update(pair.gradients, pair.images, torch.arange(20))
+    fit.finish()
+    assert list(kept) == (["activation1"] if is_kept else [])
+    assert all(torch.isfinite(prior.deviations).all() for prior in kept.values())
 
 
 @pytest.mark.parametrize(

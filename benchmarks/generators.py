@@ -55,7 +55,7 @@ CASES = {
     "lenet_mlp": Case("lenet_mlp", epochs_on_gpu=50),
     "lenet_coarse": Case("lenet_coarse", epochs_on_gpu=24),
     "lenet_hybrid": Case("lenet_hybrid", epochs_on_gpu=6),
-    # LTI as published (Wu et al. 2023): 81 million parameters, raw gradients. An hour and more on two cores.
+    # LTI as published (Wu et al. 2023): 65.7 million parameters, raw gradients. Hours on two cores.
     "lenet_lti": Case("lenet_mlp", LTI),
     # The same with half-precision products, which CPUs with AMX make five times as fast.
     "lenet_lti_bf16": Case("lenet_mlp", (*LTI, "trainer.precision=bf16-mixed")),

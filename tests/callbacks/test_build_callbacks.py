@@ -124,7 +124,7 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(fit: Fit, tmp_path: P
     def run(folder: Path, max_epochs: int, resume: str | None = None) -> list[dict[str, str]]:
         step = None if resume is None else torch.load(resume, weights_only=True)["global_step"]
         torch.manual_seed(0)
-        callbacks = [LearningRate(), best_checkpoint(folder, "val/loss"), last_checkpoint(folder)]
+        callbacks = [LearningRate(), best_checkpoint(folder, "val/loss", "max"), last_checkpoint(folder)]
         logger = CSVFileLogger(folder / "metrics.csv", step)
         fit(callbacks, TinyModule(), data, ckpt_path=resume, max_epochs=max_epochs, logger=[logger])
         return read_rows(folder / "metrics.csv")

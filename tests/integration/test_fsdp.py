@@ -82,11 +82,14 @@ def rows(run):
     "settings",
     [
         ["generator.name=mlp", "generator.hidden_size=512"],  # two layers of more than 2²⁰ entries: units of their own
-        [  # with a loss of the generator's own
-            *("generator.name=hybrid", "generator.channels=8", "data.n_public_images=512", "data.batch_size=64"),
-            "channel=[{name: gaussian_noise, relative_std: 0.1, lowest_std: 0.001}]",
-            *("trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0"),
-        ],
+        pytest.param(  # with a loss of the generator's own
+            [
+                *("generator.name=hybrid", "generator.channels=8", "data.n_public_images=512", "data.batch_size=64"),
+                "channel=[{name: gaussian_noise, relative_std: 0.1, lowest_std: 0.001}]",
+                *("trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0"),
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mlp", "hybrid"],
 )

@@ -57,7 +57,7 @@ CASES = {
     "lenet_hybrid": Case("lenet_hybrid", epochs_on_gpu=6),
     # LTI as published (Wu et al. 2023): 65.7 million parameters, raw gradients. Hours on two cores.
     "lenet_lti": Case("lenet_mlp", LTI),
-    # The same with half-precision products, which CPUs with AMX make five times as fast.
+    # The same with half-precision products, which CPUs with AMX make several times as fast.
     "lenet_lti_bf16": Case("lenet_mlp", (*LTI, "trainer.precision=bf16-mixed")),
     "lenet_mlp_ssim": Case("lenet_mlp", ("loss.perceptual=ssim",)),
     "lenet_mlp_gradient_difference": Case("lenet_mlp", ("loss.perceptual=gradient_difference",)),

@@ -1,9 +1,8 @@
-"""A torch hub cache without a network, and AlexNet's weights in it, of a seed."""
+"""Fixtures: a torch hub cache without a network, and AlexNet's weights in it, of a seed."""
 
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from gitlight.lpips import load_lpips
 FILE = "alexnet-owt-7be5be79.pth"
 
 
-@contextmanager
-def empty_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The cache's folder for checkpoints, which is not there yet."""
 
     def no_network(*args: object, **kwargs: object) -> None:
@@ -24,13 +23,14 @@ def empty_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     monkeypatch.setattr(torch.hub, "urlopen", no_network)
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(folder))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     load_lpips.cache_clear()
-    yield folder / "checkpoints"
+    yield tmp_path / "checkpoints"
     load_lpips.cache_clear()
 
 
-def put_alexnet(hub: Path) -> torch.nn.Module:
+@pytest.fixture
+def alexnet(hub: Path) -> torch.nn.Module:
     """AlexNet with weights of a seed, which lie in the cache from now on."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,29 +1,20 @@
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torchmetrics
-from alexnet_weights import FILE, empty_hub, put_alexnet
 from torch import Tensor
 
 from gitlight.lpips import load_lpips
 
+pytest_plugins = ["alexnet_weights"]
+
+FILE = "alexnet-owt-7be5be79.pth"
+
 LAYERS = (1, 4, 7, 9, 11)
 """Positions of AlexNet's five activations among its ``features``."""
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with empty_hub(tmp_path, monkeypatch) as folder:
-        yield folder
-
-
-@pytest.fixture
-def alexnet(hub: Path) -> torch.nn.Module:
-    return put_alexnet(hub)
 
 
 def lpips_by_hand(alexnet: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:

@@ -1,11 +1,9 @@
 import csv
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from alexnet_weights import empty_hub, put_alexnet
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
@@ -20,6 +18,8 @@ from gitlight.metrics import image_metrics, match, ssim
 from gitlight.perceptual import perceptual_term
 from gitlight.training import GITModule, build_generator, build_pairs
 
+pytest_plugins = ["alexnet_weights"]
+
 RUN = [
     *("data.name=photos", "data.n_public_images=48", "data.n_validation=16", "data.batch_size=8", "leaked.width=4"),
     *("trainer.max_epochs=2", "trainer.accelerator=cpu", "logging.quiet=true", "logging.wandb=off"),
@@ -27,17 +27,6 @@ RUN = [
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHAPE = (3, 32, 32)
 IMAGES = torch.rand(2, 4, *SHAPE, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with empty_hub(tmp_path, monkeypatch) as folder:
-        yield folder
-
-
-@pytest.fixture
-def alexnet(hub: Path) -> torch.nn.Module:
-    return put_alexnet(hub)
 
 
 def gradient_difference(a: Tensor, b: Tensor) -> list[float]:

@@ -26,7 +26,11 @@ from gitlight.generators.width import n_trainable
 from gitlight.training import build_generator, build_pairs
 
 DATA = ["data.name=folder", "data.root=data/cifar10_subset", "data.download=false"]
-N4 = ("data.client_batch_size=4", "data.n_validation=800")
+
+
+def client_batches(size: int, epochs: int) -> tuple[str, ...]:
+    """The settings of client batches of ``size`` images, for ``epochs`` epochs."""
+    return (f"data.client_batch_size={size}", "data.n_validation=800", f"trainer.max_epochs={epochs}")
 
 
 def noise(level: float) -> str:
@@ -66,9 +70,13 @@ CASES = {
     "resnet20_hybrid": Case("resnet20_hybrid", epochs_on_gpu=6),
     "vit_mlp": Case("vit_mlp", epochs_on_gpu=14),
     "vit_hybrid": Case("vit_hybrid", epochs_on_gpu=6),
-    "lenet_mlp_n4": Case("lenet_mlp", (*N4, "trainer.max_epochs=60"), 120),
-    "lenet_coarse_n4": Case("lenet_coarse", (*N4, "trainer.max_epochs=30"), 60),
-    "lenet_hybrid_n4": Case("lenet_hybrid", (*N4, "trainer.max_epochs=12"), 30),
+    # About as many optimiser steps for each size of client batches.
+    **{f"lenet_mlp_n{n}": Case("lenet_mlp", client_batches(n, 15 * n), 30 * n) for n in (2, 4, 8, 16)},
+    "lenet_coarse_n4": Case("lenet_coarse", client_batches(4, 30), 60),
+    **{
+        f"lenet_hybrid_n{n}": Case("lenet_hybrid", client_batches(n, epochs), on_gpu)
+        for n, epochs, on_gpu in ((2, 8, 16), (4, 12, 30), (8, 48, 96), (16, 96, 192))
+    },
     # One generator for a range of noise, and one for half of each of its levels.
     "lenet_hybrid_range": Case("lenet_hybrid_range", SHORT, 12, tuple((noise(level),) for level in (0, 1e-4, *LEVELS))),
     "lenet_hybrid_half_0": Case("lenet_hybrid", SHORT, 12),
@@ -77,15 +85,16 @@ CASES = {
         for level in LEVELS
     },
     # What each part is worth.
-    "lenet_hybrid_n4_not_told_apart": Case(
-        "lenet_hybrid", (*N4, "trainer.max_epochs=24", "generator.separate=false"), 60
-    ),
+    "lenet_hybrid_n4_not_told_apart": Case("lenet_hybrid", (*client_batches(4, 24), "generator.separate=false"), 60),
     "lenet_coarse_no_averages": Case("lenet_coarse", ("generator.averages=false",), 24),
     "lenet_coarse_no_start": Case("lenet_coarse", ("generator.linear_start_features=0",), 24),
     "lenet_coarse_one_module": Case("lenet_coarse", ("generator.modules=['*']",), 24),
-    "lenet_hybrid_head_alone": Case("lenet_hybrid", ("generator.exact_depth=1",), 6),
-    "lenet_hybrid_no_gradients": Case("lenet_hybrid", ("generator.gradient_channels=0",), 6),
-    "lenet_hybrid_no_averages": Case("lenet_hybrid", ("generator.averages=false",), 6),
+    # To compare with lenet_hybrid_half_0.
+    "lenet_hybrid_head_alone": Case("lenet_hybrid", ("generator.exact_depth=1", *SHORT), 12),
+    "lenet_hybrid_no_gradients": Case("lenet_hybrid", ("generator.gradient_channels=0", *SHORT), 12),
+    "lenet_hybrid_no_averages": Case("lenet_hybrid", ("generator.averages=false", *SHORT), 12),
+    "lenet_hybrid_bf16": Case("lenet_hybrid", ("trainer.precision=bf16-mixed", *SHORT), 12),
+    "lenet_mlp_ema": Case("lenet_mlp", ("optimizer.ema_decay=0.999",), 50),
     "resnet20_coarse_no_start": Case("resnet20_coarse", ("generator.linear_start_features=0",), 12),
     "resnet20_coarse_no_averages": Case("resnet20_coarse", ("generator.averages=false",), 12),
     "resnet20_hybrid_no_averages": Case("resnet20_hybrid", ("generator.averages=false",), 6),

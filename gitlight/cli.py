@@ -14,6 +14,7 @@ from gitlight.config_loading import COMPONENTS, load_config
 from gitlight.errors import ConfigError, GitlightError, LostRankError, RunStopped
 from gitlight.gradients import CHANNELS
 from gitlight.registry import Registry
+from gitlight.stop_signals import ignore_stop_signals
 from gitlight.sweep.trial import end_with_the_sweep
 
 USER_ERROR = 2
@@ -141,6 +142,8 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RunStopped as stopped:
+        # The first process's exit code has srun end the others by SIGTERM, whose code it would report instead.
+        ignore_stop_signals()
         if not _is_first_process():
             return 0  # the first one reports it: launchers end all ranks where any ends badly
         print(stopped, file=sys.stderr)

@@ -56,6 +56,13 @@ def _nothing_to_save(number: int, frame: FrameType | None) -> None:
     os._exit(1)
 
 
+def ignore_stop_signals() -> None:
+    """For a process that is about to end because of one: another is not to change its exit code."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def heed_the_parent_alone(worker: int = 0) -> None:
     """For processes that read images: a signal to the whole group must reach the run, not take its images away.
 

@@ -241,7 +241,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     folder = run_folder(config)
     if resumed is not None and resume is not None and resume.resolve().parent.parent != folder.resolve():
         resumed[WANDB_ID] = None  # a run that begins where another one was is not that one
-    with run_lock(folder), StopSignals() as signals:
+    with StopSignals() as signals, run_lock(folder):
         prepare_run_folder(config, resume)
         trainer = build_trainer(config, settings, folder, resume, resumed, signals)
         with RankWatch(trainer) as watch:

@@ -75,6 +75,15 @@ def test_a_config_may_have_an_equals_sign_in_its_name(tmp_path, capsys):
     assert "datta: no such setting" in capsys.readouterr().err
 
 
+@pytest.fixture
+def signals_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_as_before")
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -91,3 +100,14 @@ def test_how_a_run_ends_shows_in_its_exit_code(monkeypatch, capsys, error, code,
     monkeypatch.setattr("gitlight.cli._train", end)
     assert train_command([], DEMO) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("signals_as_before")
+def test_what_ends_by_a_signal_keeps_its_exit_code_through_another(monkeypatch):
+    def end(config):
+        raise RunStopped(signal.SIGUSR1, Path("last.ckpt"), 7)
+
+    monkeypatch.setattr("gitlight.cli._train", end)
+    code = train_command([], DEMO)
+    signal.raise_signal(signal.SIGTERM)
+    assert code == 138

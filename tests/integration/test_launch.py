@@ -1,30 +1,22 @@
-"""The launch files in `scripts/`: two processes on one machine, on two hosts, and under SLURM's environment."""
+"""The launch files in `scripts/`: two processes on one machine, on two hosts, and under SLURM."""
 
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import slurm_cluster
+import torch
 from small_run import SMALL
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = ["configs/demo.yaml", *SMALL, "generator.name=mlp", "generator.hidden_size=8", "trainer.max_epochs=1"]
 HOSTS = ("gitlight0", "gitlight1")
-
-# What `srun` does for two tasks on one machine.
-SRUN = """#!/usr/bin/env bash
-[ "$1" = --kill-on-bad-exit=1 ] || exit 9
-shift
-export SLURM_NTASKS=2 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_NODELIST=localhost SLURM_JOB_ID=1234567
-export SLURM_JOB_NAME=gitlight
-for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
-status=0
-for job in $(jobs -p); do wait "$job" || status=$?; done
-exit $status
-"""
 
 
 def environment(**more):
@@ -131,22 +123,78 @@ def test_slurm_requeues_a_job_whose_time_is_over(tmp_path, code, requeued):
     assert not requeued or (tmp_path / "asked").read_text() == "requeue 77\n"
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    if why := slurm_cluster.missing():
+        pytest.skip(why)
+    # A socket's path is short.
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder:
+        cluster = slurm_cluster.Cluster(Path(folder), environment())
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def n_rows(run):
+    return len(losses(run)) if (run / "metrics.csv").exists() else 0
+
+
 @pytest.mark.slow
-def test_slurm_starts_and_continues(tmp_path, of_one_process):
-    (tmp_path / "bin").mkdir()
-    srun = tmp_path / "bin" / "srun"
-    srun.write_text(SRUN)
-    srun.chmod(0o755)
-    path = f"{srun.parent}:{environment()['PATH']}"
-    slurm = {"PATH": path, "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "1"}
+def test_slurm_on_two_machines(cluster, tmp_path, of_one_process):
     run = [*RUN, f"output_dir={tmp_path / 'run'}"]
     # Without a checkpoint a run begins.
-    process = start("scripts/slurm.sh", *run, **slurm)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+    job = cluster.submit(ROOT, *run)
+    assert cluster.end_of(job)["JobState"] == "COMPLETED", cluster.log(job)
     assert losses(tmp_path / "run") == pytest.approx(of_one_process, rel=1e-5)
-    process = start("scripts/slurm.sh", *run, "trainer.max_epochs=2", **slurm)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert len(losses(tmp_path / "run")) == 2 * len(of_one_process)
+    job = cluster.submit(ROOT, *run, "trainer.max_epochs=2")
+    assert cluster.end_of(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert n_rows(tmp_path / "run") == 2 * len(of_one_process)
     assert not (tmp_path / "run.1").exists()
+
+
+INTERRUPTIONS = {"warning": ("scancel", "--signal=USR1"), "preemption": ("scontrol", "requeue")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+def test_slurm_starts_a_job_again(cluster, tmp_path, of_one_process, interruption):
+    folder = tmp_path / "run"
+    epochs = 40
+    job = cluster.submit(ROOT, *RUN, f"output_dir={folder}", f"trainer.max_epochs={epochs}")
+    cluster.wait_for(lambda: n_rows(folder) > 2 * len(of_one_process))
+    subprocess.run([*INTERRUPTIONS[interruption], job], env=cluster.environment, check=True)
+    cluster.wait_for(lambda: cluster.job(job).get("Restarts") == "1")
+    interrupted = n_rows(folder)
+    assert interrupted < epochs * len(of_one_process)
+    ended = cluster.end_of(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.log(job)
+    assert n_rows(folder) == epochs * len(of_one_process)
+    assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.slow
+def test_slurm_cancels_with_a_checkpoint(cluster, tmp_path, of_one_process):
+    folder = tmp_path / "run"
+    job = cluster.submit(ROOT, *RUN, f"output_dir={folder}", "trainer.max_epochs=100000")
+    cluster.wait_for(lambda: n_rows(folder) > 2 * len(of_one_process))
+    subprocess.run(["scancel", job], env=cluster.environment, check=True)
+    assert cluster.end_of(job)["JobState"] == "CANCELLED"
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert saved == n_rows(folder)
+
+
+@pytest.mark.slow
+def test_slurm_ends_a_job_that_lost_a_task(cluster, tmp_path, of_one_process):
+    folder = tmp_path / "run"
+    job = cluster.submit(ROOT, *RUN, f"output_dir={folder}", "trainer.max_epochs=100000")
+    cluster.wait_for(lambda: n_rows(folder) > 2 * len(of_one_process))
+    tasks = rf"^\S*python train.py.*{folder}"
+    listed = subprocess.run(["pgrep", "-f", tasks], capture_output=True, text=True, check=True)
+    first, _ = (int(number) for number in listed.stdout.split())
+    os.kill(first, signal.SIGKILL)
+    assert cluster.end_of(job)["JobState"] == "FAILED"
+    assert "Killed" in cluster.log(job)
+    # What was saved before can be gone on from.
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 2 * len(of_one_process)

@@ -55,6 +55,8 @@ LTI = (
 )
 """As published (Wu et al. 2023)."""
 SHORT = ("trainer.max_epochs=3", "generator.mirrored_start=false")
+PRUNING = "name: pruning, fraction: 0.9"
+PHOTOS_64 = ("data.name=photos", "data.image_size=64", "data.n_public_images=5120", "evaluation.n_images=512")
 CASES = {
     "lenet_mlp": Case("lenet_mlp", epochs_on_gpu=50),
     "lenet_coarse": Case("lenet_coarse", epochs_on_gpu=24),
@@ -93,6 +95,17 @@ CASES = {
     "lenet_hybrid_head_alone": Case("lenet_hybrid", ("generator.exact_depth=1", *SHORT), 12),
     "lenet_hybrid_no_gradients": Case("lenet_hybrid", ("generator.gradient_channels=0", *SHORT), 12),
     "lenet_hybrid_no_averages": Case("lenet_hybrid", ("generator.averages=false", *SHORT), 12),
+    # Trained and attacked under a defence.
+    **{
+        f"lenet_{name}_{defence}": Case(f"lenet_{name}", (f"channel=[{{{stage}}}]", *more), epochs_on_gpu)
+        for defence, stage in (("noise", "name: gaussian_noise, relative_std: 0.01"), ("pruning", PRUNING))
+        for name, more, epochs_on_gpu in (("mlp", (), 50), ("coarse", (), 24), ("hybrid", SHORT, 12))
+    },
+    # Larger images, crops of photographs; and a deeper network.
+    "lenet_mlp_64": Case("lenet_mlp", PHOTOS_64, 50),
+    "lenet_hybrid_64": Case("lenet_hybrid", (*PHOTOS_64, "trainer.max_epochs=2"), 6),
+    "resnet18_mlp": Case("resnet18_mlp"),
+    "resnet18_hybrid": Case("resnet18_mlp", ("generator.name=hybrid", "trainer.max_epochs=2")),
     "lenet_hybrid_bf16": Case("lenet_hybrid", ("trainer.precision=bf16-mixed", *SHORT), 12),
     "lenet_mlp_ema": Case("lenet_mlp", ("optimizer.ema_decay=0.999",), 50),
     "resnet20_coarse_no_start": Case("resnet20_coarse", ("generator.linear_start_features=0",), 12),

@@ -117,6 +117,14 @@ class Cluster:
         return (self.folder / f"job-{job}.log").read_text()
 
     def stop(self):
+        # Jobs would outlive the daemons.
+        self.says("scancel", "--user=root")
+        try:
+            self.wait_for(lambda: not self.says("squeue", "--noheader"))
+        finally:
+            self.end_daemons()
+
+    def end_daemons(self):
         for process in reversed(self.processes):
             process.terminate()
         for process in self.processes:

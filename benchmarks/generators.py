@@ -107,6 +107,7 @@ CASES = {
     "resnet18_mlp": Case("resnet18_mlp"),
     "resnet18_hybrid": Case("resnet18_mlp", ("generator.name=hybrid", "trainer.max_epochs=2")),
     "lenet_hybrid_bf16": Case("lenet_hybrid", ("trainer.precision=bf16-mixed", *SHORT), 12),
+    "lenet_hybrid_epsilon": Case("lenet_hybrid", ("optimizer.epsilon=1e-6", *SHORT), 12),
     "lenet_mlp_ema": Case("lenet_mlp", ("optimizer.ema_decay=0.999",), 50),
     "resnet20_coarse_no_start": Case("resnet20_coarse", ("generator.linear_start_features=0",), 12),
     "resnet20_coarse_no_averages": Case("resnet20_coarse", ("generator.averages=false",), 12),

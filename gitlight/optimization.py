@@ -28,8 +28,8 @@ def configure_optimizer(module: LightningModule, settings: OptimizerConfig) -> A
     if settings.name == "sgd":
         options["momentum"] = settings.momentum
     else:
-        # Started in closed form, losses are 1e-4 and less, and inner gradients far below Adam's default of 1e-8.
-        options["eps"] = 1e-14
+        # By default tiny: started in closed form, losses are 1e-4 and less, and inner gradients far below 1e-8.
+        options["eps"] = settings.epsilon
     # One kernel for all parameters. Loss scaling is then the kernel's, which leaves no place for Lightning to clip.
     # It asks no further than whether precision is mixed.
     mixed_and_clipped = module.trainer.precision.endswith("-mixed") and module.trainer.gradient_clip_val

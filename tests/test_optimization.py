@@ -39,3 +39,13 @@ def test_optimisers_are_fused_but_where_lightning_scales_and_clips(name, precisi
     module.trainer = trainer
     made = configure_optimizer(module, OptimizerConfig(name=name))["optimizer"]
     assert [group["fused"] for group in made.param_groups] == [fused]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_epsilon_is_the_optimisers(name):
+    module = nn.Linear(2, 2)
+    module.trainer = SimpleNamespace(
+        precision="32-true", gradient_clip_val=None, estimated_stepping_batches=3, strategy=DDPStrategy()
+    )
+    made = configure_optimizer(module, OptimizerConfig(name=name, epsilon=1e-6))["optimizer"]
+    assert [group["eps"] for group in made.param_groups] == [1e-6]

@@ -13,6 +13,12 @@ class OptimizerConfig:
     name: str = setting("adam", "optimiser", choices=["adam", "adamw", "sgd"])
     learning_rate: float = setting(1e-3, "peak learning rate", above=0)
     momentum: float = setting(0.9, "momentum; sgd only", minimum=0, maximum=1)
+    epsilon: float = setting(
+        1e-14,
+        "added to the size of a gradient that adam and adamw divide by: below it steps shrink; larger, rounding is "
+        "magnified less, and small gradients count less",
+        above=0,
+    )
     weight_decay: float = setting(0.0, "weight decay", minimum=0)
     schedule: str = setting(
         "cosine",

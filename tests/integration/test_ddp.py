@@ -43,6 +43,22 @@ def test_two_processes_follow_the_curve_of_one(command, train, tmp_path, generat
 
 
 @pytest.mark.slow
+def test_over_fifty_steps_two_processes_differ_from_one_by_rounding(command, train, tmp_path):
+    """Adam magnifies it where it divides by gradients that are rounding themselves: below ``optimizer.epsilon``."""
+    (tmp_path / "run.yaml").write_text(
+        "generator: {name: hybrid, channels: 8, blocks: 1}\noptimizer: {epsilon: 1.0e-6}\ntrainer: {max_epochs: 1}\n"
+        # Fits to so few pairs magnify rounding, too.
+        "gradients: {dtype: float64}\n"
+    )
+    settings = ["run.yaml", *SMALL, "data.n_public_images=800"]
+    assert train(*settings, "trainer.devices=1", f"output_dir={tmp_path / 'one'}") == 0
+    command("train.py", *settings, *TWO_PROCESSES, f"output_dir={tmp_path / 'two'}")
+    one, two = logged(tmp_path / "one", "train/loss"), logged(tmp_path / "two", "train/loss")
+    assert len(one) == 50
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_descent_takes_the_steps_of_one_process(command, train, tmp_path):
     """With 400 leaks there are more than twice the 192 inputs of the last layer, and with half of them not."""
     (tmp_path / "run.yaml").write_text(

@@ -99,7 +99,7 @@ CASES = {
     **{
         f"lenet_{name}_{defence}": Case(f"lenet_{name}", (f"channel=[{{{stage}}}]", *more), epochs_on_gpu)
         for defence, stage in (("noise", "name: gaussian_noise, relative_std: 0.01"), ("pruning", PRUNING))
-        for name, more, epochs_on_gpu in (("mlp", (), 50), ("coarse", (), 24), ("hybrid", SHORT, 12))
+        for name, more, epochs_on_gpu in (("mlp", (), 50), ("coarse", (), 24), ("hybrid", ("trainer.max_epochs=3",), 12))
     },
     # Larger images, crops of photographs; and a deeper network.
     "lenet_mlp_64": Case("lenet_mlp", PHOTOS_64, 50),

@@ -82,3 +82,16 @@ def test_a_feature_that_never_varies_is_ignored(data):
     new[:, 3] = 1e6
     assert torch.equal(ridge(new), before)
     assert torch.isfinite(before).all()
+
+
+def test_features_that_vary_by_rounding_alone_are_ignored(data):
+    """As closed forms make of pruned gradients: logarithms of what is next to nothing."""
+    features, outputs = data
+    generator = torch.Generator().manual_seed(1)
+    nearly = -27.6 + 1e-7 * torch.randn(N, 40, dtype=torch.float64, generator=generator)
+    without, with_them = RidgeRegression(N_FEATURES, N_OUTPUTS), RidgeRegression(N_FEATURES + 40, N_OUTPUTS)
+    without.add(features, outputs, torch.arange(N))
+    with_them.add(torch.cat([features, nearly], dim=1), outputs, torch.arange(N))
+    without.solve()
+    with_them.solve()
+    torch.testing.assert_close(with_them(torch.cat([features, nearly], dim=1)), without(features), rtol=1e-5, atol=1e-5)

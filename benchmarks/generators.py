@@ -54,7 +54,8 @@ LTI = (
     *("trainer.max_epochs=200", "trainer.check_val_every_n_epoch=10"),
 )
 """As published (Wu et al. 2023)."""
-SHORT = ("trainer.max_epochs=3", "generator.mirrored_start=false")
+THREE_EPOCHS = ("trainer.max_epochs=3",)
+SHORT = (*THREE_EPOCHS, "generator.mirrored_start=false")
 PRUNING = "name: pruning, fraction: 0.9"
 PHOTOS_64 = ("data.name=photos", "data.image_size=64", "data.n_public_images=5120", "evaluation.n_images=512")
 CASES = {
@@ -99,7 +100,7 @@ CASES = {
     **{
         f"lenet_{name}_{defence}": Case(f"lenet_{name}", (f"channel=[{{{stage}}}]", *more), epochs_on_gpu)
         for defence, stage in (("noise", "name: gaussian_noise, relative_std: 0.01"), ("pruning", PRUNING))
-        for name, more, epochs_on_gpu in (("mlp", (), 50), ("coarse", (), 24), ("hybrid", ("trainer.max_epochs=3",), 12))
+        for name, more, epochs_on_gpu in (("mlp", (), 50), ("coarse", (), 24), ("hybrid", THREE_EPOCHS, 12))
     },
     # Larger images, crops of photographs; and a deeper network.
     "lenet_mlp_64": Case("lenet_mlp", PHOTOS_64, 50),

@@ -29,6 +29,8 @@ def with_decisions(config: Config) -> Config:
     # Where the noise is given, none is estimated, and all leaks are of one level.
     if settings.noise_range is None and settings.noise is None and not settings.forward_equations:
         settings = replace(settings, noise_range=possible)
+    if settings.averages_of_inverted_layers is None:
+        settings = replace(settings, averages_of_inverted_layers=bool(config.channel) and not settings.noise_range)
     if leak != "gradient":
         if settings.separate:
             raise ConfigError(
@@ -44,9 +46,9 @@ def with_decisions_of(config: Config, trained: Config) -> Config:
     settings, former = config.generator, trained.generator
     if not isinstance(settings, HybridGeneratorConfig) or not isinstance(former, HybridGeneratorConfig):
         return config
-    separate = former.separate if settings.separate is None else settings.separate
-    noise_range = former.noise_range if settings.noise_range is None else settings.noise_range
-    return replace(config, generator=replace(settings, separate=separate, noise_range=noise_range))
+    decided = ("separate", "noise_range", "averages_of_inverted_layers")
+    left_open = {name: getattr(former, name) for name in decided if getattr(settings, name) is None}
+    return replace(config, generator=replace(settings, **left_open))
 
 
 def _noise_range(config: Config) -> list[float] | None:

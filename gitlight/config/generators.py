@@ -97,6 +97,11 @@ class HybridGeneratorConfig(GeneratorConfig):
         minimum=1,
     )
     averages: bool = setting(True, "use the δ-weighted averages of the inputs of layers that no rule explains")
+    averages_of_inverted_layers: bool | None = setting(
+        None,
+        "use those of layers that the closed form inverts, too, and choose how much it counts beside them; "
+        "null: where a channel changes the leaks, and there is no noise_range",
+    )
     linear_start_features: int = setting(
         6144, "most features that the closed-form linear start uses (its cost grows with the cube)", minimum=1
     )

@@ -109,8 +109,11 @@ class HybridGenerator(Generator):
             self._in_start = {len(shapes) - 1: shapes[-1]}
         n_start = sum(map(prod, self._in_start.values()))
         left = settings.linear_start_features - n_start
+        averaged = unexplained
+        if settings.averages_of_inverted_layers:
+            averaged = [name for layer in architecture.layers for name in layer.parameters.values()]
         self.averages = WeightedAverages(
-            architecture, client_batch_size, unexplained if settings.averages and not reached else (), left
+            architecture, client_batch_size, averaged if settings.averages and not reached else (), left
         )
         n_start += self.averages.n_entries
         self._bands = [] if settings.noise_range is None else bands_of(settings.noise_range)
@@ -121,7 +124,9 @@ class HybridGenerator(Generator):
         elif self._bands and not self._solved:
             self.ridge = BandedRegression(n_start, n_image, self._bands)
         elif not self._solved:
-            self.ridge = RidgeRegression(n_start, n_image)
+            # Where a channel spoils what the closed form makes of all equations, averages of some may be worth more.
+            n_weighed = n_start - self.averages.n_entries if settings.averages_of_inverted_layers else 0
+            self.ridge = RidgeRegression(n_start, n_image, n_weighed)
         self.standardisation = FeatureStandardisation(shapes)
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 

@@ -11,6 +11,9 @@ from gitlight.errors import DataError
 STRENGTHS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidate strengths, over the mean diagonal of the standardised features' covariance (which is 1)."""
 
+WEIGHTS = (1.0, 0.1, 0.0)
+"""Candidates for how much the first features count, where that is chosen, too."""
+
 _HELD_OUT = 10  # one pair in so many is held out while the strength is chosen
 _OUTPUTS_TRIED = 64
 
@@ -32,8 +35,13 @@ class RidgeRegression(nn.Module):
     10.0
     """
 
-    def __init__(self, n_features: int, n_outputs: int) -> None:
+    def __init__(self, n_features: int, n_outputs: int, n_weighed: int = 0) -> None:
+        """Args: numbers of features and outputs; and how many features, the first, get a weight of `WEIGHTS`.
+
+        It multiplies them, so that their coefficients are penalised more, and is chosen as the strength is.
+        """
         super().__init__()
+        self._n_weighed = n_weighed
         self.mean: Tensor
         self.deviation: Tensor
         self.coefficients: Tensor
@@ -98,24 +106,34 @@ class RidgeRegression(nn.Module):
         n_outputs = everything.shape[1] - n_left
         some = torch.arange(0, n_outputs, max(1, n_outputs // _OUTPUTS_TRIED), device=kept.device)
         columns = torch.cat([torch.arange(n_left, device=kept.device), n_left + some])
-        train = _Moments.of(kept[:, columns], mean, deviation)
-        test = _Moments.of(held_out[:, columns], mean, deviation)
-        errors = {s: test.error(*train.fit(s), held_out_squares[some]) for s in STRENGTHS}
-        strength = min(errors, key=errors.__getitem__)
-        if not torch.isfinite(errors[strength]):
+        errors: dict[tuple[float, float], Tensor] = {}
+        for weight in WEIGHTS if self._n_weighed else WEIGHTS[:1]:
+            scale = self._weighed(deviation, weight)
+            train = _Moments.of(kept[:, columns], mean, scale)
+            test = _Moments.of(held_out[:, columns], mean, scale)
+            errors |= {(weight, s): test.error(*train.fit(s), held_out_squares[some]) for s in STRENGTHS}
+        best = min(errors, key=errors.__getitem__)
+        weight, strength = best
+        if not torch.isfinite(errors[best]):
             raise DataError(
                 f"The linear start cannot be fitted: {int(kept[0, 0])} pairs to fit on and {int(held_out[0, 0])} held "
                 "out give no finite error. Give more public images (data.n_public_images), or look for gradients that "
                 "are not finite."
             )
+        deviation = self._weighed(deviation, weight)
         coefficients, offset = _Moments.of(everything, mean, deviation).fit(strength)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
         self.coefficients.copy_(coefficients)
         self.offset.copy_(offset)
         self.strength.fill_(strength)
-        self.error.copy_((errors[strength] / (held_out[0, 0].clamp_min(1) * len(some))).clamp_min(0).sqrt())
+        self.error.copy_((errors[best] / (held_out[0, 0].clamp_min(1) * len(some))).clamp_min(0).sqrt())
         self._sums = []
+
+    def _weighed(self, deviation: Tensor, weight: float) -> Tensor:
+        weights = torch.ones_like(deviation)
+        weights[: self._n_weighed] = weight
+        return deviation / weights
 
 
 class _Moments(NamedTuple):

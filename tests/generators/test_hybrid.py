@@ -116,6 +116,17 @@ def test_hybrid_starts_from_its_closed_form(make_pairs):
     assert error < 0.01 * spread, "the closed form alone must be far better than the mean image"
 
 
+def test_averages_of_inverted_layers_are_used_where_asked(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4))
+    n_averages = {}
+    for asked in (False, True):
+        generator = run_fits(build("hybrid", leaked.architecture, averages_of_inverted_layers=asked), [pair])
+        n_averages[asked] = generator.averages.n_entries
+        assert torch.isfinite(generator(pair.gradients)).all()
+    # All layers of so small a model are inverted. Patches of three convolutions, and the last layer's input.
+    assert n_averages == {False: 0, True: 3 * 25 + 2 * 4 * 25 + 4 * 4 * 4}
+
+
 def test_hybrids_start_uses_the_averages_of_deeper_layers():
     class Sine(nn.Module):
         def forward(self, x):

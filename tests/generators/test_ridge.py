@@ -95,3 +95,18 @@ def test_features_that_vary_by_rounding_alone_are_ignored(data):
     without.solve()
     with_them.solve()
     torch.testing.assert_close(with_them(torch.cat([features, nearly], dim=1)), without(features), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("help_much", [True, False])
+def test_the_first_features_count_only_where_they_help_on_the_pairs_held_out(data, help_much):
+    features, outputs = data
+    first = torch.randn(N, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    if help_much:
+        first[:, :N_OUTPUTS] = outputs
+    both = torch.cat([first, features], dim=1)
+    ridge = RidgeRegression(100 + N_FEATURES, N_OUTPUTS, n_weighed=100)
+    ridge.add(both, outputs, torch.arange(N))
+    ridge.solve()
+    used = (both if help_much else features).numpy()
+    expected = by_hand(used, outputs.numpy(), float(ridge.strength), used)
+    np.testing.assert_allclose(ridge(both).numpy(), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,27 @@
+import pytest
+
+from gitlight.config import Config, GaussianNoiseConfig, HybridGeneratorConfig, PruningConfig
+from gitlight.decisions import with_decisions, with_decisions_of
+
+NOISE = GaussianNoiseConfig(relative_std=0.01)
+
+
+@pytest.mark.parametrize(
+    ("channel", "given", "decided"),
+    [
+        ([], None, False),
+        ([NOISE], None, True),
+        ([PruningConfig()], None, True),
+        ([NOISE, PruningConfig()], None, True),
+        ([NOISE], False, False),
+        ([], True, True),
+        # Its regressions are one for each band of noise.
+        ([GaussianNoiseConfig(relative_std=0.1, lowest_std=1e-3)], None, False),
+    ],
+)
+def test_hybrid_averages_all_layers_where_a_channel_changes_the_leaks(channel, given, decided):
+    config = Config(channel=channel, generator=HybridGeneratorConfig(averages_of_inverted_layers=given))
+    trained = with_decisions(config)
+    assert trained.generator.averages_of_inverted_layers is decided
+    attacked = Config(generator=HybridGeneratorConfig())
+    assert with_decisions_of(attacked, trained).generator.averages_of_inverted_layers is decided

@@ -59,7 +59,7 @@ JSON, too; with --json - it is printed instead of the table.
 
 
 def train_command(arguments: Sequence[str], default_config: Path) -> int:
-    """``train.py``; returns the exit code."""
+    """``train.py``; returns the exit code, which is the process's: after a stop by a signal others are ignored."""
     end_with_the_sweep()
     return _run(arguments, _TRAIN_USAGE, _train, default_config)
 

@@ -210,6 +210,13 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         RunStopped: SIGTERM or SIGUSR1 came; a checkpoint is written.
         LostRankError: another process of the run is gone.
     """
+    # Around everything: until there is something to save, a warning is to end the process with an error; and after a
+    # stop hardly anything is left to do that another signal could end.
+    with StopSignals() as signals:
+        return _train(config, network, signals)
+
+
+def _train(config: Config, network: nn.Module | None, signals: StopSignals) -> Path:
     config = with_decisions(with_network(config, network))
     check_loss(config)
     resume = checkpoint_to_resume(config)
@@ -241,7 +248,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     folder = run_folder(config)
     if resumed is not None and resume is not None and resume.resolve().parent.parent != folder.resolve():
         resumed[WANDB_ID] = None  # a run that begins where another one was is not that one
-    with StopSignals() as signals, run_lock(folder):
+    with run_lock(folder):
         prepare_run_folder(config, resume)
         trainer = build_trainer(config, settings, folder, resume, resumed, signals)
         with RankWatch(trainer) as watch:

@@ -25,7 +25,8 @@ fi
 trap : TERM USR1
 # One rank that ends badly ends the job: the others would wait for it.
 status=0
-srun --kill-on-bad-exit=1 python train.py "$1" trainer.resume=auto "${@:2}" \
+# From 22.05 to 23.02 srun does not take the number of CPUs over from sbatch.
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python train.py "$1" trainer.resume=auto "${@:2}" \
     trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" \
     trainer.strategy="${STRATEGY:-ddp}" || status=$?
 # 138: stopped with a checkpoint by the warning. After a pre-emption SLURM puts the job back by itself.

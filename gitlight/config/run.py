@@ -15,8 +15,8 @@ class OptimizerConfig:
     momentum: float = setting(0.9, "momentum; sgd only", minimum=0, maximum=1)
     epsilon: float = setting(
         1e-14,
-        "added to the size of a gradient that adam and adamw divide by: below it steps shrink; larger, rounding is "
-        "magnified less, and small gradients count less",
+        "added to the size of a gradient that is divided by, adam and adamw only: below it steps shrink; larger, "
+        "rounding is magnified less, and small gradients count less",
         above=0,
     )
     weight_decay: float = setting(0.0, "weight decay", minimum=0)

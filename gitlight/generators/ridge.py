@@ -97,8 +97,8 @@ class RidgeRegression(nn.Module):
         mean = everything[0, 1:n_left] / everything[0, 0]
         variance = everything.diagonal()[1:] / everything[0, 0] - mean.square()
         deviation = variance.clamp_min(0).sqrt()
-        # A feature that never varies gets an infinite deviation, so that it counts as zero from here on. Where the mean
-        # is so much larger than the deviation, that is rounding of the sums.
+        # A feature that never varies gets an infinite deviation, so that it counts as zero from here on. So does
+        # one whose variance is 1e-10 of its squared mean: of sums over 1e5 pairs and more, the rest may be rounding.
         least = torch.maximum(1e-9 * deviation.max().clamp_min(1e-300), 1e-5 * mean.abs())
         deviation = torch.where(deviation > least, deviation, float("inf"))
         # The strength is the same for all outputs, and a few dozen of them tell it: solving for all would cost more

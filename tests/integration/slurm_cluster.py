@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-DAEMONS = ("munged", "slurmctld", "slurmd")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo", "pgrep")
 SETTINGS = """
 ClusterName=gitlight
 SlurmctldHost={host}(127.0.0.1)
@@ -32,14 +32,14 @@ NodeName=machine1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
 NodeName=machine2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
-"""``cred_expire`` is how long a requeued job waits before it starts again; SLURM's own is two minutes."""
+"""A requeued job waits until the credentials of its former steps have expired: two minutes by default."""
 
 
 def missing() -> str | None:
     """Why no cluster can be started here."""
     if os.geteuid() != 0:
         return "SLURM's daemons need root"
-    lacking = [name for name in DAEMONS if shutil.which(name) is None]
+    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
     return f"{lacking[0]} is not installed (Debian's slurm-wlm and munge)" if lacking else None
 
 
@@ -57,7 +57,9 @@ class Cluster:
     def __init__(self, folder: Path, environment: dict[str, str]):
         self.folder = folder
         # The machines' names are known to SLURM alone.
-        self.environment = {**environment, "SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
+        own = {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
+        foreign = ("SBATCH_", "SRUN_", "SQUEUE_", "SINFO_", "MASTER_PORT")
+        self.environment = {key: value for key, value in environment.items() if not key.startswith(foreign)} | own
         self.processes = []
 
     def start(self):
@@ -83,23 +85,32 @@ class Cluster:
 
     def says(self, *command):
         """What one of SLURM's commands prints; nothing where it fails."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
         return done.stdout.strip() if done.returncode == 0 else ""
+
+    def is_empty(self):
+        """Whether there is no job."""
+        command = ("squeue", "--noheader")
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
+        return done.returncode == 0 and not done.stdout.strip()
 
     def wait_for(self, condition, seconds=120):
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                logs = "\n".join(f"{file.name}: {file.read_text()[-2000:]}" for file in self.folder.glob("*.log"))
+                logs = "\n".join(
+                    f"{file.name}: {file.read_text(errors='replace')[-2000:]}" for file in self.folder.glob("*.log")
+                )
                 raise TimeoutError(logs)
             time.sleep(0.2)
 
     def submit(self, root: Path, *arguments: str):
         """Give `scripts/slurm.sh` to two machines; returns the job's number."""
         log = f"--output={self.folder}/job-%j.log"
-        options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", log]
+        options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=10", log]
         command = ["sbatch", *options, "scripts/slurm.sh", *arguments]
-        done = subprocess.run(command, cwd=root, env=self.environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=root, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def job(self, job: str):
@@ -109,18 +120,18 @@ class Cluster:
 
     def end_of(self, job: str):
         """Wait until the job is over; gives its properties."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait_for(lambda: self.job(job).get("JobState") in over, 240)
+        going_on = (None, "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
+        self.wait_for(lambda: self.job(job).get("JobState") not in going_on, 240)
         return self.job(job)
 
     def log(self, job: str):
         return (self.folder / f"job-{job}.log").read_text()
 
     def stop(self):
-        # Jobs would outlive the daemons.
-        self.says("scancel", "--user=root")
         try:
-            self.wait_for(lambda: not self.says("squeue", "--noheader"))
+            # Jobs would outlive the daemons.
+            self.says("scancel", "--user=root")
+            self.wait_for(self.is_empty)
         finally:
             self.end_daemons()
 
@@ -128,4 +139,8 @@ class Cluster:
         for process in reversed(self.processes):
             process.terminate()
         for process in self.processes:
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,7 @@ def n_rows(run):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_slurm_on_two_machines(cluster, tmp_path, of_one_process):
     run = [*RUN, f"output_dir={tmp_path / 'run'}"]
     # Without a checkpoint a run begins.
@@ -154,20 +156,24 @@ def test_slurm_on_two_machines(cluster, tmp_path, of_one_process):
     assert not (tmp_path / "run.1").exists()
 
 
-INTERRUPTIONS = {"warning": ("scancel", "--signal=USR1"), "preemption": ("scontrol", "requeue")}
+INTERRUPTIONS = {"SIGUSR1": ("scancel", "--signal=USR1"), "SIGTERM": ("scontrol", "requeue")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interruption", INTERRUPTIONS)
-def test_slurm_starts_a_job_again(cluster, tmp_path, of_one_process, interruption):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_slurm_starts_a_job_again(cluster, tmp_path, of_one_process, name):
+    """By the script after the warning, by SLURM itself where it is asked to; each time from where the run stopped."""
     folder = tmp_path / "run"
     epochs = 40
     job = cluster.submit(ROOT, *RUN, f"output_dir={folder}", f"trainer.max_epochs={epochs}")
     cluster.wait_for(lambda: n_rows(folder) > 2 * len(of_one_process))
-    subprocess.run([*INTERRUPTIONS[interruption], job], env=cluster.environment, check=True)
-    cluster.wait_for(lambda: cluster.job(job).get("Restarts") == "1")
+    subprocess.run([*INTERRUPTIONS[name], job], env=cluster.environment, check=True)
+    stopped = rf"{name}: stopped at step (\d+)"
+    cluster.wait_for(lambda: re.search(stopped, cluster.log(job)))
     interrupted = n_rows(folder)
     assert interrupted < epochs * len(of_one_process)
+    assert re.findall(stopped, cluster.log(job)) == [str(interrupted)], "what is logged is saved"
     ended = cluster.end_of(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.log(job)
     assert n_rows(folder) == epochs * len(of_one_process)
@@ -175,9 +181,10 @@ def test_slurm_starts_a_job_again(cluster, tmp_path, of_one_process, interruptio
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_slurm_cancels_with_a_checkpoint(cluster, tmp_path, of_one_process):
     folder = tmp_path / "run"
-    job = cluster.submit(ROOT, *RUN, f"output_dir={folder}", "trainer.max_epochs=100000")
+    job = cluster.submit(ROOT, *RUN, f"output_dir={folder}", "trainer.max_epochs=5000")
     cluster.wait_for(lambda: n_rows(folder) > 2 * len(of_one_process))
     subprocess.run(["scancel", job], env=cluster.environment, check=True)
     assert cluster.end_of(job)["JobState"] == "CANCELLED"
@@ -186,15 +193,17 @@ def test_slurm_cancels_with_a_checkpoint(cluster, tmp_path, of_one_process):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_slurm_ends_a_job_that_lost_a_task(cluster, tmp_path, of_one_process):
     folder = tmp_path / "run"
-    job = cluster.submit(ROOT, *RUN, f"output_dir={folder}", "trainer.max_epochs=100000")
+    job = cluster.submit(ROOT, *RUN, f"output_dir={folder}", "trainer.max_epochs=5000")
     cluster.wait_for(lambda: n_rows(folder) > 2 * len(of_one_process))
-    tasks = rf"^\S*python train.py.*{folder}"
-    listed = subprocess.run(["pgrep", "-f", tasks], capture_output=True, text=True, check=True)
-    first, _ = (int(number) for number in listed.stdout.split())
-    os.kill(first, signal.SIGKILL)
+    tasks = ["pgrep", "-f", rf"^\S*python train.py.*{re.escape(str(folder))}"]
+    listed = subprocess.run(tasks, capture_output=True, text=True, check=True)
+    one, _ = (int(number) for number in listed.stdout.split())
+    os.kill(one, signal.SIGKILL)
     assert cluster.end_of(job)["JobState"] == "FAILED"
     assert "Killed" in cluster.log(job)
+    assert not subprocess.run(tasks, capture_output=True, text=True).stdout, "the other ended, too"
     # What was saved before can be gone on from.
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 2 * len(of_one_process)

@@ -23,9 +23,9 @@ if [ $# -eq 0 ]; then
 fi
 # SLURM's signals are for the tasks; this shell is to see how they end.
 trap : TERM USR1
-# One rank that ends badly ends the job: the others would wait for it.
+# One rank that ends badly ends the job: the others would wait for it. CPUs are given again, as srun of 22.05 to 23.02 does not
+# take them over from sbatch.
 status=0
-# From 22.05 to 23.02 srun does not take the number of CPUs over from sbatch.
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python train.py "$1" trainer.resume=auto "${@:2}" \
     trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" \
     trainer.strategy="${STRATEGY:-ddp}" || status=$?

@@ -2,7 +2,10 @@ import multiprocessing
 import multiprocessing.synchronize
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +61,24 @@ def test_a_process_that_reads_images_is_ended_by_its_parent_alone(method: str) -
     process.terminate()
     process.join(20)
     assert process.exitcode == 0
+
+
+WARNED_WHILE_IT_READS = """
+import os, signal
+import gitlight.training
+from gitlight import load_config
+
+def read(*settings):
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+gitlight.training.build_pairs = read
+gitlight.training.train(load_config({config!r}, ["output_dir={folder}/run", "logging.wandb=off"]))
+"""
+
+
+def test_a_warning_while_images_are_read_is_not_taken_for_a_stop(tmp_path: Path) -> None:
+    config = Path(__file__).parent.parent / "configs" / "demo.yaml"
+    code = WARNED_WHILE_IT_READS.format(config=str(config), folder=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "SIGUSR1 came before the first step, and there is nothing to save" in done.stderr

@@ -30,7 +30,7 @@ def with_decisions(config: Config) -> Config:
     if settings.noise_range is None and settings.noise is None and not settings.forward_equations:
         settings = replace(settings, noise_range=possible)
     if settings.averages_of_inverted_layers is None:
-        settings = replace(settings, averages_of_inverted_layers=bool(config.channel) and not settings.noise_range)
+        settings = replace(settings, averages_of_inverted_layers=bool(config.channel))
     if leak != "gradient":
         if settings.separate:
             raise ConfigError(

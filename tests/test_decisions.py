@@ -15,8 +15,7 @@ NOISE = GaussianNoiseConfig(relative_std=0.01)
         ([NOISE, PruningConfig()], None, True),
         ([NOISE], False, False),
         ([], True, True),
-        # Its regressions are one for each band of noise.
-        ([GaussianNoiseConfig(relative_std=0.1, lowest_std=1e-3)], None, False),
+        ([GaussianNoiseConfig(relative_std=0.1, lowest_std=1e-3)], None, True),
     ],
 )
 def test_hybrid_averages_all_layers_where_a_channel_changes_the_leaks(channel, given, decided):

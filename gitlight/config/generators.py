@@ -100,7 +100,7 @@ class HybridGeneratorConfig(GeneratorConfig):
     averages_of_inverted_layers: bool | None = setting(
         None,
         "use those of layers that the closed form inverts, too, and choose how much it counts beside them; "
-        "null: where a channel changes the leaks, and there is no noise_range",
+        "null: where a channel changes the leaks",
     )
     linear_start_features: int = setting(
         6144, "most features that the closed-form linear start uses (its cost grows with the cube)", minimum=1

@@ -118,14 +118,14 @@ class HybridGenerator(Generator):
         n_start += self.averages.n_entries
         self._bands = [] if settings.noise_range is None else bands_of(settings.noise_range)
         self._mirrored = settings.mirrored_start
+        # Where a channel spoils what the closed form makes of all equations, averages of some may be worth more.
+        n_weighed = n_start - self.averages.n_entries if settings.averages_of_inverted_layers else 0
         self.ridge: RidgeRegression | BandedRegression | AsItIs | None = None
         if reached:
             self.ridge = AsItIs()
         elif self._bands and not self._solved:
-            self.ridge = BandedRegression(n_start, n_image, self._bands)
+            self.ridge = BandedRegression(n_start, n_image, self._bands, n_weighed)
         elif not self._solved:
-            # Where a channel spoils what the closed form makes of all equations, averages of some may be worth more.
-            n_weighed = n_start - self.averages.n_entries if settings.averages_of_inverted_layers else 0
             self.ridge = RidgeRegression(n_start, n_image, n_weighed)
         self.standardisation = FeatureStandardisation(shapes)
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)

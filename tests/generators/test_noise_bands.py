@@ -92,19 +92,28 @@ def fitted(architecture, pair, **settings):
     return generator
 
 
+def start_errors(generator, pair):
+    found = []
+    for level in LEVELS:
+        others = pair((level, level), slice(400, 500))
+        found.append((generator.start(others.gradients) - others.images).square().mean().item())
+    return found
+
+
+def test_averages_of_inverted_layers_help_the_start_at_every_level(leaks):
+    architecture, pair = leaks
+    without, with_them = (
+        fitted(architecture, pair, noise_range=[0.0, 0.1], averages_of_inverted_layers=used) for used in (False, True)
+    )
+    errors, fewer = start_errors(without, pair), start_errors(with_them, pair)
+    assert all(its < former for its, former in zip(fewer, errors, strict=True)), (fewer, errors)
+
+
 def test_one_start_for_each_band_is_better_at_every_level_than_one_for_all(leaks):
     architecture, pair = leaks
     banded = fitted(architecture, pair, noise_range=[0.0, 0.1])
     single = fitted(architecture, pair)
-
-    def errors(generator):
-        found = []
-        for level in LEVELS:
-            others = pair((level, level), slice(400, 500))
-            found.append((generator.start(others.gradients) - others.images).square().mean().item())
-        return found
-
-    of_bands, of_one = errors(banded), errors(single)
+    of_bands, of_one = start_errors(banded, pair), start_errors(single, pair)
     assert all(mine < its for mine, its in zip(of_bands, of_one, strict=True)), (of_bands, of_one)
     assert of_bands == sorted(of_bands), "the more noise the worse"
     assert of_bands[0] < 0.2 * of_bands[-1]

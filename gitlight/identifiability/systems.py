@@ -62,7 +62,7 @@ def measure(
     size = float(delta.norm())
     unit = delta / size if size > 0 else delta
     relative = leak.gradient_size / size if size > 0 else math.inf
-    gradient = _of_columns(rule, unit, relative) if rule.n_unknowns <= LARGEST_RANK else None
+    gradient = _of_columns(rule, unit, relative) if rule.column_size <= LARGEST_RANK else None
     full = gradient is not None and gradient.rank == rule.n_inputs
     if n_forward == 0 or (full and not stack):
         return Measured(n_forward, gradient, gradient)
@@ -110,7 +110,7 @@ def _known_input(
 
 
 def _of_columns(rule: AffineRule, unit: Tensor, relative: float) -> System:
-    eigenvalues = torch.linalg.eigvalsh(rule.normal(unit)[0])  # (groups, n_unknowns)
+    eigenvalues = torch.linalg.eigvalsh(rule.normal(unit)[0])  # (blocks, entries of a column)
     # Counted rather than divided: pixels beyond the last whole patch are in no column.
     n_columns = rule.columns(torch.zeros(1, *rule.layer.input_shape)).shape[2]
     return _system(eigenvalues.flatten(), n_columns, rule.n_inputs, relative)

@@ -157,13 +157,13 @@ def rows_of(network, shape):
 
 
 def test_large_systems_are_counted():
-    report = identify(Config(leaked=LeNetConfig(width=4), data=DataConfig(image_size=44)))
+    report = identify(Config(leaked=LeNetConfig(width=4), data=DataConfig(image_size=84)))
     lowest = report.layers[-1]
-    assert (lowest.unknowns, lowest.gradient_rank, lowest.stacked_rank) == (5808, None, None)
+    assert (lowest.unknowns, lowest.gradient_rank, lowest.stacked_rank) == (21168, None, None)
     assert "≤ 300" in report.to_text()
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 5, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(1936, 2))
-    _, rows = rows_of(network, (3, 44, 44))
+    network = nn.Sequential(nn.Conv2d(3, 4, 5, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(7056, 2))
+    _, rows = rows_of(network, (3, 84, 84))
     assert [row.verdict for row in rows] == [Verdict.GRADIENT, Verdict.OPEN]
 
 

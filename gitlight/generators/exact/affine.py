@@ -20,24 +20,27 @@ LARGEST_RANK = 1600
 class AffineRule(InverseRule, ABC):
     """``z = W * a + b`` with a weight whose gradient leaks: ``K(δ) a = ∂L/∂W``.
 
-    The unknowns fall into *columns* (input channels, or features) that all meet one and the same matrix ``K(δ)``, one
-    per group of a convolution. ``K`` is never formed: its normal matrix ``KᵀK`` has ``(n_unknowns)²`` entries.
+    The unknowns fall into *blocks* that no equation connects (one per group of a convolution, and more where its stride
+    leaves entries apart), and each block into *columns* (input channels, or features) that all meet one and the same
+    matrix ``K(δ)``. ``K`` is never formed: its normal matrix ``KᵀK`` has the square of a column's entries.
 
     Attributes:
         weight: name of the weight.
         bias: name of the bias, if there is one.
-        n_unknowns: unknowns per column.
-        n_equations: equations per column.
-        determined: which unknowns of a column have one value only, though others of that column may not, as the stride
-            of a convolution leaves them; None where the rank was not computed.
-        rank: rank of ``K(δ)`` for a ``δ`` in general position, which is all that an architecture can tell; None where
-            it was not computed and counting does not settle it.
+        n_unknowns: unknowns per channel or feature, over all blocks that it is in.
+        n_equations: equations per channel or feature.
+        n_blocks: blocks.
+        determined: which unknowns have one value only, though others may not, as the stride of a convolution leaves
+            them: ``(n_blocks, 1, entries of a column)`` bool; None where the rank was not computed.
+        rank: how many unknowns of a channel or feature are determined for a ``δ`` in general position, which is all
+            that an architecture can tell; None where it was not computed and counting does not settle it.
     """
 
     carry_needs = "nothing"
     n_unknowns: int
     n_equations: int
     groups: int = 1
+    n_blocks: int = 1
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
@@ -49,9 +52,14 @@ class AffineRule(InverseRule, ABC):
         if self.exact:
             return
         if self.rank is None:
-            self.loses = f"{self.n_unknowns} unknowns per column, {self.n_equations} equations: rank not computed"
+            self.loses = f"{self.n_unknowns} unknowns per channel, {self.n_equations} equations: rank not computed"
         else:
-            self.loses = f"rank {self.rank} of {self.n_unknowns} unknowns per column"
+            self.loses = f"rank {self.rank} of {self.n_unknowns} unknowns per channel"
+
+    @property
+    def column_size(self) -> int:
+        """Entries of a column, the unknowns that are solved for together."""
+        return self.n_unknowns * self.groups // self.n_blocks
 
     @property
     def exact(self) -> bool:
@@ -74,12 +82,12 @@ class AffineRule(InverseRule, ABC):
         probe = torch.zeros(1, *self.layer.input_shape, dtype=torch.float64)
         n_columns = self.columns(probe).shape[2]
         images = []
-        for group, block in enumerate(self.normal(delta)[0]):
+        for number, block in enumerate(self.normal(delta)[0]):
             eigenvalues, vectors = torch.linalg.eigh(block)
             free = vectors[:, eigenvalues <= len(block) * torch.finfo(torch.float64).eps * eigenvalues[-1]].T
             for column in range(n_columns):
-                placed = free.new_zeros(len(free), self.groups, n_columns, self.n_unknowns)
-                placed[:, group, column] = free
+                placed = free.new_zeros(len(free), self.n_blocks, n_columns, self.column_size)
+                placed[:, number, column] = free
                 images.append(self.from_columns(placed))
         seen = self.forward(torch.cat(images), weight).flatten(1)
         gram = seen @ seen.T
@@ -94,11 +102,11 @@ class AffineRule(InverseRule, ABC):
 
     @abstractmethod
     def normal(self, delta: Tensor) -> Tensor:
-        """``KᵀK``: ``(B, *output_shape)`` to ``(B, groups, n_unknowns, n_unknowns)``."""
+        """``KᵀK``: ``(B, *output_shape)`` to ``(B, n_blocks, column_size, column_size)``."""
 
     @abstractmethod
     def columns(self, inputs: Tensor) -> Tensor:
-        """``(B, *input_shape)`` to ``(B, groups, columns, n_unknowns)``."""
+        """``(B, *input_shape)`` to ``(B, n_blocks, columns, column_size)``."""
 
     @abstractmethod
     def from_columns(self, columns: Tensor) -> Tensor:
@@ -196,7 +204,7 @@ class AffineRule(InverseRule, ABC):
         diagonal += damping[:, None, None] + 1e-300
         factor, failed = torch.linalg.cholesky_ex(normal)
         solvable = solvable & (failed == 0).all(dim=1)
-        identity = torch.eye(self.n_unknowns, dtype=factor.dtype, device=factor.device)
+        identity = torch.eye(self.column_size, dtype=factor.dtype, device=factor.device)
         factor[~solvable] = identity
         # L⁻¹ gives the variances, too. Products with it are what a GPU does at once for all leaks; triangular solves of
         # several right sides it does leak by leak.
@@ -215,15 +223,17 @@ class AffineRule(InverseRule, ABC):
         return found, variance, solvable
 
     def _structure(self) -> tuple[int | None, Tensor | None]:
-        """Rank, and which entries of a column are determined, ``(n_unknowns,)`` bool."""
-        if self.n_unknowns > LARGEST_RANK:
+        """`rank` and `determined`."""
+        if self.column_size > LARGEST_RANK:
             return None, None
         delta = torch.randn(
             (1, *self.layer.output_shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
         )
-        eigenvalues, vectors = torch.linalg.eigh(self.normal(delta)[0, 0])
-        free = eigenvalues <= len(vectors) * torch.finfo(vectors.dtype).eps * eigenvalues[-1]
-        return int((~free).sum()), vectors[:, free].square().sum(dim=1) < 1e-9
+        # Groups are alike.
+        eigenvalues, vectors = torch.linalg.eigh(self.normal(delta)[0, : self.n_blocks // self.groups])
+        free = eigenvalues <= self.n_unknowns * torch.finfo(vectors.dtype).eps * eigenvalues.max()
+        determined = (vectors.square() * free.unsqueeze(1)).sum(dim=2, keepdim=True).mT < 1e-9
+        return int((~free).sum()), determined.repeat(self.groups, 1, 1)
 
 
 def _like(per_example: Tensor, tensor: Tensor) -> Tensor:

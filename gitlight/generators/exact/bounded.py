@@ -140,7 +140,7 @@ def _solve_one(
 def _null_space(rule: AffineRule, system: _System, level: float) -> tuple[Tensor, Tensor]:
     """A solution of the equations and an orthonormal basis of what they leave free: ``(n,)`` and ``(n, free)``.
 
-    All columns share one matrix, so the large eigenproblem falls into one small one per group; the forward equations
+    All columns share one matrix, so the large eigenproblem falls into one small one per block; the forward equations
     then act on its null space alone.
     """
     starts, bases = [], []
@@ -165,7 +165,7 @@ def _null_space(rule: AffineRule, system: _System, level: float) -> tuple[Tensor
 
 
 def _from_each_column(rule: AffineRule, bases: list[Tensor], like: Tensor) -> Tensor:
-    """Null vectors of each group's matrix, once per column, and entries in no column: ``(n_inputs, vectors)``."""
+    """Null vectors of each block's matrix, once per column, and entries in no column: ``(n_inputs, vectors)``."""
     numbers = torch.arange(rule.n_inputs, dtype=torch.float64, device=like.device).view(1, *rule.layer.input_shape)
     places = rule.columns(numbers)[0].long()
     n_vectors = sum(len(columns) * basis.shape[1] for columns, basis in zip(places, bases, strict=True))

@@ -18,12 +18,19 @@ _MOST_ZEROS = 4
 
 
 class _Tap(NamedTuple):
-    """One kernel position: the output rows and columns that it maps into the image, and where they land there."""
+    """One kernel position: the output rows and columns that it maps into the image, and where they land there.
+
+    Attributes:
+        phase: which of the `ConvolutionRule`'s phases they land in.
+        of_phase: where in that.
+    """
 
     row: int
     column: int
     outputs: tuple[slice, slice]
     inputs: tuple[slice, slice]
+    phase: tuple[int, int]
+    of_phase: tuple[slice, slice]
 
 
 @register_rule("conv2d")
@@ -33,6 +40,10 @@ class ConvolutionRule(AffineRule):
     Its normal matrix is assembled from the correlations of ``δ`` between output positions: per kernel position, a block
     of ``δᵀδ`` is added where that position's outputs land in the image. That takes ``kernel · positions²`` additions
     instead of the ``outputs · kernel · (H · W)²`` multiplications of a dense product.
+
+    A kernel position sees every ``stride``-th row and column alone, so that no equation connects entries whose row or
+    column numbers differ by anything else: these *phases* are blocks of their own. With a stride of two there are four,
+    and factoring them takes a sixteenth of the time.
 
     Where the kernels do not overlap (the patch projection of a vision transformer), the entries of a patch are columns
     and the patches are the unknowns: the system is that of a linear layer on patches, far smaller.
@@ -66,6 +77,8 @@ class ConvolutionRule(AffineRule):
             self.n_unknowns = self._shape[1] * self._shape[2]
             self.n_equations = n_outputs // self.groups * self._kernel[0] * self._kernel[1]
             self._covered = True
+            self._phases = _phases(self._stride, self._shape)
+            self.n_blocks = self.groups * self._phases[0] * self._phases[1]
             self._taps = _taps(self._stride, self._padding, self._dilation, self._kernel, self._shape, layer)
         self._find_rank()
         if not self._covered:
@@ -80,7 +93,7 @@ class ConvolutionRule(AffineRule):
         if not self._patchwise:
             return super()._structure()
         rank = min(self.n_unknowns, self.n_equations)
-        return rank, torch.full((self.n_unknowns,), rank == self.n_unknowns)
+        return rank, torch.full((1, 1, self.n_unknowns), rank == self.n_unknowns)
 
     @override
     def normal(self, delta: Tensor) -> Tensor:
@@ -88,25 +101,32 @@ class ConvolutionRule(AffineRule):
         correlations = flat.transpose(-1, -2) @ flat
         if self._patchwise:
             return correlations
+        rows, columns = self._phases
+        height, width = self._shape[1] // rows, self._shape[2] // columns
         correlations = correlations.view(-1, self.groups, *self._positions, *self._positions)
-        height, width = self._shape[1:]
-        normal = delta.new_zeros(len(delta), self.groups, height, width, height, width)
+        normal = delta.new_zeros(len(delta), self.groups, rows, columns, height, width, height, width)
         for tap in self._taps:
-            # One kernel position sends different outputs to different inputs, so the blocks below never overlap.
-            normal[:, :, *tap.inputs, *tap.inputs] += correlations[:, :, *tap.outputs, *tap.outputs]
-        return normal.view(-1, self.groups, self.n_unknowns, self.n_unknowns)
+            # One kernel position sends different outputs to different inputs, so what is added here never overlaps.
+            normal[:, :, *tap.phase, *tap.of_phase, *tap.of_phase] += correlations[:, :, *tap.outputs, *tap.outputs]
+        return normal.view(-1, self.n_blocks, height * width, height * width)
 
     @override
     def columns(self, inputs: Tensor) -> Tensor:
         if self._patchwise:
             return unfold(inputs, self._kernel, stride=self._stride).unsqueeze(1)
-        return inputs.reshape(len(inputs), self.groups, -1, self.n_unknowns)
+        rows, columns = self._phases
+        height, width = self._shape[1] // rows, self._shape[2] // columns
+        split = inputs.reshape(len(inputs), self.groups, -1, height, rows, width, columns)
+        return split.permute(0, 1, 4, 6, 2, 3, 5).reshape(len(inputs), self.n_blocks, -1, height * width)
 
     @override
     def from_columns(self, columns: Tensor) -> Tensor:
         if self._patchwise:
             return fold(columns.squeeze(1), self._shape[1:], self._kernel, stride=self._stride)
-        return columns.reshape(-1, *self._shape)
+        rows, phases = self._phases
+        height, width = self._shape[1] // rows, self._shape[2] // phases
+        split = columns.reshape(len(columns), self.groups, rows, phases, columns.shape[2], height, width)
+        return split.permute(0, 1, 4, 5, 2, 6, 3).reshape(-1, *self._shape)
 
     @override
     def right(self, delta: Tensor, weight_gradient: Tensor) -> Tensor:
@@ -228,6 +248,12 @@ def _two(value: object) -> tuple[int, int]:
     return (int(value[0]), int(value[-1]))
 
 
+def _phases(stride: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int]:
+    """Along rows and columns; where they would differ in size all entries stay together."""
+    rows, columns = (step if size % step == 0 else 1 for step, size in zip(stride, shape[1:], strict=True))
+    return rows, columns
+
+
 def _taps(
     stride: tuple[int, int],
     padding: tuple[int, int],
@@ -237,6 +263,7 @@ def _taps(
     layer: Layer,
 ) -> list[_Tap]:
     taps = []
+    phases = _phases(stride, shape)
     for row in range(kernel[0]):
         for column in range(kernel[1]):
             spans = [
@@ -245,7 +272,9 @@ def _taps(
                     zip((row, column), layer.output_shape[1:], shape[1:], strict=True)
                 )
             ]
-            taps.append(_Tap(row, column, (spans[0][0], spans[1][0]), (spans[0][1], spans[1][1])))
+            outputs, inputs = zip(*spans, strict=True)
+            phase, of_phase = zip(*map(_within_phase, inputs, phases), strict=True)
+            taps.append(_Tap(row, column, outputs, inputs, phase, of_phase))
     return taps
 
 
@@ -256,3 +285,10 @@ def _span(stride: int, shift: int, n_outputs: int, n_inputs: int) -> tuple[slice
     count = max(0, last - first + 1)
     start = first * stride + shift
     return slice(first, first + count), slice(start, start + count * stride if count else start, stride)
+
+
+def _within_phase(inputs: slice, n_phases: int) -> tuple[int, slice]:
+    """Which of an axis' phases some rows or columns are in, and where in that."""
+    phase = inputs.start % n_phases
+    start, stop, step = (edge // n_phases for edge in (inputs.start, inputs.stop, inputs.step))
+    return phase, slice(start, stop, step)

@@ -25,7 +25,7 @@ class LinearRule(AffineRule):
 
     def _structure(self) -> tuple[int, Tensor]:
         rank = min(self.n_unknowns, self._n_outputs)  # that of δ itself, a matrix in general position
-        return rank, torch.full((self.n_unknowns,), rank == self.n_unknowns)
+        return rank, torch.full((1, 1, self.n_unknowns), rank == self.n_unknowns)
 
     def reveals_delta(self) -> str | None:
         """The bias, where it is added to one vector only."""

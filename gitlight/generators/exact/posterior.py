@@ -192,19 +192,19 @@ def _factorised(system: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_gradient_equations(system: Tensor, rule: AffineRule, unit: Tensor) -> None:
-    """Add ``KᵀK`` to ``(B, n_inputs, n_inputs)`` in place: the same block for every column."""
+    """Add ``KᵀK`` to ``(B, n_inputs, n_inputs)`` in place: one matrix for all columns of a block."""
     blocks = rule.normal(unit)
     # Where the entries of each column are in the flattened input.
     numbers = torch.arange(rule.n_inputs, dtype=torch.float64, device=unit.device).view(1, *rule.layer.input_shape)
     places = rule.columns(numbers)[0].long()
-    for group, columns in enumerate(places):
+    for block, columns in zip(blocks.unbind(1), places, strict=True):
         for column in columns:
             first, step = int(column[0]), int(column[1] - column[0]) if len(column) > 1 else 1
             if bool((column.diff() == step).all()):
                 entries = slice(first, first + step * len(column), step)
-                system[:, entries, entries] += blocks[:, group]
+                system[:, entries, entries] += block
             else:
-                system[:, column[:, None], column[None, :]] += blocks[:, group]
+                system[:, column[:, None], column[None, :]] += block
 
 
 def _expand(per_example: Tensor, tensor: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class _Walk:
         variance = variance * _like(rows.square().mean(dim=1), value)
         if rule.determined is not None and not rule.exact:
             # Of what no equation meets, the solution of least norm says nothing.
-            open_entries = ~rule.determined.to(value.device).expand_as(rule.columns(value))
+            open_entries = (~rule.determined).to(value.device).expand_as(rule.columns(value))
             variance = torch.where(rule.from_columns(open_entries.double()) > 0, torch.inf, variance)
         self.status = worsen(self.status, ~solved, Status.SINGULAR)
         return Estimate(value, variance)

@@ -20,7 +20,7 @@ def case(module, shape, n=2):
 
 
 def whole_system(rule, blocks):
-    """The normal matrix of all unknowns from one block per group."""
+    """The normal matrix of all unknowns from that of each block."""
     numbers = torch.arange(rule.n_inputs, dtype=torch.float64).view(1, *rule.layer.input_shape)
     system = torch.zeros(rule.n_inputs, rule.n_inputs, dtype=torch.float64)
     for block, columns in zip(blocks, rule.columns(numbers)[0].long(), strict=True):
@@ -85,7 +85,7 @@ def test_rank_and_determined_entries_are_those_of_a_dense_svd(small):
     rule, _, delta = case(*small, n=1)
     matrix = gradient_matrix(small[0], delta[0], small[1])
     columns = rule.columns(torch.ones(1, *small[1], dtype=torch.float64))
-    assert rule.rank * columns.shape[1] * columns.shape[2] == torch.linalg.matrix_rank(matrix)
+    assert rule.rank * rule.groups * columns.shape[2] == torch.linalg.matrix_rank(matrix)
     determined = null_space(matrix).square().sum(dim=1) < 1e-12
     found = rule.from_columns(rule.determined.double().expand_as(columns)) > 0
     assert torch.equal(found.flatten(), determined)

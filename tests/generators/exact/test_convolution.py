@@ -74,14 +74,23 @@ def test_the_first_layers_of_lenet_leave_what_counting_says():
     # rows and odd columns meet 2 · 2 · 12 = 48 equations, all others at least 72: 240 of 256.
     rule = rule_for(layer_of(nn.Conv2d(12, 12, 5, 2, 2), (12, 16, 16)))
     assert (rule.rank, rule.exact) == (240, False)
-    assert rule.loses == "rank 240 of 256 unknowns per column"
+    assert rule.loses == "rank 240 of 256 unknowns per channel"
     assert rule.determined.sum() == 192
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "blocks"), [(2, (6, 8), 4), (2, (6, 7), 2), (3, (6, 8), 3), (2, (7, 7), 1), (1, (6, 8), 1)]
+)
+def test_a_stride_leaves_phases_apart_where_they_are_of_one_size(stride, size, blocks):
+    rule = rule_for(layer_of(nn.Conv2d(2, 4, 3, stride, 1, groups=2), (2, *size)))
+    assert (rule.n_blocks, rule.column_size) == (2 * blocks, size[0] * size[1] // blocks)
+    assert rule.n_unknowns == size[0] * size[1]
 
 
 def test_a_rank_that_would_take_too_long_is_not_computed():
     rule = rule_for(layer_of(nn.Conv2d(1, 2, 3, padding=1), (1, 41, 41)))
     assert (rule.rank, rule.determined, rule.exact) == (None, None, False)
-    assert rule.loses == "1681 unknowns per column, 18 equations: rank not computed"
+    assert rule.loses == "1681 unknowns per channel, 18 equations: rank not computed"
 
 
 def test_a_convolution_reveals_no_delta():

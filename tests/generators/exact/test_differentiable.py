@@ -22,7 +22,7 @@ def test_solution_and_derivative_are_those_of_a_dense_solve(conv):
         unit = delta / scale
         even = torch.full_like(unit[:1], unit[0].numel() ** -0.5).detach()
         level = rule.normal(even).diagonal(dim1=-2, dim2=-1).mean()
-        normal = rule.normal(unit) + DAMPING * level * torch.eye(rule.n_unknowns, dtype=torch.float64)
+        normal = rule.normal(unit) + DAMPING * level * torch.eye(rule.column_size, dtype=torch.float64)
         right = rule.columns(rule.right(unit, gradient / scale.unsqueeze(4))).transpose(-1, -2)
         return rule.from_columns(torch.linalg.solve(normal, right).transpose(-1, -2))
 

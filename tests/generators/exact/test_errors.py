@@ -28,11 +28,27 @@ def test_an_affine_layer_carries_errors_as_it_carries_delta(small):
     weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
     delta = torch.randn_like(module(torch.zeros(2, *shape, dtype=torch.float64)))
     errors = torch.randn(2, N_DEVIATIONS, *delta.shape[1:], dtype=torch.float64)
-    carried = carry_errors(rule, delta, errors, 0, [None], None, weights, Noise())
+    size = torch.tensor([1.0, 1e-60], dtype=torch.float64)  # beyond the range of single precision
+    carried = carry_errors(rule, delta, errors * size.view(2, *[1] * delta.dim()), 0, [None], None, weights, Noise())
     for number in range(N_DEVIATIONS):
         wanted = rule.carry(delta + errors[:, number], 0, [None], None, weights)
         wanted = wanted - rule.carry(delta, 0, [None], None, weights)
-        torch.testing.assert_close(carried[:, number], wanted)
+        found = carried[:, number] / size.view(2, *[1] * (delta.dim() - 1))
+        # A few digits are enough of an error.
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, torch.inf])
+def test_a_leak_without_finite_errors_changes_no_other(size):
+    torch.manual_seed(0)
+    rule = rule_for(layer_of(nn.Linear(3, 2, dtype=torch.float64), (3,)))
+    weights = {"weight": torch.randn(2, 3, dtype=torch.float64)}
+    errors = torch.randn(2, N_DEVIATIONS, 2, dtype=torch.float64)
+    alone = carry_errors(rule, errors[:1, 0], errors[:1], 0, [None], None, weights, Noise())
+    errors[1] = size
+    both = carry_errors(rule, errors[:, 0], errors, 0, [None], None, weights, Noise())
+    torch.testing.assert_close(both[:1], alone)
+    assert (both[1] == 0).all() if size == 0 else not torch.isfinite(both[1]).any()
 
 
 def test_an_activation_adds_what_its_outputs_errors_do_to_the_slope():

@@ -11,8 +11,8 @@ from gitlight.errors import DataError
 STRENGTHS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidate strengths, over the mean diagonal of the standardised features' covariance (which is 1)."""
 
-WEIGHTS = (1.0, 0.1, 0.0)
-"""Candidates for how much the first features count, where that is chosen, too."""
+WEIGHTS = ((1.0, 1.0), (0.1, 1.0), (0.0, 1.0), (1.0, 0.0))
+"""Candidates for how much the first features and the others count, where that is chosen, too."""
 
 _HELD_OUT = 10  # one pair in so many is held out while the strength is chosen
 _OUTPUTS_TRIED = 64
@@ -36,9 +36,10 @@ class RidgeRegression(nn.Module):
     """
 
     def __init__(self, n_features: int, n_outputs: int, n_weighed: int = 0) -> None:
-        """Args: numbers of features and outputs; and how many features, the first, get a weight of `WEIGHTS`.
+        """Args: numbers of features and outputs; and how many features, the first, are weighed against the others.
 
-        It multiplies them, so that their coefficients are penalised more, and is chosen as the strength is.
+        Weights are those of `WEIGHTS`, chosen as the strength is. They multiply features, so that coefficients of a
+        small weight are penalised more; features of weight zero are left out, which fewer pairs are enough for.
         """
         super().__init__()
         self._n_weighed = n_weighed
@@ -106,22 +107,24 @@ class RidgeRegression(nn.Module):
         n_outputs = everything.shape[1] - n_left
         some = torch.arange(0, n_outputs, max(1, n_outputs // _OUTPUTS_TRIED), device=kept.device)
         columns = torch.cat([torch.arange(n_left, device=kept.device), n_left + some])
-        errors: dict[tuple[float, float], Tensor] = {}
-        for weight in WEIGHTS if self._n_weighed else WEIGHTS[:1]:
-            scale = self._weighed(deviation, weight)
+        errors: dict[tuple[tuple[float, float], float], Tensor] = {}
+        for weights in WEIGHTS if self._n_weighed else WEIGHTS[:1]:
+            scale = self._weighed(deviation, weights)
             train = _Moments.of(kept[:, columns], mean, scale)
             test = _Moments.of(held_out[:, columns], mean, scale)
-            errors |= {(weight, s): test.error(*train.fit(s), held_out_squares[some]) for s in STRENGTHS}
+            errors |= {(weights, s): test.error(*train.fit(s), held_out_squares[some]) for s in STRENGTHS}
         best = min(errors, key=errors.__getitem__)
-        weight, strength = best
+        weights, strength = best
         if not torch.isfinite(errors[best]):
             raise DataError(
                 f"The linear start cannot be fitted: {int(kept[0, 0])} pairs to fit on and {int(held_out[0, 0])} held "
                 "out give no finite error. Give more public images (data.n_public_images), or look for gradients that "
                 "are not finite."
             )
-        deviation = self._weighed(deviation, weight)
-        coefficients, offset = _Moments.of(everything, mean, deviation).fit(strength)
+        deviation = self._weighed(deviation, weights)
+        moments = _Moments.of(everything, mean, deviation)
+        some_coefficients, offset = moments.fit(strength)
+        coefficients = everything.new_zeros(self.coefficients.shape).index_copy(0, moments.which, some_coefficients)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
         self.coefficients.copy_(coefficients)
@@ -130,15 +133,17 @@ class RidgeRegression(nn.Module):
         self.error.copy_((errors[best] / (held_out[0, 0].clamp_min(1) * len(some))).clamp_min(0).sqrt())
         self._sums = []
 
-    def _weighed(self, deviation: Tensor, weight: float) -> Tensor:
-        weights = torch.ones_like(deviation)
-        weights[: self._n_weighed] = weight
-        return deviation / weights
+    def _weighed(self, deviation: Tensor, weights: tuple[float, float]) -> Tensor:
+        first, others = weights
+        each = torch.full_like(deviation, others)
+        each[: self._n_weighed] = first
+        return deviation / each
 
 
 class _Moments(NamedTuple):
-    """Sums over pairs of standardised features ``s`` and outputs ``y``."""
+    """Sums over pairs of standardised features ``s``, without those that count as zero, and outputs ``y``."""
 
+    which: Tensor  # positions of the features that are left, int64
     n: Tensor  # ()
     features: Tensor  # Σ s
     outputs: Tensor  # Σ y
@@ -149,10 +154,14 @@ class _Moments(NamedTuple):
     def of(cls, products: Tensor, mean: Tensor, deviation: Tensor) -> "_Moments":
         """From products of (1, raw features) with (1, raw features, outputs)."""
         n_left = len(products)
-        count, raw, outputs = products[0, 0], products[0, 1:n_left], products[0, n_left:]
-        second = products[1:, 1:n_left] - torch.outer(raw, mean) - torch.outer(mean, raw - count * mean)
-        cross = products[1:, n_left:] - torch.outer(mean, outputs)
+        which = torch.isfinite(deviation).nonzero().squeeze(1)
+        mean, deviation = mean[which], deviation[which]
+        count, raw, outputs = products[0, 0], products[0, 1 + which], products[0, n_left:]
+        rows = products[1 + which]
+        second = rows[:, 1 + which] - torch.outer(raw, mean) - torch.outer(mean, raw - count * mean)
+        cross = rows[:, n_left:] - torch.outer(mean, outputs)
         return cls(
+            which,
             count,
             (raw - count * mean) / deviation,
             outputs,

@@ -13,6 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from gitlight.errors import ArchitectureError
+from gitlight.exported import (
+    arguments_of,
+    held_tensors,
+    kind_of,
+    lifted_constants,
+    module_path,
+    without_hooks,
+)
 
 ImageShape = tuple[int, int, int]
 
@@ -149,7 +157,7 @@ class Architecture:
         Raises:
             ArchitectureError: ``torch.export`` cannot trace the model, or an image of this shape does not fit it.
         """
-        bare = _without_hooks(copy.deepcopy(model)).to("meta", torch.float32).eval()
+        bare = without_hooks(copy.deepcopy(model)).to("meta", torch.float32).eval()
         image = torch.empty(1, *image_shape, device="meta")
         name = type(model).__name__
         try:
@@ -170,7 +178,7 @@ class Architecture:
                 f"{name} does not accept an image of shape {image_shape} (channels, height, width): {first_line}"
             ) from error
         shapes = {key: p.shape for key, p in model.named_parameters() if p.requires_grad or not _any_trainable(model)}
-        layers, output = _layers(exported, frozenset(shapes), _first_names(model))
+        layers, output = _layers(exported, frozenset(shapes), model)
         return cls(layers, output, MappingProxyType(shapes), image_shape, n_classes)
 
     def __getitem__(self, name: str) -> Layer:
@@ -226,16 +234,6 @@ class Architecture:
         return None
 
 
-def _without_hooks(model: nn.Module) -> nn.Module:
-    """The model itself; what its user registered to watch it run is not to see the tracing."""
-    for module in model.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-    return model
-
-
 def _untraceable(name: str, error: Exception) -> str:
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
     return (
@@ -249,25 +247,16 @@ def _any_trainable(model: nn.Module) -> bool:
     return any(p.requires_grad for p in model.parameters())
 
 
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter → the one that `named_parameters` gives, for parameters that modules share."""
-    names: dict[int, str] = {}
-    return {name: names.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _layers(exported: Any, leaked: frozenset[str], first_names: Mapping[str, str]) -> tuple[tuple[Layer, ...], str]:
+def _layers(exported: Any, leaked: frozenset[str], model: nn.Module) -> tuple[tuple[Layer, ...], str]:
     """The exported graph's tensor operations as layers, and the name of the one that is put out."""
-    signature = exported.graph_signature
-    held = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-    held |= dict(getattr(signature, "inputs_to_lifted_tensor_constants", {}))
-    held = {node: first_names.get(name, name) for node, name in held.items()}
+    held = held_tensors(exported, model) | lifted_constants(exported)
     nodes = [node for node in exported.graph.nodes if node.op == "call_function" and _makes_tensors(node)]
-    owners = Counter(_module_path(node) for node in nodes)
-    names = {node: node.name for node in exported.graph.nodes if node.name in signature.user_inputs}
+    owners = Counter(module_path(node) for node in nodes)
+    names = {node: node.name for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs}
     names = dict.fromkeys(names, IMAGE)
     layers = []
     for node in nodes:
-        path = _module_path(node)
+        path = module_path(node)
         alone = path and owners[path] == 1
         names[node] = path if alone else ".".join(part for part in (path, node.name) if part)
         layers.append(_layer(node, names, held, leaked))
@@ -284,7 +273,7 @@ def _layer(node: fx.Node, names: Mapping[fx.Node, str], held: Mapping[str, str],
     constants: dict[str, str] = {}
     arguments: dict[str, Any] = {}
     weight_shape: tuple[int, ...] = ()
-    for role, value in _arguments(node).items():
+    for role, value in arguments_of(node).items():
         values = value if isinstance(value, list | tuple) else [value]
         for one in values:
             if not isinstance(one, fx.Node):
@@ -299,10 +288,9 @@ def _layer(node: fx.Node, names: Mapping[fx.Node, str], held: Mapping[str, str],
                     weight_shape = tuple(one.meta["val"].shape)
         cleaned = [None if isinstance(one, fx.Node) else one for one in values]
         arguments[role] = cleaned if isinstance(value, list | tuple) else cleaned[0]
-    kind = operation._schema.name.split("::")[-1].removesuffix("_") if hasattr(operation, "_schema") else "getitem"
     return Layer(
         name=names[node],
-        kind=kind,
+        kind=kind_of(node).removesuffix("_") or "getitem",
         operation=operation,
         arguments=MappingProxyType(arguments),
         inputs=tuple(names[one] for one in inputs),
@@ -315,28 +303,9 @@ def _layer(node: fx.Node, names: Mapping[fx.Node, str], held: Mapping[str, str],
     )
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """A node's arguments by name, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:  # operator.getitem, which picks one of several results
-        return {str(position): value for position, value in enumerate(node.args)}
-    found: dict[str, Any] = {}
-    for position, argument in enumerate(schema.arguments):
-        if position < len(node.args):
-            found[argument.name] = node.args[position]
-        else:
-            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return found
-
-
 def _makes_tensors(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value))
-
-
-def _module_path(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]) if stack else ""
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -13,6 +13,14 @@ from torch.export.passes import move_to_device_pass
 from torch.fx.node import map_aggregate, map_arg
 
 from gitlight.architecture import ImageShape
+from gitlight.exported import (
+    arguments_of,
+    held_tensors,
+    kind_of,
+    lifted_constants,
+    module_path,
+    without_hooks,
+)
 from gitlight.gradients.convolutions import frozen_conv2d
 from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
 from gitlight.gradients.products import frozen_linear
@@ -122,14 +130,9 @@ def trace(
     exported = _export(network, image_shape, dtype)
     if device.type != "cpu":
         exported = move_to_device_pass(exported, str(device))
-    signature = exported.graph_signature
-    held = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-    lifted = dict(getattr(signature, "inputs_to_lifted_tensor_constants", {}))
-    constants = {name: exported.constants[target].to(device) for name, target in lifted.items()}
-    owners = {id(p): name for name, p in network.named_parameters()}
-    canonical = {name: owners.get(id(p), name) for name, p in network.named_parameters(remove_duplicate=False)}
-    held = {name: canonical.get(target, target) for name, target in held.items()}
-    builder = _Builder(held, constants, leaked, frozenset(signature.user_inputs))
+    constants = {name: exported.constants[target].to(device) for name, target in lifted_constants(exported).items()}
+    held = held_tensors(exported, network)
+    builder = _Builder(held, constants, leaked, frozenset(exported.graph_signature.user_inputs))
     for node in exported.graph.nodes:
         builder.add(node)
     return TracedNetwork(constants, held, tuple(builder.prologue), builder.module(), tuple(builder.steps))
@@ -140,14 +143,9 @@ def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> 
     tensors = [*network.parameters(), *network.buffers()]
     same = all(t.device.type == "cpu" and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
     # Modules are copied, as their hooks are not to see the tracing; weights only where they have another precision.
-    twin = copy.deepcopy(network, {id(t): t for t in tensors} if same else {})
+    twin = without_hooks(copy.deepcopy(network, {id(t): t for t in tensors} if same else {}))
     if not same:
         twin = twin.to("cpu", dtype)
-    for module in twin.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
     images = torch.zeros(_TRACED_IMAGES, *image_shape, dtype=dtype)
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -238,7 +236,7 @@ class _Builder:
 
     def _step(self, node: fx.Node, norm: fx.Node | None = None) -> None:
         operation: Any = node.target
-        kind = operation._schema.name.split("::")[-1] if hasattr(operation, "_schema") else str(operation)
+        kind = kind_of(node) or str(operation)
         kind = f"{kind}_batch_norm" if norm is not None else kind
         rule = rule_for(kind)
         if rule is None:
@@ -250,7 +248,7 @@ class _Builder:
                 sources.append(source)
             return Slot(sources.index(source))
 
-        given = _arguments(node)
+        given = arguments_of(node)
         arguments = {name: map_arg(value, slot) for name, value in given.items()}
         names = {name: v.name for name, v in given.items() if isinstance(v, fx.Node) and v.name in self._wanted}
         nested = {v.name for v in sources if v.name in self._wanted} - set(names.values())
@@ -284,7 +282,7 @@ class _Builder:
 
 def _fold(step: Step, norm: fx.Node, wanted: set[str]) -> FoldedNorm:
     """Turn a convolution's step into that of the convolution and its norm."""
-    given = _arguments(norm)
+    given = arguments_of(norm)
     step.names = {f"conv_{name}": source for name, source in step.names.items()}
     tensors: dict[str, Any] = {}
     for argument, name in (("gamma", "weight"), ("beta", "bias")):
@@ -300,7 +298,7 @@ def _norm_to_fold(node: fx.Node) -> fx.Node | None:
     if node.target != torch.ops.aten.conv2d.default or len(node.users) != 1:
         return None
     (user,) = node.users
-    return user if user.target == torch.ops.aten.batch_norm.default and not _arguments(user)["training"] else None
+    return user if user.target == torch.ops.aten.batch_norm.default and not arguments_of(user)["training"] else None
 
 
 def _plain(target: Any) -> bool:
@@ -312,29 +310,12 @@ def _plain(target: Any) -> bool:
 
 def _mixes_images(node: fx.Node) -> bool:
     """Whether a node draws random numbers, or normalises over the batch."""
-    kind = getattr(node.target, "_schema", None)
-    name = kind.name.split("::")[-1].removesuffix("_") if kind is not None else ""
-    given = _arguments(node) if kind is not None else {}
+    name, given = kind_of(node).removesuffix("_"), arguments_of(node)
     if name == "batch_norm":
         return bool(given["training"])
     return "dropout" in name and bool(given.get("train")) and given.get("p", 0) > 0
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """A node's arguments by name, defaults filled in."""
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    found: dict[str, Any] = {}
-    for position, argument in enumerate(schema.arguments):
-        if position < len(node.args):
-            found[argument.name] = node.args[position]
-        else:
-            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return found
-
-
 def _place(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0] if stack else ""
-    kind = getattr(node.target, "_schema", None)
-    name = kind.name.split("::")[-1] if kind is not None else str(node.target)
+    path, name = module_path(node), kind_of(node) or str(node.target)
     return f"{name} {path!r}" if path else f"{name} {node.name!r}"

@@ -16,7 +16,7 @@ from gitlight.generators.exact.equations import conservation_equations, logit_eq
 from gitlight.generators.exact.forward import forward_values
 from gitlight.generators.exact.plan import Known, plan_walk
 from gitlight.generators.exact.rule import InverseRule
-from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit
+from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit, solve_all
 
 if TYPE_CHECKING:
     from gitlight.generators.exact.inversion import Inversion
@@ -169,7 +169,7 @@ class ConservationFit:
 
     def finish(self) -> None:
         """Keep weight and bias."""
-        solved = [squares.solve(f"the weight of {self._layer.place}") for squares in self._squares]
+        solved = solve_all(self._squares, f"the weight of {self._layer.place}")
         rows = torch.stack([solution.squeeze(1) for solution, _ in solved])
         determined = torch.stack([its for _, its in solved])
         n_weights = rows.shape[1] - ("bias" in self._layer.parameters)

@@ -75,35 +75,47 @@ class LeastSquares:
         equations than unknowns that occur there is a warning that names ``what`` was to be found. The equations are
         forgotten.
         """
+        return solve_all([self], what)[0]
+
+    def solve_quietly(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """`solve` without a warning; and how many equations there were, and unknowns that occur in them."""
         stacked, count = self._sums or self.sums()
         triangle = torch.linalg.qr(stacked.flatten(0, 1), mode="r")[1] if len(stacked) > 1 else stacked[0]
         size = self._n_unknowns
         left, right = triangle[:size, :size], triangle[:size, size:]
         scale = left.norm(dim=0)
         occurs = scale > 1e-14 * scale.max().clamp_min(1e-300)
-        if int(count) < int(occurs.sum()):
-            log.warning(
-                "closed-form fit of %s: %d equations for %d unknowns; the reconstruction will suffer. More pairs help: "
-                "data.n_public_images.",
-                what,
-                int(count),
-                int(occurs.sum()),
-            )
+        size_of_problem = int(count), int(occurs.sum())
         self._factor, self._sums, self._n_equations = None, [], 0
         found, determined = left.new_zeros(size, right.shape[1]), torch.zeros_like(occurs)
         if not bool(occurs.any()):
-            return found, determined
+            return found, determined, size_of_problem
         scaled = left[:, occurs] / scale[occurs]
         if bool(occurs.all()):
             inverse = torch.linalg.solve_triangular(scaled, torch.eye(size).to(scaled), upper=True)
             if float(inverse.norm()) < _CERTAIN:
-                return (inverse @ right) / scale.unsqueeze(1), torch.ones_like(occurs)
+                return (inverse @ right) / scale.unsqueeze(1), torch.ones_like(occurs), size_of_problem
         outer, values, inner = torch.linalg.svd(scaled)
         kept = values > _SMALLEST * values[0]
         inverse = torch.where(kept, 1 / values.clamp_min(1e-300), 0.0)
         found[occurs] = inner.T @ (inverse.unsqueeze(1) * (outer[:, : len(values)].T @ right)) / scale[occurs, None]
         determined[occurs] = inner[~kept].square().sum(dim=0) < 1e-9
-        return found, determined
+        return found, determined, size_of_problem
+
+
+def solve_all(problems: Sequence[LeastSquares], what: str) -> list[tuple[Tensor, Tensor]]:
+    """`LeastSquares.solve` of several that together make ``what``, with one warning of the worst."""
+    solved = [problem.solve_quietly() for problem in problems]
+    equations, unknowns = min((size for _, _, size in solved), key=lambda size: size[0] - size[1])
+    if equations < unknowns:
+        log.warning(
+            "closed-form fit of %s: %d equations for %d unknowns; the reconstruction will suffer. More pairs help: "
+            "data.n_public_images.",
+            what,
+            equations,
+            unknowns,
+        )
+    return [(found, determined) for found, determined, _ in solved]
 
 
 def side_by_side(value: Tensor) -> Tensor:
@@ -186,7 +198,7 @@ class LogitFit:
 
         And which features' weights are determined, ``(features,)`` bool.
         """
-        solutions = [squares.solve("the last layer's weight") for squares in self._squares]
+        solutions = solve_all(self._squares, "the last layer's weight")
         differences = torch.cat([solution for solution, _ in solutions], dim=1).T
         determined = torch.stack([its for _, its in solutions]).all(dim=0)[:-1]
         rows = torch.cat([torch.zeros_like(differences[:1]), differences])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_layers import quick
 from torch import nn
 
-from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit, log_probabilities_of
+from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit, log_probabilities_of, solve_all
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -81,6 +81,18 @@ def test_fewer_equations_than_unknowns_are_named(caplog):
     assert "the weight of conv 'x': 3 equations for 5 unknowns" in caplog.text
     assert not determined.any()
     torch.testing.assert_close(rows[:3] @ found, rows[:3, :1])
+
+
+def test_of_several_problems_the_worst_is_named_once(caplog):
+    problems = [LeastSquares() for _ in range(3)]
+    for count, squares in zip((3, 2, 7), problems, strict=True):
+        squares.add(random(count, 5), random(count, 1))
+    with caplog.at_level(logging.WARNING):
+        solved = solve_all(problems, "the weight")
+    assert [int(determined.sum()) for _, determined in solved] == [0, 0, 5]
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        "closed-form fit of the weight: 2 equations for 5 unknowns"
+    ]
 
 
 def test_without_an_equation_that_counts_nothing_is_determined():

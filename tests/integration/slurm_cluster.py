@@ -30,9 +30,15 @@ MpiDefault=none
 KillWait=60
 NodeName=machine1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
 NodeName=machine2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
-PartitionName=all Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP PriorityTier=1
+PartitionName=spare Nodes=ALL State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2 PreemptMode=OFF
 """
-"""A requeued job waits until the credentials of its former steps have expired: two minutes by default."""
+"""Jobs of "urgent" take the machines from others, those of "spare" after a warning.
+
+A requeued job waits until the credentials of its former steps have expired: two minutes by default."""
 
 
 def missing() -> str | None:
@@ -104,10 +110,18 @@ class Cluster:
                 raise TimeoutError(logs)
             time.sleep(0.2)
 
-    def submit(self, root: Path, *arguments: str):
+    def submit(self, root: Path, *arguments: str, partition="all"):
         """Give `scripts/slurm.sh` to two machines; returns the job's number."""
         log = f"--output={self.folder}/job-%j.log"
-        options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=10", log]
+        options = [
+            "--parsable",
+            f"--partition={partition}",
+            "--nodes=2",
+            "--ntasks-per-node=1",
+            "--cpus-per-task=2",
+            "--time=10",
+            log,
+        ]
         command = ["sbatch", *options, "scripts/slurm.sh", *arguments]
         done = subprocess.run(command, cwd=root, env=self.environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

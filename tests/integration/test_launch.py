@@ -111,9 +111,13 @@ def test_torchrun_on_two_hosts(two_hosts, tmp_path, of_one_process):
     assert losses(tmp_path / "run") == pytest.approx(of_one_process, rel=1e-5)
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(138, True), (143, False), (1, False)])
-def test_slurm_requeues_a_job_whose_time_is_over(tmp_path, code, requeued):
-    for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" > {tmp_path}/asked')):
+@pytest.mark.parametrize(
+    ("code", "preempted", "requeued"),
+    [(138, "None", True), (143, "None", False), (143, "2026-11-28T17:40:00", True), (1, "2026-11-28T17:40:00", False)],
+)
+def test_slurm_requeues_a_job_that_stopped_in_time(tmp_path, code, preempted, requeued):
+    asked = f'[ "$1" = show ] && echo "   PreemptTime={preempted}" || echo "$@" > {tmp_path}/asked'
+    for name, body in (("srun", f"exit {code}"), ("scontrol", asked)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{environment()['PATH']}"
@@ -178,6 +182,24 @@ def test_slurm_starts_a_job_again(cluster, tmp_path, of_one_process, name):
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.log(job)
     assert n_rows(folder) == epochs * len(of_one_process)
     assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_slurm_starts_a_job_again_that_another_was_more_urgent_than(cluster, tmp_path, of_one_process):
+    """It ends within its grace time, and SLURM would leave it at that."""
+    folder = tmp_path / "run"
+    epochs = 40
+    settings = [*RUN, f"output_dir={folder}", f"trainer.max_epochs={epochs}"]
+    job = cluster.submit(ROOT, *settings, partition="spare")
+    cluster.wait_for(lambda: n_rows(folder) > 2 * len(of_one_process))
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    done = subprocess.run([*urgent, "--wrap=true"], env=cluster.environment, capture_output=True, text=True, check=True)
+    assert cluster.end_of(done.stdout.strip())["JobState"] == "COMPLETED"
+    ended = cluster.end_of(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.log(job)
+    assert len(re.findall(r"SIGTERM: stopped at step", cluster.log(job))) == 1
+    assert n_rows(folder) == epochs * len(of_one_process)
 
 
 @pytest.mark.slow

@@ -55,7 +55,8 @@ LTI = (
 )
 """As published (Wu et al. 2023)."""
 THREE_EPOCHS = ("trainer.max_epochs=3",)
-SHORT = (*THREE_EPOCHS, "generator.mirrored_start=false")
+NOT_MIRRORED = ("generator.mirrored_start=false",)
+SHORT = (*THREE_EPOCHS, *NOT_MIRRORED)
 PRUNING = "name: pruning, fraction: 0.9"
 PHOTOS_64 = ("data.name=photos", "data.image_size=64", "data.n_public_images=5120", "evaluation.n_images=512")
 CASES = {
@@ -81,7 +82,9 @@ CASES = {
         for n, epochs, on_gpu in ((2, 8, 16), (4, 12, 30), (8, 48, 96), (16, 96, 192))
     },
     # One generator for a range of noise, and one for half of each of its levels.
-    "lenet_hybrid_range": Case("lenet_hybrid_range", SHORT, 12, tuple((noise(level),) for level in (0, 1e-4, *LEVELS))),
+    "lenet_hybrid_range": Case(
+        "lenet_hybrid_range", NOT_MIRRORED, 12, tuple((noise(level),) for level in (0, 1e-4, *LEVELS))
+    ),
     "lenet_hybrid_half_0": Case("lenet_hybrid", SHORT, 12),
     **{
         f"lenet_hybrid_half_{level:g}": Case("lenet_hybrid", (noise(level / 2), *SHORT), 12, ((noise(level),),))

@@ -33,7 +33,11 @@ srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python tra
 # one that has ended within the grace time, which would have failed.
 if [ "$status" -eq 138 ]; then
     scontrol requeue "$SLURM_JOB_ID"
-elif [ "$status" -eq 143 ] && scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"; then
-    scontrol requeue "$SLURM_JOB_ID" || true # it may be on its way already
+elif [ "$status" -eq 143 ]; then
+    job=$(scontrol show job "$SLURM_JOB_ID")
+    # Not where it is cancelled later, nor where SLURM is ending it already.
+    if [[ $job == *JobState=RUNNING* && $job == *PreemptTime=[0-9]* ]]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
 exit "$status"

@@ -99,7 +99,7 @@ class HybridGeneratorConfig(GeneratorConfig):
     averages: bool = setting(True, "use the δ-weighted averages of the inputs of layers that no rule explains")
     averages_of_inverted_layers: bool | None = setting(
         None,
-        "use those of layers that the closed form inverts, too, and choose how much it counts beside them; "
+        "use those of layers that the closed form inverts, too, and choose how much it and they count; "
         "null: where a channel changes the leaks",
     )
     linear_start_features: int = setting(

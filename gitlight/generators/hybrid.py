@@ -119,7 +119,8 @@ class HybridGenerator(Generator):
         self._bands = [] if settings.noise_range is None else bands_of(settings.noise_range)
         self._mirrored = settings.mirrored_start
         # Where a channel spoils what the closed form makes of all equations, averages of some may be worth more.
-        n_weighed = n_start - self.averages.n_entries if settings.averages_of_inverted_layers else 0
+        both = settings.averages_of_inverted_layers and self.averages.n_entries > 0
+        n_weighed = n_start - self.averages.n_entries if both else 0
         self.ridge: RidgeRegression | BandedRegression | AsItIs | None = None
         if reached:
             self.ridge = AsItIs()

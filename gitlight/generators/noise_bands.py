@@ -54,7 +54,7 @@ class BandedRegression(nn.Module):
     def __init__(
         self, n_features: int, n_outputs: int, bands: Sequence[tuple[float, float]], n_weighed: int = 0
     ) -> None:
-        """Args: as of `RidgeRegression`, which chooses the first features' weight for each band; and the bands."""
+        """Args: as of `RidgeRegression`, which chooses weights for each band by itself; and the bands."""
         super().__init__()
         self.regressions = nn.ModuleList(RidgeRegression(n_features, n_outputs, n_weighed) for _ in bands)
         edges = [max(highest, _SHOWS) for _, highest in bands[:-1]]

@@ -91,10 +91,15 @@ class RidgeRegression(nn.Module):
         return self._sums
 
     def solve(self) -> None:
-        """Choose the strength by the error on the held-out pairs, then fit on all; forgets the sums."""
+        """Choose strength and weights by the error on the held-out pairs, then fit on all; forgets the sums."""
         kept, held_out, held_out_squares = self._sums
         n_left = len(kept)
         everything = kept + held_out
+        if not torch.isfinite(everything).all():
+            raise DataError(
+                "The linear start cannot be fitted: features or images of some pairs are not finite, or too large for "
+                "their squares to be. Look for such gradients, or for images that are not in [0, 1]."
+            )
         mean = everything[0, 1:n_left] / everything[0, 0]
         variance = everything.diagonal()[1:] / everything[0, 0] - mean.square()
         deviation = variance.clamp_min(0).sqrt()
@@ -118,8 +123,7 @@ class RidgeRegression(nn.Module):
         if not torch.isfinite(errors[best]):
             raise DataError(
                 f"The linear start cannot be fitted: {int(kept[0, 0])} pairs to fit on and {int(held_out[0, 0])} held "
-                "out give no finite error. Give more public images (data.n_public_images), or look for gradients that "
-                "are not finite."
+                "out give no finite error. Give more public images (data.n_public_images)."
             )
         deviation = self._weighed(deviation, weights)
         moments = _Moments.of(everything, mean, deviation)
@@ -186,4 +190,4 @@ class _Moments(NamedTuple):
         explained = self.cross + torch.outer(self.features, -offset)
         total = squares.sum() - 2 * (offset * self.outputs).sum() + self.n * offset.square().sum()
         total = total - 2 * (coefficients * explained).sum() + (coefficients * (self.second @ coefficients)).sum()
-        return torch.nan_to_num(total, nan=float("inf"))
+        return torch.nan_to_num(total, nan=float("inf"), posinf=float("inf"), neginf=float("inf"))

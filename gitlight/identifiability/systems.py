@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gitlight.architecture import ELEMENTWISE, Architecture, Layer
-from gitlight.generators.exact.affine import LARGEST_RANK, LARGEST_STACKED, AffineRule
-from gitlight.generators.exact.posterior import add_gradient_equations
+from gitlight.generators.exact.affine import LARGEST_STACKED, AffineRule
 from gitlight.generators.exact.rule import Estimate, InverseRule
 from gitlight.identifiability.drawn import DrawnLeak
 
@@ -62,7 +61,7 @@ def measure(
     size = float(delta.norm())
     unit = delta / size if size > 0 else delta
     relative = leak.gradient_size / size if size > 0 else math.inf
-    gradient = _of_columns(rule, unit, relative) if rule.column_size <= LARGEST_RANK else None
+    gradient = _of_columns(rule, unit, relative) if rule.rank_is_computable else None
     full = gradient is not None and gradient.rank == rule.n_inputs
     if n_forward == 0 or (full and not stack):
         return Measured(n_forward, gradient, gradient)
@@ -70,7 +69,7 @@ def measure(
         return Measured(n_forward, gradient, None)
     assert rule.weight is not None
     normal = unit.new_zeros(1, rule.n_inputs, rule.n_inputs)
-    add_gradient_equations(normal, rule, unit)
+    rule.add_normal(normal, unit)
     normal += rule.forward_normal(leak.weights[rule.weight], known.double())
     return Measured(n_forward, gradient, _system(torch.linalg.eigvalsh(normal[0]), 1, rule.n_inputs, relative))
 
@@ -117,7 +116,7 @@ def _of_columns(rule: AffineRule, unit: Tensor, relative: float) -> System:
 
 
 def _system(eigenvalues: Tensor, n_copies: int, n_unknowns: int, relative: float) -> System:
-    """Args: eigenvalues of one block of the normal matrix; how often it occurs; unknowns; gradient entry over ``δ``."""
+    """Args: eigenvalues of the normal matrix's blocks; how often each occurs; unknowns; gradient entry over ``δ``."""
     largest = float(eigenvalues.max())
     # The threshold of `AffineRule`, what rounding makes of a zero.
     kept = eigenvalues[eigenvalues > len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * largest]

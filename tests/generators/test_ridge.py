@@ -97,6 +97,17 @@ def test_features_that_vary_by_rounding_alone_are_ignored(data):
     torch.testing.assert_close(with_them(torch.cat([features, nearly], dim=1)), without(features), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+@pytest.mark.parametrize("n_weighed", [0, 3])
+def test_a_feature_that_is_not_finite_is_named(data, bad, n_weighed):
+    features, outputs = data
+    features[5, 3] = bad
+    ridge = RidgeRegression(N_FEATURES, N_OUTPUTS, n_weighed)
+    ridge.add(features, outputs, torch.arange(N))
+    with pytest.raises(DataError, match="features or images of some pairs are not finite"):
+        ridge.solve()
+
+
 @pytest.mark.parametrize("which", ["all", "the first", "the others"])
 def test_features_count_only_where_they_help_on_the_pairs_held_out(data, which):
     features, outputs = data

@@ -14,7 +14,9 @@ LARGEST_STACKED = 4096
 """Unknowns of a stacked system: its normal matrix takes up to 134 MB an example."""
 
 LARGEST_RANK = 1600
-"""Unknowns up to which a rank is computed, by a dense eigendecomposition; beyond, it is only bounded by counting."""
+"""Unknowns up to which a rank is computed, by a dense eigendecomposition; beyond, it is only bounded by counting.
+
+More of them, where they fall into blocks that together take no longer."""
 
 
 class AffineRule(InverseRule, ABC):
@@ -27,16 +29,18 @@ class AffineRule(InverseRule, ABC):
     Attributes:
         weight: name of the weight.
         bias: name of the bias, if there is one.
-        n_unknowns: unknowns per channel or feature, over all blocks that it is in.
-        n_equations: equations per channel or feature.
+        unit: what unknowns are counted by, in words: a channel, a feature of tokens, an entry of patches.
+        n_unknowns: unknowns per unit, over all blocks that it is in.
+        n_equations: equations per unit.
         n_blocks: blocks.
         determined: which unknowns have one value only, though others may not, as the stride of a convolution leaves
             them: ``(n_blocks, 1, entries of a column)`` bool; None where the rank was not computed.
-        rank: how many unknowns of a channel or feature are determined for a ``δ`` in general position, which is all
-            that an architecture can tell; None where it was not computed and counting does not settle it.
+        rank: how many unknowns of a unit are determined for a ``δ`` in general position, which is all that an
+            architecture can tell; None where it was not computed and counting does not settle it.
     """
 
     carry_needs = "nothing"
+    unit: str = "channel"
     n_unknowns: int
     n_equations: int
     groups: int = 1
@@ -52,14 +56,19 @@ class AffineRule(InverseRule, ABC):
         if self.exact:
             return
         if self.rank is None:
-            self.loses = f"{self.n_unknowns} unknowns per channel, {self.n_equations} equations: rank not computed"
+            self.loses = f"{self.n_unknowns} unknowns per {self.unit}, {self.n_equations} equations: rank not computed"
         else:
-            self.loses = f"rank {self.rank} of {self.n_unknowns} unknowns per channel"
+            self.loses = f"rank {self.rank} of {self.n_unknowns} unknowns per {self.unit}"
 
     @property
     def column_size(self) -> int:
         """Entries of a column, the unknowns that are solved for together."""
         return self.n_unknowns * self.groups // self.n_blocks
+
+    @property
+    def rank_is_computable(self) -> bool:
+        """Whether eigendecompositions of a group's blocks take no longer than one of `LARGEST_RANK` unknowns."""
+        return self.n_blocks // self.groups * self.column_size**3 <= LARGEST_RANK**3
 
     @property
     def exact(self) -> bool:
@@ -91,7 +100,8 @@ class AffineRule(InverseRule, ABC):
                 images.append(self.from_columns(placed))
         seen = self.forward(torch.cat(images), weight).flatten(1)
         gram = seen @ seen.T
-        gram.diagonal().sub_(1e-12 * gram.diagonal().max())
+        # Against the weight itself: where it reaches none of these directions, what is seen is rounding alone.
+        gram.diagonal().sub_(1e-12 * torch.maximum(gram.diagonal().max(), 1e-3 * weight.square().mean()))
         _, failed = torch.linalg.cholesky_ex(gram)
         return not bool(failed)
 
@@ -103,6 +113,19 @@ class AffineRule(InverseRule, ABC):
     @abstractmethod
     def normal(self, delta: Tensor) -> Tensor:
         """``KᵀK``: ``(B, *output_shape)`` to ``(B, n_blocks, column_size, column_size)``."""
+
+    def normal_of_one_group(self, delta: Tensor) -> Tensor:
+        """The blocks of `normal` of the first group alone; structurally all groups are alike."""
+        return self.normal(delta)
+
+    def add_normal(self, system: Tensor, delta: Tensor) -> None:
+        """Add ``KᵀK`` to ``(B, n_inputs, n_inputs)`` in place: one matrix for all columns of a block."""
+        # Where the entries of each column are in the flattened input.
+        numbers = torch.arange(self.n_inputs, dtype=torch.float64, device=delta.device).view(1, *self.layer.input_shape)
+        places = self.columns(numbers)[0].long()
+        for block, columns in zip(self.normal(delta).unbind(1), places, strict=True):
+            for column in columns:
+                system[:, column[:, None], column[None, :]] += block
 
     @abstractmethod
     def columns(self, inputs: Tensor) -> Tensor:
@@ -224,13 +247,12 @@ class AffineRule(InverseRule, ABC):
 
     def _structure(self) -> tuple[int | None, Tensor | None]:
         """`rank` and `determined`."""
-        if self.column_size > LARGEST_RANK:
+        if not self.rank_is_computable:
             return None, None
         delta = torch.randn(
             (1, *self.layer.output_shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
         )
-        # Groups are alike.
-        eigenvalues, vectors = torch.linalg.eigh(self.normal(delta)[0, : self.n_blocks // self.groups])
+        eigenvalues, vectors = torch.linalg.eigh(self.normal_of_one_group(delta)[0])
         free = eigenvalues <= self.n_unknowns * torch.finfo(vectors.dtype).eps * eigenvalues.max()
         determined = (vectors.square() * free.unsqueeze(1)).sum(dim=2, keepdim=True).mT < 1e-9
         return int((~free).sum()), determined.repeat(self.groups, 1, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.inequalities import Bounds, least_violation, only_one
-from gitlight.generators.exact.posterior import Prior, add_gradient_equations
+from gitlight.generators.exact.posterior import Prior
 from gitlight.generators.exact.rule import Estimate
 
 _TOLERANCE = 1e-11
@@ -182,7 +182,7 @@ def _on_support(
     """
     size = len(found)
     normal = found.new_zeros(1, size, size)
-    add_gradient_equations(normal, rule, unit)
+    rule.add_normal(normal, unit)
     normal = normal[0] + system.rows.T @ system.rows
     right = rule.from_columns(system.right.unsqueeze(0)).flatten() + system.rows.T @ system.wanted
     seen = normal.diagonal() > _TOLERANCE * normal.diagonal().max()
@@ -234,7 +234,7 @@ def _from_outputs(
             inputs = found.view(1, *rule.layer.input_shape)
             error = (rule.weight_gradient(inputs, unit) - gradient).square().mean().clamp_min(1e-20)
             blocks = found.new_zeros(1, len(found), len(found))
-            add_gradient_equations(blocks, rule, unit)
+            rule.add_normal(blocks, unit)
             normal = normal + blocks[0] / error
             right = right + rule.from_columns(system.right.unsqueeze(0)).flatten() / error
         violated = torch.zeros(len(system.upper), dtype=torch.bool, device=found.device)

@@ -42,8 +42,8 @@ class ConvolutionRule(AffineRule):
     instead of the ``outputs · kernel · (H · W)²`` multiplications of a dense product.
 
     A kernel position sees every ``stride``-th row and column alone, so that no equation connects entries whose row or
-    column numbers differ by anything else: these *phases* are blocks of their own. With a stride of two there are four,
-    and factoring them takes a sixteenth of the time.
+    column numbers differ by anything but multiples of it: these *phases* are blocks of their own. With a stride of two
+    there are four, and factoring them takes a sixteenth of the time.
 
     Where the kernels do not overlap (the patch projection of a vision transformer), the entries of a patch are columns
     and the patches are the unknowns: the system is that of a linear layer on patches, far smaller.
@@ -70,6 +70,7 @@ class ConvolutionRule(AffineRule):
             self._stride == self._kernel and self._padding == (0, 0) and self._dilation == (1, 1) and self.groups == 1
         )
         if self._patchwise:
+            self.unit = "entry of a patch"
             self.n_unknowns, self.n_equations = positions[0] * positions[1], n_outputs
             kept = positions[0] * self._stride[0] * positions[1] * self._stride[1]
             self._covered = kept == self._shape[1] * self._shape[2]
@@ -77,9 +78,12 @@ class ConvolutionRule(AffineRule):
             self.n_unknowns = self._shape[1] * self._shape[2]
             self.n_equations = n_outputs // self.groups * self._kernel[0] * self._kernel[1]
             self._covered = True
-            self._phases = _phases(self._stride, self._shape)
-            self.n_blocks = self.groups * self._phases[0] * self._phases[1]
-            self._taps = _taps(self._stride, self._padding, self._dilation, self._kernel, self._shape, layer)
+            rows, columns = self._phases = _phases(self._stride, self._shape)
+            self._phase_shape = (self._shape[1] // rows, self._shape[2] // columns)
+            self.n_blocks = self.groups * rows * columns
+            self._taps = _taps(
+                self._stride, self._padding, self._dilation, self._kernel, self._phases, self._shape, layer
+            )
         self._find_rank()
         if not self._covered:
             self.loses = "pixels beyond the last whole patch are seen by no kernel"
@@ -97,25 +101,45 @@ class ConvolutionRule(AffineRule):
 
     @override
     def normal(self, delta: Tensor) -> Tensor:
-        flat = delta.reshape(len(delta), self.groups, -1, self._positions[0] * self._positions[1])
+        return self._normal(delta, self.groups)
+
+    @override
+    def normal_of_one_group(self, delta: Tensor) -> Tensor:
+        return self._normal(delta[:, : delta.shape[1] // self.groups], 1)
+
+    @override
+    def add_normal(self, system: Tensor, delta: Tensor) -> None:
+        if self._patchwise:
+            super().add_normal(system, delta)
+            return
+        (rows, columns), (height, width) = self._phases, self._phase_shape
+        shape = (self.groups, self._shape[0] // self.groups, height, rows, width, columns)
+        whole = system.view(len(system), *shape, *shape)
+        blocks = self.normal(delta).view(len(delta), self.groups, rows, columns, height, width, height, width)
+        for group in range(self.groups):
+            for row in range(rows):
+                for column in range(columns):
+                    one = whole[:, group, :, :, row, :, column, group, :, :, row, :, column]
+                    of_each_channel = one.diagonal(dim1=1, dim2=4)
+                    of_each_channel += blocks[:, group, row, column].unsqueeze(-1)
+
+    def _normal(self, delta: Tensor, groups: int) -> Tensor:
+        flat = delta.reshape(len(delta), groups, -1, self._positions[0] * self._positions[1])
         correlations = flat.transpose(-1, -2) @ flat
         if self._patchwise:
             return correlations
-        rows, columns = self._phases
-        height, width = self._shape[1] // rows, self._shape[2] // columns
-        correlations = correlations.view(-1, self.groups, *self._positions, *self._positions)
-        normal = delta.new_zeros(len(delta), self.groups, rows, columns, height, width, height, width)
+        correlations = correlations.view(-1, groups, *self._positions, *self._positions)
+        normal = delta.new_zeros(len(delta), groups, *self._phases, *self._phase_shape, *self._phase_shape)
         for tap in self._taps:
             # One kernel position sends different outputs to different inputs, so what is added here never overlaps.
             normal[:, :, *tap.phase, *tap.of_phase, *tap.of_phase] += correlations[:, :, *tap.outputs, *tap.outputs]
-        return normal.view(-1, self.n_blocks, height * width, height * width)
+        return normal.flatten(1, 3).flatten(2, 3).flatten(3)
 
     @override
     def columns(self, inputs: Tensor) -> Tensor:
         if self._patchwise:
             return unfold(inputs, self._kernel, stride=self._stride).unsqueeze(1)
-        rows, columns = self._phases
-        height, width = self._shape[1] // rows, self._shape[2] // columns
+        (rows, columns), (height, width) = self._phases, self._phase_shape
         split = inputs.reshape(len(inputs), self.groups, -1, height, rows, width, columns)
         return split.permute(0, 1, 4, 6, 2, 3, 5).reshape(len(inputs), self.n_blocks, -1, height * width)
 
@@ -123,9 +147,7 @@ class ConvolutionRule(AffineRule):
     def from_columns(self, columns: Tensor) -> Tensor:
         if self._patchwise:
             return fold(columns.squeeze(1), self._shape[1:], self._kernel, stride=self._stride)
-        rows, phases = self._phases
-        height, width = self._shape[1] // rows, self._shape[2] // phases
-        split = columns.reshape(len(columns), self.groups, rows, phases, columns.shape[2], height, width)
+        split = columns.reshape(len(columns), self.groups, *self._phases, columns.shape[2], *self._phase_shape)
         return split.permute(0, 1, 4, 5, 2, 6, 3).reshape(-1, *self._shape)
 
     @override
@@ -249,7 +271,7 @@ def _two(value: object) -> tuple[int, int]:
 
 
 def _phases(stride: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Along rows and columns; where they would differ in size all entries stay together."""
+    """Along rows and columns; all entries of an axis stay together where its phases would differ in size."""
     rows, columns = (step if size % step == 0 else 1 for step, size in zip(stride, shape[1:], strict=True))
     return rows, columns
 
@@ -259,11 +281,11 @@ def _taps(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     kernel: tuple[int, int],
+    phases: tuple[int, int],
     shape: tuple[int, ...],
     layer: Layer,
 ) -> list[_Tap]:
     taps = []
-    phases = _phases(stride, shape)
     for row in range(kernel[0]):
         for column in range(kernel[1]):
             spans = [

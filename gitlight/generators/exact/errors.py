@@ -11,6 +11,7 @@ from torch import Tensor
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.posterior import N_DEVIATIONS, Prior
 from gitlight.generators.exact.rule import OUTPUT, Estimate, InverseRule, Weights
+from gitlight.gradients.precision import full_float32
 
 _SEED = 2505
 """Not one that a caller is likely to have drawn its own noise with."""
@@ -75,7 +76,8 @@ def _through_weights(rule: AffineRule, errors: Tensor, weights: Weights) -> Tens
     assert rule.weight is not None
     size = errors.abs().flatten(1).amax(dim=1)
     size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0).view(-1, *[1] * (errors.dim() - 1))
-    carried = rule.adjoint((errors / size).float().flatten(0, 1), weights[rule.weight].float())
+    with torch.autocast(errors.device.type, enabled=False), full_float32():
+        carried = rule.adjoint((errors / size).float().flatten(0, 1), weights[rule.weight].float())
     return carried.unflatten(0, errors.shape[:2]).double() * size
 
 

@@ -18,6 +18,7 @@ class LinearRule(AffineRule):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
+        self.unit = "feature"
         self._n_outputs, self._n_features = layer.output_shape[-1], layer.input_shape[-1]
         self.n_unknowns = self.n_inputs // self._n_features
         self.n_equations = self._n_outputs
@@ -35,6 +36,12 @@ class LinearRule(AffineRule):
     def normal(self, delta: Tensor) -> Tensor:
         tokens = self._tokens(delta)
         return (tokens @ tokens.transpose(1, 2)).unsqueeze(1)
+
+    @override
+    def add_normal(self, system: Tensor, delta: Tensor) -> None:
+        shape = (self.n_unknowns, self._n_features)
+        of_each_feature = system.view(len(system), *shape, *shape).diagonal(dim1=2, dim2=4)
+        of_each_feature += self.normal(delta).squeeze(1).unsqueeze(-1)
 
     @override
     def columns(self, inputs: Tensor) -> Tensor:

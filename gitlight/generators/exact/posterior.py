@@ -138,7 +138,7 @@ def _solve(
         right = right + rule.adjoint(precision * wanted, weight).flatten(1)
     else:
         system = delta.new_zeros(n_examples, size, size)
-    add_gradient_equations(system, rule, unit)
+    rule.add_normal(system, unit)
     if prior is not None:
         for its_system, its_level in zip(system, level.tolist(), strict=True):
             its_system.add_(prior.precision, alpha=its_level)  # these matrices are large: no copy
@@ -189,22 +189,6 @@ def _factorised(system: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     solved = (failed == 0) & torch.isfinite(factor.diagonal(dim1=1, dim2=2)).all(dim=1)
     factor[~solved] = torch.eye(system.shape[1], dtype=factor.dtype, device=factor.device)
     return factor, solved, damped & solved
-
-
-def add_gradient_equations(system: Tensor, rule: AffineRule, unit: Tensor) -> None:
-    """Add ``KᵀK`` to ``(B, n_inputs, n_inputs)`` in place: one matrix for all columns of a block."""
-    blocks = rule.normal(unit)
-    # Where the entries of each column are in the flattened input.
-    numbers = torch.arange(rule.n_inputs, dtype=torch.float64, device=unit.device).view(1, *rule.layer.input_shape)
-    places = rule.columns(numbers)[0].long()
-    for block, columns in zip(blocks.unbind(1), places, strict=True):
-        for column in columns:
-            first, step = int(column[0]), int(column[1] - column[0]) if len(column) > 1 else 1
-            if bool((column.diff() == step).all()):
-                entries = slice(first, first + step * len(column), step)
-                system[:, entries, entries] += block
-            else:
-                system[:, column[:, None], column[None, :]] += block
 
 
 def _expand(per_example: Tensor, tensor: Tensor) -> Tensor:

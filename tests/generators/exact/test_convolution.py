@@ -87,6 +87,20 @@ def test_a_stride_leaves_phases_apart_where_they_are_of_one_size(stride, size, b
     assert rule.n_unknowns == size[0] * size[1]
 
 
+def test_groups_have_structurally_alike_blocks():
+    torch.manual_seed(0)
+    module = nn.Conv2d(4, 6, 3, 2, 1, groups=2).double()
+    rule = rule_for(layer_of(module, (4, 6, 6)))
+    delta = torch.randn(1, *rule.layer.output_shape, dtype=torch.float64)
+    torch.testing.assert_close(rule.normal_of_one_group(delta), rule.normal(delta)[:, :4])
+    assert rule.determined.shape == (8, 1, 9)
+
+
+def test_a_stride_leaves_more_unknowns_whose_rank_can_be_computed():
+    assert rule_for(layer_of(nn.Conv2d(1, 4, 3, 2, 1), (1, 50, 50))).rank is not None
+    assert rule_for(layer_of(nn.Conv2d(1, 4, 3, 2, 1), (1, 80, 80))).rank is None
+
+
 def test_a_rank_that_would_take_too_long_is_not_computed():
     rule = rule_for(layer_of(nn.Conv2d(1, 2, 3, padding=1), (1, 41, 41)))
     assert (rule.rank, rule.determined, rule.exact) == (None, None, False)

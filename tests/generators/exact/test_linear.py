@@ -34,7 +34,7 @@ def test_one_vector_is_recovered_at_any_width_and_any_size_of_delta(features, ou
 def test_as_many_tokens_are_exact_as_there_are_outputs(tokens, exact):
     rule = rule_of(tokens, 7, outputs=4)
     assert rule.exact == exact
-    assert rule.loses == ("" if exact else "rank 4 of 5 unknowns per channel")
+    assert rule.loses == ("" if exact else "rank 4 of 5 unknowns per feature")
 
 
 def test_a_bias_added_to_one_vector_reveals_delta():

@@ -9,7 +9,7 @@ from small_layers import affine_layers, quick
 from torch import nn
 
 from gitlight.generators.exact import Estimate, posterior, rule_for
-from gitlight.generators.exact.posterior import Prior, add_gradient_equations, solve_stacked
+from gitlight.generators.exact.posterior import Prior, solve_stacked
 
 
 def random_prior(size):
@@ -188,7 +188,7 @@ def test_gradient_equations_are_added_where_their_columns_are(small):
     rule = rule_for(layer_of(module, shape))
     delta = torch.randn_like(module(torch.zeros(2, *shape, dtype=torch.float64)))
     system = torch.ones(2, rule.n_inputs, rule.n_inputs, dtype=torch.float64)
-    add_gradient_equations(system, rule, delta)
+    rule.add_normal(system, delta)
     for found, its_delta in zip(system, delta, strict=True):
         matrix = gradient_matrix(module, its_delta, shape)
         torch.testing.assert_close(found, 1 + matrix.T @ matrix)

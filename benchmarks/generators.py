@@ -57,7 +57,8 @@ LTI = (
 THREE_EPOCHS = ("trainer.max_epochs=3",)
 NOT_MIRRORED = ("generator.mirrored_start=false",)
 SHORT = (*THREE_EPOCHS, *NOT_MIRRORED)
-PRUNING = "name: pruning, fraction: 0.9"
+DEFENCES = (("noise", "name: gaussian_noise, relative_std: 0.01"), ("pruning", "name: pruning, fraction: 0.9"))
+"""And the stage of a channel that each is."""
 PHOTOS_64 = ("data.name=photos", "data.image_size=64", "data.n_public_images=5120", "evaluation.n_images=512")
 CASES = {
     "lenet_mlp": Case("lenet_mlp", epochs_on_gpu=50),
@@ -70,6 +71,8 @@ CASES = {
     "lenet_mlp_ssim": Case("lenet_mlp", ("loss.perceptual=ssim",)),
     "lenet_mlp_gradient_difference": Case("lenet_mlp", ("loss.perceptual=gradient_difference",)),
     "resnet20_mlp": Case("resnet20_mlp", epochs_on_gpu=24),
+    # As long as coarse and hybrid take on two cores.
+    "resnet20_mlp_longer": Case("resnet20_mlp", ("trainer.max_epochs=12",), 24),
     "resnet20_coarse": Case("resnet20_coarse", epochs_on_gpu=12),
     "resnet20_hybrid": Case("resnet20_hybrid", epochs_on_gpu=6),
     "vit_mlp": Case("vit_mlp", epochs_on_gpu=14),
@@ -102,8 +105,13 @@ CASES = {
     # Trained and attacked under a defence.
     **{
         f"lenet_{name}_{defence}": Case(f"lenet_{name}", (f"channel=[{{{stage}}}]", *more), epochs_on_gpu)
-        for defence, stage in (("noise", "name: gaussian_noise, relative_std: 0.01"), ("pruning", PRUNING))
+        for defence, stage in DEFENCES
         for name, more, epochs_on_gpu in (("mlp", (), 50), ("coarse", (), 24), ("hybrid", THREE_EPOCHS, 12))
+    },
+    **{
+        f"resnet20_{name}_{defence}": Case(f"resnet20_{name}", (f"channel=[{{{stage}}}]",), epochs_on_gpu)
+        for defence, stage in DEFENCES
+        for name, epochs_on_gpu in (("mlp", 24), ("coarse", 12), ("hybrid", 6))
     },
     # Larger images, crops of photographs; and a deeper network.
     "lenet_mlp_64": Case("lenet_mlp", PHOTOS_64, 50),

@@ -71,7 +71,7 @@ CASES = {
     "lenet_mlp_ssim": Case("lenet_mlp", ("loss.perceptual=ssim",)),
     "lenet_mlp_gradient_difference": Case("lenet_mlp", ("loss.perceptual=gradient_difference",)),
     "resnet20_mlp": Case("resnet20_mlp", epochs_on_gpu=24),
-    # As long as coarse and hybrid take on two cores.
+    # At least as long as coarse and hybrid take on two cores.
     "resnet20_mlp_longer": Case("resnet20_mlp", ("trainer.max_epochs=12",), 24),
     "resnet20_coarse": Case("resnet20_coarse", epochs_on_gpu=12),
     "resnet20_hybrid": Case("resnet20_hybrid", epochs_on_gpu=6),

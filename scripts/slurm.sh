@@ -23,21 +23,19 @@ if [ $# -eq 0 ]; then
 fi
 # SLURM's signals are for the tasks; this shell is to see how they end.
 trap : TERM USR1
-# One rank that ends badly ends the job: the others would wait for it. CPUs are given again, as srun of 22.05 to 23.02 does not
-# take them over from sbatch.
+# One rank that ends badly ends the job: the others would wait for it. CPUs are given again, as srun of 22.05 to 23.02
+# does not take them over from sbatch.
 status=0
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python train.py "$1" trainer.resume=auto "${@:2}" \
     trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" \
     trainer.strategy="${STRATEGY:-ddp}" || status=$?
-# Stopped with a checkpoint: 138 by the warning, 143 by SIGTERM. After a pre-emption SLURM puts a job back by itself, but not
-# one that has ended within the grace time, which would have failed.
+# Stopped with a checkpoint: 138 by the warning, 143 by SIGTERM. After a pre-emption SLURM puts a job back by itself, but
+# not one that has ended within the grace time, which would have failed.
 if [ "$status" -eq 138 ]; then
     scontrol requeue "$SLURM_JOB_ID"
-elif [ "$status" -eq 143 ]; then
-    job=$(scontrol show job "$SLURM_JOB_ID")
-    # Not where it is cancelled later, nor where SLURM is ending it already.
-    if [[ $job == *JobState=RUNNING* && $job == *PreemptTime=[0-9]* ]]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+# Not where it is cancelled later, nor where SLURM is ending it already.
+elif [ "$status" -eq 143 ] && job=$(scontrol show job "$SLURM_JOB_ID") &&
+    [[ $job == *JobState=RUNNING* && $job == *PreemptTime=[0-9]* ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

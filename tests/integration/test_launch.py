@@ -118,12 +118,14 @@ def test_torchrun_on_two_hosts(two_hosts, tmp_path, of_one_process):
         (143, "RUNNING", "None", False),
         (143, "RUNNING", "2026-11-28T17:40:00", True),
         (143, "CANCELLED", "2026-11-28T17:40:00", False),
+        (143, None, None, False),
         (1, "RUNNING", "2026-11-28T17:40:00", False),
     ],
 )
 def test_slurm_requeues_a_job_that_stopped_in_time(tmp_path, code, state, preempted, requeued):
     shown = f"JobId=77 JobName=gitlight\\n   JobState={state} Reason=None\\n   PreemptTime={preempted}"
-    asked = f'[ "$1" = show ] && printf "{shown}" || echo "$@" > {tmp_path}/asked'
+    show = f'printf "{shown}"' if state else "exit 1"  # what SLURM cannot tell changes no exit code
+    asked = f'if [ "$1" = show ]; then {show}; else echo "$@" > {tmp_path}/asked; fi'
     for name, body in (("srun", f"exit {code}"), ("scontrol", asked)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)

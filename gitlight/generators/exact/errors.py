@@ -69,7 +69,7 @@ def carry_errors(
 
 
 def _through_weights(rule: AffineRule, errors: Tensor, weights: Weights) -> Tensor:
-    """All samples at once, and in single precision: a few digits of an error are enough, and it is many times as fast.
+    """All samples at once, and in single precision: a few digits of an error are enough.
 
     Its range is not enough, so that each leak's errors are scaled to size one.
     """

@@ -109,3 +109,10 @@ def test_a_rank_that_would_take_too_long_is_not_computed():
 
 def test_a_convolution_reveals_no_delta():
     assert rule_for(layer_of(nn.Conv2d(2, 3, 3), (2, 5, 5))).reveals_delta() is None
+
+
+def test_outputs_that_say_nothing_but_for_rounding_determine_nothing():
+    # A kernel of one row leaves every second row unseen, and padding the last output rows empty.
+    rule = rule_for(layer_of(nn.Conv2d(3, 15, (1, 5), (2, 1), (4, 3), groups=3).double(), (3, 3, 8)))
+    assert not rule.exact
+    assert not rule.exact_with_outputs

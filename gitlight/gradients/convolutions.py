@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gitlight.gradients.buffers import Scratch
-from gitlight.gradients.products import has_avx512, write_products
+from gitlight.gradients.products import has_avx512, is_intels, write_products
 
 # Channels up to which oneDNN's kernels for channels last gain, where the vectors of the others would not be full.
 _FEW_CHANNELS = 48
@@ -85,7 +85,8 @@ def _onednn_kernel(conv: Convolution, delta: Tensor) -> Callable[[Convolution, T
     """Which of oneDNN's kernels is faster than a product with the unfolded input; None: neither.
 
     The one for channels first wants channels in eights, to fill its vectors. The one for channels last takes any
-    number, and gains where there are few. Both need positions enough to sum over.
+    number, and gains where there are few, but not over MKL's products with AVX-512. Both need positions enough to sum
+    over.
     """
     if delta.device.type != "cpu" or delta.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return None
@@ -98,7 +99,7 @@ def _onednn_kernel(conv: Convolution, delta: Tensor) -> Callable[[Convolution, T
         return _write_channels_first if in_eights and max(n_out, n_in) <= _MOST_CHANNELS_OF_AVX2 else None
     if min(n_out, n_in) >= 8 and (in_eights or max(n_out, n_in) > _FEW_CHANNELS):
         return _write_channels_first
-    odd = n_out % 8 != 0 or (n_in % 8 != 0 and n_in > 4)
+    odd = not is_intels() and (n_out % 8 != 0 or (n_in % 8 != 0 and n_in > 4))
     return _write_channels_last if odd and min(kernel) >= 5 and max(n_out, n_in) <= _FEW_CHANNELS else None
 
 
@@ -126,10 +127,13 @@ def _side_by_side(conv: Convolution, tensor: Tensor, purpose: str) -> Tensor:
 
 
 def _grouped_weight_gradient(conv: Convolution, x: Tensor, delta: Tensor, n_leaks: int) -> Tensor:
-    shape = (delta.shape[1], *conv.weight_shape[1:])
+    n_in, height, width = conv.weight_shape[1:]
     settings = (conv.stride, conv.padding, conv.dilation, False, [0, 0], n_leaks)
-    # Of the weight only the shape is read.
-    placeholder = x.new_empty(1).expand(shape)
+    # Of the weight only the shape is read; but one in another order than the images is copied before.
+    if x.is_contiguous():
+        placeholder = conv.scratch.empty("placeholder", (delta.shape[1], n_in, height, width), x)
+    else:
+        placeholder = conv.scratch.empty("placeholder", (delta.shape[1], height, width, n_in), x).permute(0, 3, 1, 2)
     wanted = [False, True, False]
     result: Tensor = torch.ops.aten.convolution_backward(delta, x, placeholder, None, *settings, wanted)[1]
     return result

@@ -80,7 +80,7 @@ def has_avx512() -> bool:
 
 
 @cache
-def _is_intels() -> bool:
+def is_intels() -> bool:
     """Whether this processor is one that MKL uses all vectors of."""
     try:
         named = Path("/proc/cpuinfo").read_text()
@@ -91,7 +91,7 @@ def _is_intels() -> bool:
 
 def _by_onednn(tensor: Tensor, work: int) -> bool:
     fits = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and work >= _LEAST_WORK
-    fits = fits and has_avx512() and not _is_intels()
+    fits = fits and has_avx512() and not is_intels()
     return fits and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -11,13 +11,16 @@ from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.convolutions import Convolution, carried_through_stride, frozen_conv2d, write_weight_gradient
 
 WAYS = [
-    # how, with AVX-512 or without, (input channels, output channels, kernel, stride, size) of a shape that it is for
-    (convolutions._write_channels_last, True, (12, 12, 5, 2, 17)),
-    (convolutions._write_channels_first, True, (16, 24, 3, 1, 9)),
-    (convolutions._write_channels_first, False, (16, 24, 3, 1, 9)),
-    (None, True, (3, 16, 3, 1, 8)),
-    (None, False, (12, 12, 5, 2, 17)),
-    (None, False, (64, 40, 3, 1, 9)),
+    # how, with AVX-512 or without, on Intel's or not, a shape that it is for: (input channels, output channels, kernel,
+    # stride, size)
+    (convolutions._write_channels_last, True, False, (12, 12, 5, 2, 17)),
+    (convolutions._write_channels_first, True, False, (16, 24, 3, 1, 9)),
+    (convolutions._write_channels_first, False, False, (16, 24, 3, 1, 9)),
+    (None, True, True, (12, 12, 5, 2, 17)),
+    (convolutions._write_channels_first, True, True, (16, 24, 3, 1, 9)),
+    (None, True, False, (3, 16, 3, 1, 8)),
+    (None, False, False, (12, 12, 5, 2, 17)),
+    (None, False, False, (64, 40, 3, 1, 9)),
 ]
 
 
@@ -41,11 +44,12 @@ def one_leak_at_a_time(conv, delta):
 
 
 @pytest.mark.parametrize("n_images", [1, 3])
-@pytest.mark.parametrize(("way", "avx512", "shape"), WAYS)
-def test_every_way_gives_the_gradient_of_each_leak(way, avx512, shape, n_images, monkeypatch):
+@pytest.mark.parametrize(("way", "avx512", "intels", "shape"), WAYS)
+def test_every_way_gives_the_gradient_of_each_leak(way, avx512, intels, shape, n_images, monkeypatch):
     monkeypatch.setattr(convolutions, "_LEAKS_AT_ONCE", 2)
     monkeypatch.setattr(convolutions, "_CACHED_PATCHES", 100_000)
     monkeypatch.setattr(convolutions, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(convolutions, "is_intels", lambda: intels)
     conv, delta = random_case(shape, 5, n_images)
     assert convolutions._onednn_kernel(conv, delta) is way or not torch.backends.mkldnn.is_available()
     out = torch.empty(5, *conv.weight_shape)

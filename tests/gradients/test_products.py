@@ -10,7 +10,7 @@ from gitlight.gradients.products import frozen_linear, write_products
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
 def by_onednn(request, monkeypatch):
     monkeypatch.setattr(products, "has_avx512", lambda: True)
-    monkeypatch.setattr(products, "_is_intels", lambda: not request.param)
+    monkeypatch.setattr(products, "is_intels", lambda: not request.param)
     return request.param
 
 
@@ -43,4 +43,4 @@ def test_a_frozen_linear_layer_and_its_derivative_are_those_of_float64(by_onednn
 @pytest.mark.parametrize(("vendor", "is_intels"), [("GenuineIntel", True), ("AuthenticAMD", False)])
 def test_the_maker_is_read_from_the_system(monkeypatch, vendor, is_intels):
     monkeypatch.setattr(products.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
-    assert products._is_intels.__wrapped__() is is_intels
+    assert products.is_intels.__wrapped__() is is_intels

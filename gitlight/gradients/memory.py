@@ -11,7 +11,7 @@ from gitlight.errors import ConfigError
 from gitlight.gradients.sketch import Sketch
 
 # Workspace of a chunk on a CPU: larger ones gain nothing (docs/decisions.md).
-_CPU_CHUNK_BYTES = 700e6
+_CPU_CHUNK_BYTES = 1400e6
 
 
 @dataclass(frozen=True)

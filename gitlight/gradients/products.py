@@ -53,6 +53,13 @@ def channel_products(left: Tensor, right: Tensor) -> Tensor:
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + b`` where no gradient of ``W`` and ``b`` is wanted from autograd."""
+    if x.dim() > 2 and not x.is_contiguous():
+        # PyTorch would make a product of each row. Attention, which swaps images and positions ahead, has many rows.
+        if x.transpose(0, 1).is_contiguous():
+            return frozen_linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+        x = x.contiguous()
+    if x.dim() > 2:  # for its derivative, too
+        return frozen_linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     if _by_onednn(x, 2 * x.numel() * len(weight)):
         result: Tensor = _FrozenLinear.apply(x, weight, bias)
         return result

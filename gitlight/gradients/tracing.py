@@ -24,6 +24,7 @@ from gitlight.exported import (
 from gitlight.gradients.convolutions import frozen_conv2d
 from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
 from gitlight.gradients.products import frozen_linear
+from gitlight.gradients.selection import select_early, select_together
 
 # Any number but 0 and 1, which torch.export would take for constants.
 _TRACED_IMAGES = 7
@@ -130,6 +131,8 @@ def trace(
     exported = _export(network, image_shape, dtype)
     if device.type != "cpu":
         exported = move_to_device_pass(exported, str(device))
+    select_early(exported.graph)
+    select_together(exported.graph)
     constants = {name: exported.constants[target].to(device) for name, target in lifted_constants(exported).items()}
     held = held_tensors(exported, network)
     builder = _Builder(held, constants, leaked, frozenset(exported.graph_signature.user_inputs))

@@ -214,17 +214,17 @@ def frozen_conv2d(
 ) -> Tensor:
     """A convolution of whose weight and bias autograd wants no gradient."""
     n_out, n_in = weight.shape[:2]
-    # Where channels do not fill vectors, oneDNN is slow to carry δ through a stride.
-    strided = stride[0] == stride[1] > 1 and min(weight.shape[2:]) >= stride[0]
+    # Where channels do not fill vectors, oneDNN is slow to carry δ back, most of all through a stride.
+    square = stride[0] == stride[1] and min(weight.shape[2:]) >= stride[0]
     few = n_out % 8 != 0 and n_in % 8 != 0 and max(n_out, n_in) <= 16
     plain = groups == 1 and not isinstance(padding, str) and max(dilation) == 1
-    if strided and few and plain and x.requires_grad and x.device.type == "cpu" and x.dtype == torch.float32:
-        result: Tensor = _StridedConvolution.apply(x, weight, bias, stride[0], tuple(padding))
+    if square and few and plain and x.requires_grad and x.device.type == "cpu" and x.dtype == torch.float32:
+        result: Tensor = _FewChannels.apply(x, weight, bias, stride[0], tuple(padding))
         return result
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-class _StridedConvolution(torch.autograd.Function):
+class _FewChannels(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int]
@@ -236,6 +236,10 @@ class _StridedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
+        (above, left), (height, width) = ctx.padding, weight.shape[2:]
+        if ctx.stride == 1 and above < height and left < width:
+            kernels, margins = weight.transpose(0, 1).flip(2, 3), (height - 1 - above, width - 1 - left)
+            return F.conv2d(deltas[0], kernels, None, 1, margins), None, None, None, None
         return carried_through_stride(deltas[0], weight, ctx.stride, ctx.padding, ctx.size), None, None, None, None
 
 

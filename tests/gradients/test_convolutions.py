@@ -88,13 +88,15 @@ def test_delta_passes_a_stride_as_autograd_carries_it(avx512, data):
     torch.testing.assert_close(found, wanted)
 
 
-def test_a_strided_convolution_of_few_channels_has_its_values_and_gradients():
+@pytest.mark.parametrize("padding", [[2, 2], [0, 1], [6, 4]])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_of_few_channels_has_its_values_and_gradients(stride, padding):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(3, 12, 16, 16, requires_grad=True), torch.randn(12, 12, 5, 5), torch.randn(12)
-    made = frozen_conv2d(x, weight, bias, [2, 2], [2, 2], [1, 1], 1)
-    assert "StridedConvolution" in type(made.grad_fn).__name__
-    wanted = F.conv2d(x.double(), weight.double(), bias.double(), 2, 2)
+    x, weight, bias = torch.randn(3, 12, 16, 15, requires_grad=True), torch.randn(12, 12, 5, 4), torch.randn(12)
+    made = frozen_conv2d(x, weight, bias, [stride, stride], padding, [1, 1], 1)
+    assert "FewChannels" in type(made.grad_fn).__name__
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
     assert (made - wanted).norm() < 1e-6 * wanted.norm()
     delta = torch.randn_like(made)
-    exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), delta.double(), 2, 2)
+    exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), delta.double(), stride, padding)
     assert (torch.autograd.grad(made, x, delta)[0] - exact).norm() < 1e-6 * exact.norm()

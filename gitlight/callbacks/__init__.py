@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from gitlight.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from gitlight.callbacks.learning_rate import LearningRate
@@ -15,6 +14,7 @@ from gitlight.callbacks.reconstructions import ReconstructionGrid, draw_grid
 from gitlight.callbacks.run_settings import RunSettings
 from gitlight.callbacks.run_state import RunState
 from gitlight.callbacks.throughput import Throughput
+from gitlight.callbacks.weight_averaging import moving_average
 from gitlight.callbacks.weight_distance import WeightDistance
 from gitlight.callbacks.weight_distance_curves import WeightDistancePoint, draw_weight_distances
 from gitlight.config import Config
@@ -82,7 +82,7 @@ def _averaging(config: Config) -> list[Callback]:
         return []
     # Ours is not sharded then: `train` sees to it.
     warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
-    return [EMAWeightAveraging(decay=decay)]
+    return [moving_average(decay)]
 
 
 def _reconstruction_callbacks(config: Config, output_dir: Path) -> list[Callback]:

@@ -28,7 +28,7 @@ class OptimizerConfig:
     ema_decay: float | None = setting(
         None,
         "validate with, and keep as the generator, an exponential moving average of the trained weights, of which each "
-        "step keeps this share (0.999: about the last thousand steps); null: the weights themselves",
+        "step keeps this share, the first ones less (0.999: about the last thousand steps); null: the weights",
         minimum=0,
         maximum=0.999999,
     )

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from small_run import SMALL
 
 from gitlight import load_config
@@ -27,11 +27,11 @@ class Steps(Callback):
 
 
 def test_the_average_is_that_of_the_definition(tmp_path):
-    (tmp_path / "run.yaml").write_text("optimizer: {ema_decay: 0.7}\n")
+    (tmp_path / "run.yaml").write_text("optimizer: {ema_decay: 0.4}\n")
     config = load_config(tmp_path / "run.yaml", [*SMALL, *MLP])
     pairs = build_pairs(config)
     module = GITModule(build_generator(config, pairs.architecture), config.optimizer)
-    (average,) = (one for one in build_callbacks(config, tmp_path) if isinstance(one, EMAWeightAveraging))
+    (average,) = (one for one in build_callbacks(config, tmp_path) if isinstance(one, WeightAveraging))
     steps = Steps()
     trainer = Trainer(
         callbacks=[average, steps],
@@ -45,8 +45,8 @@ def test_the_average_is_that_of_the_definition(tmp_path):
     )
     trainer.fit(module, datamodule=pairs)
     expected = steps.weights[0]
-    for weights in steps.weights[1:]:
-        expected = 0.7 * expected + 0.3 * weights
+    for weights, kept in zip(steps.weights[1:], [2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, *[0.4] * 6], strict=True):
+        expected = kept * expected + (1 - kept) * weights
     assert len(steps.weights) == 12
     found = next(module.generator.parameters()).detach().double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)

@@ -244,6 +244,8 @@ class _Chunk(_Recorder):
             step.rule(Call(step.kind, values, step.layouts, self._n_leaks, destination, self._scratch), delta)
         except NoRuleError as error:
             raise NoRuleError(f"{step.place}: {error}") from error
+        if left_out := sorted(set(step.names) - set(made)):
+            raise NoRuleError(f"{step.place} takes a parameter as {left_out[0]}, and its rule does not")
         for argument, gradient in made.items():
             self._keep(step.names[argument], gradient)
 

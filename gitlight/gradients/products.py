@@ -52,15 +52,17 @@ def channel_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Wᵀ + b`` where no gradient of ``W`` and ``b`` is wanted from autograd."""
-    if x.dim() > 2 and not x.is_contiguous():
-        # PyTorch would make a product of each row. Attention, which swaps images and positions ahead, has many rows.
-        if x.transpose(0, 1).is_contiguous():
-            return frozen_linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
-        x = x.contiguous()
-    if x.dim() > 2:  # for its derivative, too
-        return frozen_linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
-    if _by_onednn(x, 2 * x.numel() * len(weight)):
+    """``x Wᵀ + b``, where a hook makes the gradients of ``W`` and ``b``.
+
+    All rows of ``x`` are one matrix: PyTorch would make a product of each where the first dimensions are swapped, as
+    attention has them. The result is laid out as PyTorch's, and no view: what overwrites a view cuts off its hook.
+    """
+    if x.dim() > 2:
+        rows = frozen_linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        whole: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(weight)])
+        return whole
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    if frozen and x.dim() == 2 and _by_onednn(x, 2 * x.numel() * len(weight)):
         result: Tensor = _FrozenLinear.apply(x, weight, bias)
         return result
     return F.linear(x, weight, bias)
@@ -70,14 +72,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _onednn(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return _onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, None, None]:
         (delta,), (weight,) = deltas, ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return _onednn(delta.reshape(-1, delta.shape[-1]), weight.t(), None).view(*delta.shape[:-1], -1), None, None
+        return _onednn(delta, weight.t(), None) if ctx.needs_input_grad[0] else None, None, None
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from gitlight.exported import arguments_of, kind_of
+from gitlight.exported import arguments_of
 
 aten = torch.ops.aten
 
@@ -23,7 +23,18 @@ _ELEMENTWISE = frozenset(
     ("elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "sigmoid", "silu", "softplus", "tanh")
 )
 _COPIES = frozenset(("alias", "clone", "contiguous"))
+_ATTENTION = "scaled_dot_product_attention"
 _OF_TWO = frozenset(("add", "sub", "mul", "div"))
+_OVERLOADS = {
+    "default": (*_ELEMENTWISE, *_COPIES, "dropout", "layer_norm", "linear", "permute", "reshape", "view", _ATTENTION),
+    "Tensor": (*_OF_TWO, "slice"),
+    "int": ("transpose", "unflatten"),
+    "using_ints": ("flatten",),
+}
+_KNOWN: dict[Any, str] = {
+    getattr(getattr(aten, name), overload): name for overload, names in _OVERLOADS.items() for name in names
+}
+"""ATen's operations alone: those of other libraries may have the same names, and do something else."""
 
 
 def select_early(graph: fx.Graph) -> None:
@@ -31,12 +42,12 @@ def select_early(graph: fx.Graph) -> None:
 
     Results are the same up to rounding. A selection moves as long as nothing else takes what it selects from, and stops
     in front of operations that are not known here. Where anything is overwritten all stay: one that moves ahead of a
-    copy would be a view of what was copied.
+    copy would be a view of what was copied. Views become reshapes, as tensors may lie in memory in another order then.
 
     Args:
         graph: of ``torch.export``; changed in place.
     """
-    if _overwrites(graph):
+    if _depends_on_memory(graph):
         return
     for node in reversed(list(graph.nodes)):
         if (selection := _only_selection(node)) is None:
@@ -50,6 +61,9 @@ def select_early(graph: fx.Graph) -> None:
             user.replace_all_uses_with(moved)
             graph.erase_node(user)
         _erase(graph, node)
+    for node in graph.nodes:
+        if node.target == aten.view.default:
+            node.target = aten.reshape.default
 
 
 def select_together(graph: fx.Graph) -> None:
@@ -60,7 +74,7 @@ def select_together(graph: fx.Graph) -> None:
     Args:
         graph: of ``torch.export``; changed in place.
     """
-    if _overwrites(graph):
+    if _depends_on_memory(graph):
         return
     for node in list(graph.nodes):
         users = list(node.users)
@@ -76,9 +90,16 @@ def select_together(graph: fx.Graph) -> None:
             graph.erase_node(user)
 
 
-def _overwrites(graph: fx.Graph) -> bool:
+def _depends_on_memory(graph: fx.Graph) -> bool:
+    """Whether anything is overwritten, or read from where it lies."""
     schemas = (getattr(node.target, "_schema", None) for node in graph.nodes)
-    return any(schema is not None and schema.is_mutable for schema in schemas)
+    overwritten = any(schema is not None and schema.is_mutable for schema in schemas)
+    return overwritten or any(node.target == aten.as_strided.default for node in graph.nodes)
+
+
+def _kind(node: Any) -> str:
+    """The name of an operation that is known here; empty for others."""
+    return _KNOWN.get(node.target, "") if isinstance(node, fx.Node) and node.op == "call_function" else ""
 
 
 def _taken_apart(node: fx.Node) -> int | None:
@@ -121,7 +142,7 @@ def _size(selection: fx.Node) -> Any:
 
 def _moved(graph: fx.Graph, node: fx.Node, dim: int, index: int) -> fx.Node | None:
     """The node's operation after the selection; None where it does not move."""
-    kind, given, n_dims = kind_of(node), arguments_of(node), node.meta["val"].dim()
+    kind, given, n_dims = _kind(node), arguments_of(node), node.meta["val"].dim()
 
     def called(operation: Any, *args: Any) -> fx.Node:
         return _described(graph.call_function(operation, args), node)
@@ -147,7 +168,7 @@ def _moved(graph: fx.Graph, node: fx.Node, dim: int, index: int) -> fx.Node | No
         return again(input=selected(given["input"]))
     if kind == "layer_norm" and dim < n_dims - len(given["normalized_shape"]):
         return again(input=selected(given["input"]))
-    if kind in _OF_TWO and node.target == getattr(aten, kind).Tensor:
+    if kind in _OF_TWO:
         sides = {name: _has_dimension(given[name], node, dim) for name in ("self", "other")}
         if None in sides.values():
             return None
@@ -157,8 +178,8 @@ def _moved(graph: fx.Graph, node: fx.Node, dim: int, index: int) -> fx.Node | No
         source = selected(given["self"], order[dim])
         kept = [d - (d > order[dim]) for d in order if d != order[dim]]
         return source if kept == sorted(kept) else called(aten.permute.default, source, kept)
-    if kind == "scaled_dot_product_attention" and dim == n_dims - 2 and _attends_to_all(given, n_dims):
-        query = called(aten.slice.Tensor, given["query"], dim, index, index + 1 or None)
+    if kind == _ATTENTION and dim == n_dims - 2 and _attends_to_all(given, n_dims):
+        query = called(aten.slice.Tensor, given["query"], dim, index, index + 1)
         return called(aten.select.int, again(query=query), dim, 0)
     if kind in ("view", "reshape", "flatten", "unflatten"):
         return _reshaped(node, dim, selected, called)
@@ -203,15 +224,16 @@ def _reshaped(node: fx.Node, dim: int, selected: Any, called: Any) -> Any:
     shape = node.meta["val"].shape
     kept = [size if isinstance(size, int) else -1 for d, size in enumerate(shape) if d != dim]
     source: Any = node.args[0]
-    if kept.count(-1) > 1:
+    if kept.count(-1) > 1 or 0 in kept:
         return None
     if _same(source.meta["val"].shape[: dim + 1], shape[: dim + 1]):
         return called(aten.reshape.default, selected(source), kept)
     linear, n_outer = source, len(shape) - 1
-    if kind_of(linear) != "linear" or linear.meta["val"].dim() != 2 or len(linear.users) > 1:
+    if _kind(linear) != "linear" or linear.meta["val"].dim() != 2 or len(linear.users) > 1:
         return None
-    rows, *parameters = linear.args
-    if kind_of(rows) not in ("view", "reshape"):
+    its_arguments = arguments_of(linear)
+    rows = its_arguments["input"]
+    if _kind(rows) not in ("view", "reshape"):
         return None
     source = rows.args[0]
     its = source.meta["val"].shape
@@ -219,7 +241,8 @@ def _reshaped(node: fx.Node, dim: int, selected: Any, called: Any) -> Any:
     if not same_rows or not _same(linear.meta["val"].shape[1:], shape[n_outer:]):
         return None
     vectors = [*kept[:-1], rows.meta["val"].shape[1]]
-    return called(aten.linear.default, called(aten.reshape.default, selected(source), vectors), *parameters)
+    flat = called(aten.reshape.default, selected(source), vectors)
+    return called(aten.linear.default, flat, its_arguments["weight"], its_arguments["bias"])
 
 
 def _same(shape: Sequence[Any], other: Sequence[Any]) -> bool:
@@ -239,5 +262,5 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     sources = node.all_input_nodes
     graph.erase_node(node)
     for source in sources:
-        if not source.users and source.op == "call_function" and kind_of(source) in ("linear", "view", "reshape"):
+        if not source.users and _kind(source) in ("linear", "view", "reshape"):
             _erase(graph, source)

@@ -82,7 +82,7 @@ class Step:
 
     def apply(self, values: Mapping[str, Any]) -> Tensor:
         """The operation's result."""
-        if self.kind == "linear":
+        if self.operation == torch.ops.aten.linear.default:
             return frozen_linear(values["input"], values["weight"], values["bias"])
         if self.operation == torch.ops.aten.conv2d.default:
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -131,14 +131,22 @@ def trace(
     exported = _export(network, image_shape, dtype)
     if device.type != "cpu":
         exported = move_to_device_pass(exported, str(device))
-    select_early(exported.graph)
-    select_together(exported.graph)
+    _move_selections(exported.graph)
     constants = {name: exported.constants[target].to(device) for name, target in lifted_constants(exported).items()}
     held = held_tensors(exported, network)
     builder = _Builder(held, constants, leaked, frozenset(exported.graph_signature.user_inputs))
     for node in exported.graph.nodes:
         builder.add(node)
     return TracedNetwork(constants, held, tuple(builder.prologue), builder.module(), tuple(builder.steps))
+
+
+def _move_selections(graph: fx.Graph) -> None:
+    try:
+        select_early(graph)
+        select_together(graph)
+    except Exception as error:  # operations raise many kinds, on sizes that they do not take
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise NoRuleError(f"a selection of positions cannot be moved: {first_line}") from error
 
 
 def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> Any:

@@ -163,6 +163,96 @@ def test_norms_after_an_activation(norm):
     check(network.eval(), 2)
 
 
+class Overwriting(nn.Module):
+    """Positions, ahead of the images or behind them, whose activations are overwritten."""
+
+    def __init__(self, ahead):
+        super().__init__()
+        self.patches, self.ahead = nn.Conv2d(3, 6, 4, 4), ahead
+        self.inner, self.outer, self.norm = nn.Linear(6, 8), nn.Linear(8, 6), nn.LayerNorm(6)
+        self.gate, self.head = nn.Linear(6, 6), nn.Linear(6, N_CLASSES)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x.transpose(0, 1) if self.ahead else x
+        y = self.outer(F.relu(self.inner(x), inplace=True))
+        y += x
+        y = self.gate(self.norm(y.mul_(1.5))).tanh_()
+        return self.head((y.transpose(0, 1) if self.ahead else y)[:, 0])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_activations_that_are_overwritten(ahead):
+    torch.manual_seed(0)
+    check(Overwriting(ahead), 2)
+
+
+@torch.library.custom_op("gitlight_tests::gelu", mutates_args=())
+def another_gelu(x: torch.Tensor) -> torch.Tensor:
+    """An operation of another library, by a name that PyTorch has too, which mixes positions."""
+    return x - x.mean(1, keepdim=True)
+
+
+another_gelu.register_fake(torch.empty_like)
+another_gelu.register_autograd(lambda _, delta: delta - delta.mean(1, keepdim=True))
+
+
+class OfPositions(nn.Module):
+    """Patches as positions, something done to them, and a linear layer."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.patches, self.first, self.second = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.attention = nn.MultiheadAttention(6, 2, kdim=8, vdim=8, batch_first=True)
+        self.context, self.place = nn.Linear(6, 8), nn.Parameter(torch.randn(5, 6))
+        self.head, self.operation = nn.Linear(6, N_CLASSES), operation
+
+    def forward(self, x):
+        return self.head(self.operation(self, self.first(self.patches(x).flatten(2).transpose(1, 2))))
+
+
+OPERATIONS = {
+    "cross-attention": lambda m, x: m.attention(x, *[m.context(x.flip(1))] * 2, need_weights=False)[0][:, 1],
+    "selected, then viewed": lambda m, x: (
+        x.unflatten(1, (4, 4)).permute(0, 2, 3, 1).contiguous()[:, 0].view(-1, 24)[:, :6]
+    ),
+    "reinterpreted": lambda m, x: x[:, 0] * (x.detach().float().view(torch.int32)[:, 1] > 1056964608).to(x.dtype),
+    "of another library": lambda m, x: another_gelu(x)[:, 0] + x[:, 1],
+    "no positions": lambda m, x: F.gelu(x[:, :, :0]).flatten(2)[:, 1].sum(1, keepdim=True) + x[:, 0],
+    "an alias of what positions are ahead in": lambda m, x: aliased(m.second(x.tanh().transpose(0, 1))),
+}
+
+
+def aliased(y):
+    y.reshape(-1, 6).mul_(0.5)
+    return (y**2).sum(0)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_on_positions(operation):
+    torch.manual_seed(0)
+    network = OfPositions(OPERATIONS[operation])
+    used = [
+        name
+        for name, _ in network.named_parameters()
+        if operation == "cross-attention"
+        or name.split(".")[0] in ("patches", "first", "head")
+        or (name.startswith("second") and operation.startswith("an alias"))
+    ]
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in used and name != "attention.in_proj_bias")
+    check(network, 2)
+
+
+def test_a_parameter_where_its_rule_does_not_look_is_named():
+    network = OfPositions(lambda m, x: F.linear(m.place, x[:, 0]).t()[:, :1] + x[:, 0])
+    settings = GradientsConfig(method="captured")
+    with pytest.raises(ConfigError, match="takes a parameter as input"):
+        GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), settings)(
+            torch.rand(2, 1, *SHAPE), torch.zeros(2, 1, dtype=torch.int64)
+        )
+
+
 class Merged(nn.Module):
     """Merges the batch with positions, positions first, as torch's attention does."""
 

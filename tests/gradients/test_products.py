@@ -30,14 +30,23 @@ def test_products_of_leaks_are_those_of_float64(by_onednn, n_images):
     torch.testing.assert_close(out.double(), (left.double() @ right.double()).sum(1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_frozen_linear_layer_and_its_derivative_are_those_of_float64(by_onednn):
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("order", ["dense", "swapped", "with gaps"])
+def test_a_frozen_linear_layer_and_its_derivative_are_those_of_float64(by_onednn, order, with_bias):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(4, 65, 192, requires_grad=True), torch.randn(300, 192), torch.randn(300)
+    weight, bias = torch.randn(300, 192), torch.randn(300) if with_bias else None
+    shapes = {"dense": (4, 65, 192), "swapped": (65, 4, 192), "with gaps": (4, 65, 200)}
+    x = torch.randn(shapes[order], requires_grad=True)
+    given = {"dense": x, "swapped": x.transpose(0, 1), "with gaps": x[..., :192]}[order]
     upstream = torch.randn(4, 65, 300)
-    made = frozen_linear(x, weight, bias)
-    (found,) = torch.autograd.grad(made, x, upstream)
-    torch.testing.assert_close(made.double(), x.double() @ weight.double().T + bias.double(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.double(), upstream.double() @ weight.double(), rtol=1e-4, atol=1e-4)
+    made = frozen_linear(given, weight, bias)
+    wanted = given.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    torch.testing.assert_close(made.double(), wanted, rtol=1e-4, atol=1e-4)
+    for delta in (upstream, upstream.transpose(0, 1).contiguous().transpose(0, 1)):
+        (found,) = torch.autograd.grad(made, given, delta, retain_graph=True)
+        torch.testing.assert_close(found.double(), upstream.double() @ weight.double(), rtol=1e-4, atol=1e-4)
+    assert made.is_contiguous()
+    assert not made._is_view()
 
 
 @pytest.mark.parametrize(("vendor", "is_intels"), [("GenuineIntel", True), ("AuthenticAMD", False)])

@@ -58,7 +58,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     attention has them. The result is laid out as PyTorch's, and no view: what overwrites a view cuts off its hook.
     """
     if x.dim() > 2:
-        rows = frozen_linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        rows = frozen_linear(x.flatten(0, -2), weight, bias)
         whole: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(weight)])
         return whole
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)

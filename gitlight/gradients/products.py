@@ -54,8 +54,9 @@ def channel_products(left: Tensor, right: Tensor) -> Tensor:
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + b``, where a hook makes the gradients of ``W`` and ``b``.
 
-    All rows of ``x`` are one matrix: PyTorch would make a product of each where the first dimensions are swapped, as
-    attention has them. The result is laid out as PyTorch's, and no view: what overwrites a view cuts off its hook.
+    All rows of ``x`` are one matrix: of a weight without gradient, PyTorch would make a product of each row where the
+    first dimensions are swapped, as attention has them. The result is laid out as PyTorch's, and no view: what
+    overwrites a view cuts off its hook.
     """
     if x.dim() > 2:
         rows = frozen_linear(x.flatten(0, -2), weight, bias)

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from gitlight.exported import arguments_of
+from gitlight.gradients.layer_gradients import NoRuleError
 
 aten = torch.ops.aten
 
@@ -35,6 +36,23 @@ _KNOWN: dict[Any, str] = {
     getattr(getattr(aten, name), overload): name for overload, names in _OVERLOADS.items() for name in names
 }
 """ATen's operations alone: those of other libraries may have the same names, and do something else."""
+
+
+def move_selections(graph: fx.Graph) -> None:
+    """`select_early` and `select_together`.
+
+    Args:
+        graph: of ``torch.export``; changed in place.
+
+    Raises:
+        NoRuleError: an operation does not take what it would be given.
+    """
+    try:
+        select_early(graph)
+        select_together(graph)
+    except Exception as error:  # operations raise many kinds, on sizes that they do not take
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise NoRuleError(f"a selection of positions cannot be moved: {first_line}") from error
 
 
 def select_early(graph: fx.Graph) -> None:

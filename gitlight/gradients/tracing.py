@@ -24,7 +24,7 @@ from gitlight.exported import (
 from gitlight.gradients.convolutions import frozen_conv2d
 from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
 from gitlight.gradients.products import frozen_linear
-from gitlight.gradients.selection import select_early, select_together
+from gitlight.gradients.selection import move_selections
 
 # Any number but 0 and 1, which torch.export would take for constants.
 _TRACED_IMAGES = 7
@@ -131,22 +131,13 @@ def trace(
     exported = _export(network, image_shape, dtype)
     if device.type != "cpu":
         exported = move_to_device_pass(exported, str(device))
-    _move_selections(exported.graph)
+    move_selections(exported.graph)
     constants = {name: exported.constants[target].to(device) for name, target in lifted_constants(exported).items()}
     held = held_tensors(exported, network)
     builder = _Builder(held, constants, leaked, frozenset(exported.graph_signature.user_inputs))
     for node in exported.graph.nodes:
         builder.add(node)
     return TracedNetwork(constants, held, tuple(builder.prologue), builder.module(), tuple(builder.steps))
-
-
-def _move_selections(graph: fx.Graph) -> None:
-    try:
-        select_early(graph)
-        select_together(graph)
-    except Exception as error:  # operations raise many kinds, on sizes that they do not take
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise NoRuleError(f"a selection of positions cannot be moved: {first_line}") from error
 
 
 def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> Any:

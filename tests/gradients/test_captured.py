@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from gitlight.architecture import Architecture
 from gitlight.config import FullyConnectedConfig, GradientsConfig, LeNetConfig, ResNetConfig, ViTConfig
 from gitlight.errors import ConfigError
+from gitlight.gradients import selection
 from gitlight.gradients.engine import GradientEngine
 from gitlight.leaked import LEAKED_MODELS
 
@@ -251,6 +252,17 @@ def test_a_parameter_where_its_rule_does_not_look_is_named():
         GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), settings)(
             torch.rand(2, 1, *SHAPE), torch.zeros(2, 1, dtype=torch.int64)
         )
+
+
+def test_a_graph_whose_selections_cannot_be_moved_is_left_to_vmap(monkeypatch, caplog):
+    def fails(graph):
+        raise RuntimeError("no such size")
+
+    monkeypatch.setattr(selection, "select_early", fails)
+    network = OfPositions(lambda m, x: x[:, 0])
+    with caplog.at_level(logging.INFO):
+        check(network, method="auto")
+    assert "vmap: a selection of positions cannot be moved: no such size" in caplog.text
 
 
 class Merged(nn.Module):

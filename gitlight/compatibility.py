@@ -55,6 +55,42 @@ def check_perceptual(config: Config, generator: Generator) -> None:
         )
 
 
+def check_virtual_ranks(config: Config, trained: nn.Module, world_size: int) -> None:
+    """``trainer.virtual_ranks`` divides the steps of generators, equally among processes."""
+    count, settings = config.trainer.virtual_ranks, config.trainer
+    if count is None:
+        return
+    if config.task != "generator":
+        raise ConfigError(f"trainer.virtual_ranks: task={config.task} does not divide its steps. Leave it out.")
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
+        raise ConfigError(
+            f"trainer.virtual_ranks: {config.generator.name} has no trained weights with these settings, and runs in "
+            "one process. Leave it out."
+        )
+    if count & (count - 1):
+        raise ConfigError(f"trainer.virtual_ranks: {count} is not a power of two; give one, as 8.")
+    if count % world_size:
+        raise ConfigError(
+            f"trainer.virtual_ranks: {count} cannot be shared equally by {world_size} processes; give a power of two "
+            "that they divide."
+        )
+    if settings.strategy not in ("auto", "ddp"):
+        raise ConfigError(
+            f"trainer.virtual_ranks: trainer.strategy={settings.strategy} adds up gradients in an order of its own. "
+            "Give trainer.strategy=ddp."
+        )
+    if settings.precision == "16-mixed":
+        raise ConfigError(
+            "trainer.virtual_ranks: the losses of virtual ranks are not scaled for 16-mixed. Give "
+            "trainer.precision=bf16-mixed or 32-true."
+        )
+    if settings.accumulate_grad_batches > 1:
+        raise ConfigError(
+            "trainer.accumulate_grad_batches: with trainer.virtual_ranks a batch is divided as it is. Raise "
+            "data.batch_size instead; parts of it are differentiated one after the other."
+        )
+
+
 def check_weights_from(config: Config, leaked_model: LeakedModel) -> None:
     """The run that ``generator.weights_from`` names must have fitted the weights of this leaked model."""
     named = getattr(config.generator, "weights_from", None)

@@ -7,6 +7,8 @@ import torch
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from gitlight.callbacks import build_callbacks
 from gitlight.checkpoint_io import AtomicCheckpointIO
@@ -16,6 +18,7 @@ from gitlight.loggers import build_loggers
 from gitlight.runs import checkpoint_path
 from gitlight.sharding import FullyShardedStrategy
 from gitlight.stop_signals import StopSignals
+from gitlight.virtual_ranks import mean_gradients
 
 
 def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, Any], int]:
@@ -31,7 +34,7 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, 
         ConfigError: Lightning does not accept them on this machine.
     """
     settings = dict(vars(config.trainer))
-    for own in ("channels_last", "checkpoint_every_n_steps", "compile", "keep_last", "resume"):
+    for own in ("channels_last", "checkpoint_every_n_steps", "compile", "keep_last", "resume", "virtual_ranks"):
         settings.pop(own)
     settings["accelerator"] = accelerator(config.trainer)
     if nothing_to_train:
@@ -52,7 +55,17 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, 
 
 def _with_strategy(settings: dict[str, Any]) -> dict[str, Any]:
     """For one `Trainer`, which keeps its strategy to itself."""
-    return {**settings, "strategy": FullyShardedStrategy()} if settings["strategy"] == "fsdp" else settings
+    return {**settings, "strategy": FullyShardedStrategy()} if settings["strategy"] == "fsdp" else dict(settings)
+
+
+class _PairwiseDDPStrategy(DDPStrategy):
+    """DDP whose gradients are added up over processes in pairs."""
+
+    def configure_ddp(self) -> None:
+        """Lightning registers hooks for GPUs alone."""
+        super().configure_ddp()
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(None, mean_gradients)
 
 
 def _default(key: str) -> Any:
@@ -62,6 +75,7 @@ def _default(key: str) -> Any:
 def build_trainer(
     config: Config,
     settings: dict[str, Any],
+    world_size: int,
     folder: Path,
     resume: Path | None,
     resumed: dict[str, Any] | None,
@@ -71,7 +85,8 @@ def build_trainer(
 
     Args:
         config: the run's settings.
-        settings: what `trainer_settings` found.
+        settings: what `trainer_settings` found, and
+        world_size: for how many processes they are.
         folder: the run's.
         resume: the checkpoint that the run continues, and
         resumed: its ``global_step`` and ``wandb_run_id``; None for a new run.
@@ -79,8 +94,11 @@ def build_trainer(
     """
     callbacks = build_callbacks(config, folder, signals)
     continues_last = resume is not None and resume.resolve() == checkpoint_path(folder, "last").resolve()
+    arguments = _with_strategy(settings)
+    if config.trainer.virtual_ranks is not None and world_size > 2:  # of two, any order is in pairs
+        arguments["strategy"] = _PairwiseDDPStrategy()
     trainer = Trainer(
-        **_with_strategy(settings),
+        **arguments,
         callbacks=callbacks,
         logger=build_loggers(config, folder, folder.name, resumed),
         plugins=[AtomicCheckpointIO(config.trainer.keep_last, last_is_good=continues_last)],

@@ -2,27 +2,34 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_resumable
-from gitlight.compatibility import check_averaging, check_loss, check_perceptual, check_weights_from
+from gitlight.compatibility import (
+    check_averaging,
+    check_loss,
+    check_perceptual,
+    check_virtual_ranks,
+    check_weights_from,
+)
 from gitlight.config import Config, GivenConfig, LossConfig, OptimizerConfig
 from gitlight.data.datamodule import ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.decisions import with_decisions
 from gitlight.errors import CheckpointError, ConfigError, LostRankError
+from gitlight.fitting import fit_in_closed_form
 from gitlight.generators import GENERATORS
-from gitlight.generators.base import FitOn, Generator
+from gitlight.generators.base import Generator
 from gitlight.gradients.updates import describe_leak
 from gitlight.leaked.model import LeakedModel
 from gitlight.metrics import match
@@ -42,6 +49,7 @@ from gitlight.sharding import ShardableModule, check_shardable
 from gitlight.speed import speed_up
 from gitlight.stop_signals import StopSignals
 from gitlight.trainer import build_trainer, trainer_settings
+from gitlight.virtual_ranks import Shares, add_up, mean_loss, n_processes, shares_of
 
 log = logging.getLogger(__name__)
 
@@ -92,33 +100,28 @@ class GITModule(ShardableModule):
             return
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, GradientPairDataModule)
-        with torch.no_grad():
-            for number, fit in enumerate(self.generator.fits(), start=1):
-                wanted = fit if isinstance(fit, FitOn) else FitOn(fit)
-                log.info("fit %d (%s): over the public pairs", number, wanted.name.removeprefix("_"))
-                for pair in datamodule.fit_pairs(self.device, wanted.pairs):
-                    # Neither labels nor anything else that the attacker does not have.
-                    fit.update(pair.gradients, pair.images, pair.indices[:, 0] // pair.images.shape[1])
-                for total in fit.sums():
-                    total.copy_(self.trainer.strategy.reduce(total, reduce_op="sum"))
-                fit.finish()
-            self.generator.fitted.fill_(True)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                # Equal sums need not give equal solutions on unequal devices; fits may start what is trained, too.
-                for tensor in (*self.generator.buffers(), *self.generator.parameters()):
-                    if not isinstance(tensor, DTensor):  # of which every device has its share, drawn from one seed
-                        torch.distributed.broadcast(tensor.data, src=0)
+        fit_in_closed_form(self.generator, datamodule, self.device)
 
-    def training_step(self, pair: GradientPair, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: GradientPair | Shares, batch_idx: int) -> Tensor | None:
         """The batch's loss, or the generator's own; None for one with nothing to train."""
-        if not any(parameter.requires_grad for parameter in self.generator.parameters()):
+        trained = [parameter for parameter in self.generator.parameters() if parameter.requires_grad]
+        if not trained:
             return None
-        if self.generator.has_own_loss:
-            loss = self.generator.training_loss(pair.gradients, pair.images)
+        shares = shares_of(batch)
+        if self.generator.couples_leaks:
+            loss = self.generator.coupled_loss([(pair.gradients, pair.images) for pair in shares])
+        elif len(shares) == 1:
+            loss = self._training_loss(*shares)
         else:
-            loss = self._loss(self(pair.gradients), pair)
-        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, sync_dist=True, batch_size=len(pair))
+            loss = mean_loss([partial(self._training_loss, pair) for pair in shares], trained)
+        logged = add_up(loss.detach().clone()) / n_processes()
+        self.log("train/loss", logged, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(batch))
         return loss
+
+    def _training_loss(self, pair: GradientPair) -> Tensor:
+        if self.generator.has_own_loss:
+            return self.generator.training_loss(pair.gradients, pair.images)
+        return self._loss(self(pair.gradients), pair)
 
     def validation_step(self, pair: GradientPair, batch_idx: int) -> dict[str, Tensor]:
         """Log the loss on held-out public pairs and hand the reconstructions to the callbacks."""
@@ -244,13 +247,15 @@ def _train(config: Config, network: nn.Module | None, signals: StopSignals) -> P
     check_averaging(config, trained)
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings, world_size = trainer_settings(config, not any(p.requires_grad for p in module.parameters()))
+    check_virtual_ranks(config, trained, world_size)
+    datamodule.virtual_ranks = config.trainer.virtual_ranks
     datamodule.check_shares(world_size, settings["limit_train_batches"], settings["limit_val_batches"])
     folder = run_folder(config)
     if resumed is not None and resume is not None and resume.resolve().parent.parent != folder.resolve():
         resumed[WANDB_ID] = None  # a run that begins where another one was is not that one
     with run_lock(folder):
         prepare_run_folder(config, resume)
-        trainer = build_trainer(config, settings, folder, resume, resumed, signals)
+        trainer = build_trainer(config, settings, world_size, folder, resume, resumed, signals)
         with RankWatch(trainer) as watch:
             try:
                 trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)

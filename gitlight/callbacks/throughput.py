@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gitlight.data.pair import GradientPair
 from gitlight.data.pair_datamodule import GradientPairDataModule
+from gitlight.virtual_ranks import Shares
 
 PAIRS_PER_SECOND = "throughput/pairs_per_second"
 SHARE_MAKING_PAIRS = "throughput/share_making_pairs"
@@ -73,7 +74,7 @@ class Throughput(Callback):
         self._set_marks(trainer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: GradientPair, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: GradientPair | Shares, batch_idx: int
     ) -> None:
         """Count one batch, and report where a report is due."""
         if self._counter is not None:

@@ -69,6 +69,12 @@ class TrainerConfig:
     check_val_every_n_epoch: int = setting(1, "epochs between validations", minimum=1)
     log_every_n_steps: int = setting(10, "steps between logged training losses", minimum=1)
     gradient_clip_val: float | None = setting(None, "largest norm of the generator's own gradient", minimum=0)
+    virtual_ranks: int | None = setting(
+        None,
+        "divide each step's work in so many parts, a power of two, for any number of processes that divides it: "
+        "training is then the same on all of them, bit for bit; null: one part each",
+        minimum=1,
+    )
     accumulate_grad_batches: int = setting(1, "batches summed into one optimiser step", minimum=1)
     deterministic: bool = setting(False, "only deterministic algorithms, an error where there is none")
     detect_anomaly: bool = setting(False, "stop at the operation that made a NaN (slow)")

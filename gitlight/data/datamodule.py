@@ -20,6 +20,7 @@ from gitlight.data.loader import LeakLoader
 from gitlight.data.sampling import LeakSampler, mixed_seed, public_positions
 from gitlight.errors import ConfigError, DataError
 from gitlight.stop_signals import heed_the_parent_alone
+from gitlight.virtual_ranks import Share
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images ``(leaks · N, C, H, W)``, bytes from the loaders and [0, 1] after the transfer; labels; indices."""
@@ -54,6 +55,7 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         class_names: name of each label.
+        virtual_ranks: among how many every batch is divided, whatever the number of devices; None: the devices.
         between_batches: called in training before every batch but an epoch's first, when Lightning has counted and
             logged the one before: the moment to save a checkpoint within an epoch.
     """
@@ -69,6 +71,7 @@ class ImageDataModule(LightningDataModule):
         self.settings = settings
         self.class_names = loaded.class_names
         self.between_batches = _nothing
+        self.virtual_ranks: int | None = None
         self._seed = seed
         self._train_loader: LeakLoader | None = None
         self._position = {"epoch": 0, "batches": 0}
@@ -134,6 +137,11 @@ class ImageDataModule(LightningDataModule):
         _check_limit("limit_val_batches", limit_val_batches, -(-fewest // self._leaks_per_rank(world_size)))
 
     def _check_train_shares(self, world_size: int) -> None:
+        if self.virtual_ranks is not None and self.settings.batch_size % self.virtual_ranks:
+            raise ConfigError(
+                f"data.batch_size: {self.settings.batch_size} leaks a step cannot be shared equally by "
+                f"{self.virtual_ranks} virtual ranks (trainer.virtual_ranks); give a multiple of {self.virtual_ranks}."
+            )
         if self.settings.batch_size % world_size:
             raise ConfigError(
                 f"data.batch_size: {self.settings.batch_size} leaks a step cannot be shared equally by {world_size} "
@@ -203,15 +211,26 @@ class ImageDataModule(LightningDataModule):
         assert self.trainer is not None
         return int(self.trainer.current_epoch)
 
-    def _loader(self, name: str, shuffle: bool) -> LeakLoader:
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """What this process does of each batch: one share, or those of its virtual ranks."""
         rank = self.trainer.global_rank if self.trainer is not None else 0
+        world_size = self._world_size
+        count = world_size if self.virtual_ranks is None else self.virtual_ranks
+        here = count // world_size
+        return tuple(Share(number, count) for number in range(rank * here, (rank + 1) * here))
+
+    def _loader(self, name: str, shuffle: bool, share: Share | None = None) -> LeakLoader:
+        """Of this rank's part, or of a share."""
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        number, of = share or (rank, self._world_size)
         split, settings = self.split(name), self.settings
         workers = self._n_workers(split)
         return LeakLoader(
             _Readable(split),
-            LeakSampler(len(split), settings, rank, self._world_size, self._seed, shuffle),
+            LeakSampler(len(split), settings, number, of, self._seed, shuffle),
             self._between_batches if shuffle else _nothing,
-            batch_size=self._leaks_per_rank(self._world_size) * settings.client_batch_size,
+            batch_size=self._leaks_per_rank(of) * settings.client_batch_size,
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,

@@ -20,6 +20,7 @@ from gitlight.gradients.sketch import Sketch
 from gitlight.gradients.updates import LocalUpdates, n_local_steps, smallest_local_batch
 from gitlight.leaked.batch_norm import check_batch_statistics
 from gitlight.leaked.model import LeakedModel
+from gitlight.virtual_ranks import Share, Shares
 
 
 class GradientPairDataModule(ImageDataModule):
@@ -68,6 +69,15 @@ class GradientPairDataModule(ImageDataModule):
         self._updates = (
             LocalUpdates(leaked_model.network, leaked_model.architecture, gradients) if several_steps else None
         )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> GradientPair | Shares:
+        """Pairs; in training, those of each virtual rank by themselves."""
+        n_shares = len(self.shares)
+        parts: list[Batch] = [batch]
+        if self._stage == "train":
+            parts = list(zip(*(tensor.chunk(n_shares) for tensor in batch), strict=True))
+        pairs = tuple(self.prepare(part, self._stage, self._epoch) for part in parts)
+        return pairs[0] if len(pairs) == 1 else Shares(pairs)
 
     def prepare(
         self,
@@ -127,16 +137,19 @@ class GradientPairDataModule(ImageDataModule):
             [mixed_seed(f"{split} {purpose}", self._seed, counter, index) for index in indices[:, 0].tolist()]
         )
 
-    def fit_pairs(self, device: torch.device, wanted: FitPairs = ALL_ONCE) -> Iterator[GradientPair]:
+    def fit_pairs(
+        self, device: torch.device, wanted: FitPairs = ALL_ONCE, share: Share | None = None
+    ) -> Iterator[GradientPair]:
         """This rank's share of the public pairs, in order: for closed-form fits.
 
         Args:
             device: where they are made.
             wanted: which; by default each leak once, without augmentation.
+            share: one of `shares`; None: all of this rank.
         """
         per_leak = 1 if wanted.single_images else self.settings.client_batch_size
         for mirrored in range(2 if wanted.mirrored and self.settings.horizontal_flip else 1):
-            for batch in self._loader("train", shuffle=False):
+            for batch in self._loader("train", shuffle=False, share=share):
                 images, labels, indices = (part.to(device) for part in batch)
                 # As many leaks at once as ever.
                 n_images = len(images) // self.settings.client_batch_size * per_leak

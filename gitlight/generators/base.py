@@ -58,7 +58,7 @@ class PairFit(Protocol):
         ...
 
     def sums(self) -> Sequence[Tensor]:
-        """The sums so far; other ranks' sums are added to these tensors in place."""
+        """The sums so far; other ranks' sums are added to these tensors in place. Set to zero, they begin anew."""
         ...
 
     def finish(self) -> None:
@@ -166,6 +166,19 @@ class Generator(nn.Module, ABC):
         Args:
             gradients: parameter name → ``(B, *shape)``.
             images: ``(B, N, C, H, W)``, the images behind them.
+        """
+        raise NotImplementedError
+
+    @property
+    def couples_leaks(self) -> bool:
+        """Whether its own loss is more than the mean of its leaks', and `coupled_loss` is to be trained on."""
+        return False
+
+    def coupled_loss(self, shares: Sequence[tuple[Gradients, Tensor]]) -> Tensor:
+        """A loss of a batch that is divided into shares, on this device and on others; averaged over devices.
+
+        Args:
+            shares: gradients and images of each on this device, as of `training_loss`.
         """
         raise NotImplementedError
 

@@ -1,6 +1,6 @@
 """Exact-GIT: back-propagation inverted with estimated weights, fitted layer by layer or trained by descent."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -105,12 +105,22 @@ class ExactGenerator(Generator):
         """For the objective ``layers``."""
         return self.layer_descent is not None
 
+    @property
+    def couples_leaks(self) -> bool:
+        """For the same: equations are weighed and moments taken over all of a batch."""
+        return self.has_own_loss
+
     def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor:
+        """`coupled_loss` of all leaks as one share."""
+        return self.coupled_loss([(gradients, images)])
+
+    def coupled_loss(self, shares: Sequence[tuple[Gradients, Tensor]]) -> Tensor:
         """Residuals of all layers' equations."""
         assert self.layer_descent is not None
-        with torch.autocast(images.device.type, enabled=False), full_float32():
+        device = shares[0][1].device
+        with torch.autocast(device.type, enabled=False), full_float32():
             self.inversion.keep_matched(self._trained())
-            return self.layer_descent(self.inversion, gradients, images, self._trained(detached=False))
+            return self.layer_descent(self.inversion, shares, self._trained(detached=False))
 
     def describe(self) -> str:
         """What is reached, and what stops the walk."""

@@ -9,8 +9,8 @@ from gitlight.data.pair import Gradients
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.noise import rank_one
 from gitlight.generators.exact.status import Status, screen
-from gitlight.generators.exact.weights import side_by_side
 from gitlight.generators.ridge import RidgeRegression
+from gitlight.virtual_ranks import current_share
 
 if TYPE_CHECKING:
     from gitlight.generators.exact.generator import ExactGenerator
@@ -21,8 +21,7 @@ class SecondFit:
 
     def __init__(self, generator: "ExactGenerator") -> None:
         self._generator = generator
-        self._largest = generator.largest_second.new_zeros(())
-        self._by_device: Tensor | None = None
+        self._largest: Tensor | None = None
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Look at a batch."""
@@ -31,18 +30,18 @@ class SecondFit:
             good = screen(gradients) == Status.EXACT
             if bool(good.any()):
                 second = rank_one(gradients[rule.weight][good]).second.max()
-                self._largest = torch.maximum(self._largest.to(second), second)
+                its = self.sums()[0][current_share().number]
+                its.copy_(torch.maximum(its, second))
 
     def sums(self) -> list[Tensor]:
-        """The maxima, whose sums are themselves."""
-        # Each device's in a place of its own, so that their sum holds them all.
-        self._by_device = side_by_side(self._largest)
-        return [self._by_device]
+        """The maxima, each share's in a place of its own, so that their sum holds them all."""
+        if self._largest is None:
+            self._largest = self._generator.largest_second.new_zeros(current_share().of)
+        return [self._largest]
 
     def finish(self) -> None:
         """Keep the largest of all."""
-        found = self._largest if self._by_device is None else self._by_device.max()
-        self._generator.largest_second.copy_(found)
+        self._generator.largest_second.copy_(self.sums()[0].max())
 
 
 class FallbackFit:

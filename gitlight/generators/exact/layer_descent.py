@@ -1,6 +1,6 @@
 """Descent on the equations of all layers at once: trained weights that converge to the leaked ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from gitlight.generators.exact.fits import FitStep, Way
 from gitlight.generators.exact.plan import plan_walk
 from gitlight.generators.exact.walk import walk
 from gitlight.generators.exact.weights import log_probabilities_of, with_ones
+from gitlight.virtual_ranks import fanned_out, n_processes, sum_here, sum_of
 
 if TYPE_CHECKING:
     from gitlight.generators.exact.inversion import Inversion, Leaks
@@ -47,6 +48,30 @@ class _Equations(NamedTuple):
     targets: Tensor
     weights: Tensor
     up_to_constant: bool = False
+
+    def residual(self, matrix: Tensor) -> Tensor:
+        """What a weight ``(outputs, n)`` leaves of the targets, ``(E, outputs)``."""
+        made = torch.einsum("gen,on->eo" if len(self.rows) == 1 else "oen,on->eo", self.rows, matrix)
+        residual = made - self.targets
+        if self.up_to_constant:
+            weights = self.weights
+            shared = (residual * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp_min(1e-300)
+            residual = residual - shared
+        return residual
+
+
+class _Walked(NamedTuple):
+    """One share of a batch, and what the layers above give away of it.
+
+    Attributes:
+        leaks: those that can be used.
+        found: the walk's.
+        images: theirs, ``(B, C, H, W)``.
+    """
+
+    leaks: "Leaks"
+    found: "Found"
+    images: Tensor
 
 
 class LayerDescent(nn.Module):
@@ -92,75 +117,76 @@ class LayerDescent(nn.Module):
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
 
     def forward(
-        self, inversion: "Inversion", gradients: Gradients, images: Tensor, trained: Mapping[str, Tensor]
+        self, inversion: "Inversion", shares: Sequence[tuple[Gradients, Tensor]], trained: Mapping[str, Tensor]
     ) -> Tensor:
         """The loss of a batch of pairs; one batch is counted.
 
         Args:
             inversion: holds the values of the trained weights as its estimates.
-            gradients: of ``B`` leaks.
-            images: ``(B, 1, C, H, W)``.
+            shares: of ``B`` leaks each, gradients and images ``(B, 1, C, H, W)``.
             trained: parameter name → the weight that is trained.
         """
         with torch.no_grad():
-            leaks = inversion.usable(gradients)
-            found = walk(
-                inversion.architecture,
-                inversion.rules,
-                self.plan,
-                leaks.gradients,
-                leaks.noise,
-                inversion.weights(),
-                priors={},
-                dtype=leaks.dtype,
-                until=lambda action: action.layer.inputs[:1] == (IMAGE,),  # the image is public, and need not be solved
-            )
-        loss = leaks.noise.new_zeros(())
+            walked = [self._walked(inversion, gradients, images) for gradients, images in shares]
+        loss = walked[0].leaks.noise.new_zeros(())
         for number, step in enumerate(self._steps):
             with torch.no_grad():
-                equations = _equations(inversion, leaks, found, step, images[leaks.which])
+                equations = _equations(inversion, walked, step)
             loss = loss + self._residual(number, step, equations, trained)
         self.taken += 1
         return loss
 
-    def _residual(self, number: int, step: FitStep, equations: _Equations, trained: Mapping[str, Tensor]) -> Tensor:
-        rows, targets, weights, up_to_constant = equations
+    def _walked(self, inversion: "Inversion", gradients: Gradients, images: Tensor) -> "_Walked":
+        leaks = inversion.usable(gradients)
+        found = walk(
+            inversion.architecture,
+            inversion.rules,
+            self.plan,
+            leaks.gradients,
+            leaks.noise,
+            inversion.weights(),
+            priors={},
+            dtype=leaks.dtype,
+            until=lambda action: action.layer.inputs[:1] == (IMAGE,),  # the image is public, and need not be solved
+        )
+        return _Walked(leaks, found, images[leaks.which, 0])
+
+    def _residual(
+        self, number: int, step: FitStep, shares: Sequence[_Equations], trained: Mapping[str, Tensor]
+    ) -> Tensor:
+        size = shares[0].rows.shape[2]
         # Outputs that share rows share moments. The largest weight is taken, or a step would overshoot for some.
-        own = weights.T if len(rows) > 1 else weights.amax(dim=1).unsqueeze(0)
-        total = _summed(own.mean(dim=0).sum())
+        own = [weights.T if len(rows) > 1 else weights.amax(dim=1).unsqueeze(0) for rows, _, weights, _ in shares]
+        total = sum_of([its.mean(dim=0).sum() for its in own])
         moments: Tensor = getattr(self, f"moments{number}")
-        batch = _summed((rows * own.unsqueeze(2)).transpose(1, 2) @ rows) / total.clamp_min(1e-300)
+        batch = sum_of(
+            [
+                (its.rows * counts.unsqueeze(2)).transpose(1, 2) @ its.rows
+                for its, counts in zip(shares, own, strict=True)
+            ]
+        ) / total.clamp_min(1e-300)
         moments.mul_(_MEMORY).add_(batch, alpha=1 - _MEMORY)
-        names = step.layer.parameters
-        weight = trained[names["weight"]].flatten(1)
-        matrix = weight
-        if rows.shape[2] > weight.shape[1]:
-            bias = trained[names["bias"]] if "bias" in names else weight.new_zeros(len(weight))
-            matrix = torch.cat([weight, bias.unsqueeze(1)], dim=1)
         # Equations that rest on other trained weights are trusted no further than those weights' own hold.
         falling = max(_DECAY ** int(self.taken), float(self.misfits[:number].sum()))
-        damping = max(_LEAST_DAMPING, rows.shape[2] * falling)
+        damping = max(_LEAST_DAMPING, size * falling)
         lasting = moments / (1 - _MEMORY ** (int(self.taken) + 1))
         # With half of the weight on this batch, no direction that it has is overshot, however new it is.
         inverse = _damped_inverse((lasting + batch) / 2, damping)
-        matrix = _Preconditioned.apply(matrix, inverse)
-        made = torch.einsum("gen,on->eo" if len(rows) == 1 else "oen,on->eo", rows, matrix)
-        residual = made - targets
-        if up_to_constant:
-            shared = (residual * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp_min(1e-300)
-            residual = residual - shared
-        self._note_misfit(number, residual, targets, weights)
+        matrices = [_Preconditioned.apply(matrix, inverse) for matrix in _matrices(step, size, trained, len(shares))]
+        residuals = [its.residual(matrix) for its, matrix in zip(shares, matrices, strict=True)]
+        self._note_misfit(number, residuals, shares)
+        squares = [(its.weights * residual.square()).sum() for its, residual in zip(shares, residuals, strict=True)]
         # Averaged over devices, this is the mean over the equations of all of them.
-        squares: Tensor = (weights * residual.square()).sum() * _n_processes()
-        return 0.5 * squares / total.clamp_min(1e-300)
+        return 0.5 * n_processes() * sum_here(squares) / total.clamp_min(1e-300)
 
-    def _note_misfit(self, number: int, residual: Tensor, targets: Tensor, weights: Tensor) -> None:
+    def _note_misfit(self, number: int, residuals: Sequence[Tensor], shares: Sequence[_Equations]) -> None:
         """Keep the share of the targets' variance that a layer leaves unexplained."""
         with torch.no_grad():
-            count = _summed(weights.sum()).clamp_min(1e-300)
-            mean = _summed((weights * targets).sum()) / count
-            variance = _summed((weights * (targets - mean).square()).sum()) / count
-            share = _summed((weights * residual.square()).sum()) / count / variance.clamp_min(1e-300)
+            count = sum_of([its.weights.sum() for its in shares]).clamp_min(1e-300)
+            mean = sum_of([(its.weights * its.targets).sum() for its in shares]) / count
+            variance = sum_of([(its.weights * (its.targets - mean).square()).sum() for its in shares]) / count
+            squares = [(its.weights * residual.square()).sum() for its, residual in zip(shares, residuals, strict=True)]
+            share = sum_of(squares) / count / variance.clamp_min(1e-300)
             share = torch.where(count > 1e-300, share.clamp_max(1), 1.0)
             self.misfits[number] += (1 - _MISFIT_MEMORY) * (share - self.misfits[number])
 
@@ -179,34 +205,69 @@ class _Preconditioned(torch.autograd.Function):
         return (upstream[0].unsqueeze(1) @ inverse).squeeze(1), None
 
 
-def _equations(inversion: "Inversion", leaks: "Leaks", found: "Found", step: FitStep, images: Tensor) -> _Equations:
+def _matrices(step: FitStep, size: int, trained: Mapping[str, Tensor], n_shares: int) -> list[Tensor]:
+    """A step's weight ``(outputs, n)``, with its bias or without, for each share."""
+    names = step.layer.parameters
+    weights = fanned_out(trained[names["weight"]], n_shares)
+    matrices = [weight.flatten(1) for weight in weights]
+    if size == matrices[0].shape[1]:
+        return matrices
+    if "bias" in names:
+        biases = fanned_out(trained[names["bias"]], n_shares)
+    else:
+        biases = [matrix.new_zeros(len(matrix)) for matrix in matrices]
+    return [torch.cat([matrix, bias.unsqueeze(1)], dim=1) for matrix, bias in zip(matrices, biases, strict=True)]
+
+
+def _equations(inversion: "Inversion", shares: Sequence[_Walked], step: FitStep) -> list[_Equations]:
+    """Each share's. What is decided of them is decided for all shares, on this device and on others."""
     if step.way is Way.LOGITS:
+        return _logit_equations(shares, step)
+    made: list[tuple[Tensor, Tensor, Tensor]] = []
+    for leaks, found, images in shares:
+        if step.way is Way.CONSERVED:
+            rows, targets, weights = conservation_equations(inversion, leaks, step.layer)
+            size = rows.norm(dim=2).clamp_min(1e-300)  # leaks of any loss count alike
+            made.append(((rows / size.unsqueeze(2)).transpose(0, 1), targets / size, weights * size.square()))
+        else:
+            public = images if step.way is Way.FROM_BELOW else None
+            patches, outputs, weights = output_equations(inversion, found, step.layer, public)
+            targets = outputs.flatten(0, 1)
+            rows = with_ones(patches).flatten(0, 1).unsqueeze(0)
+            made.append((rows, targets, weights.reshape(-1, 1).expand_as(targets)))
+    return _usable(made)
+
+
+def _logit_equations(shares: Sequence[_Walked], step: FitStep) -> list[_Equations]:
+    made: list[tuple[Tensor, Tensor, Tensor]] = []
+    for leaks, found, _ in shares:
         inputs, delta, noise = logit_equations(leaks, found, step.layer)
         logarithms, variance = log_probabilities_of(delta, noise, torch.finfo(leaks.dtype).eps)
-        weights = torch.where(variance < 1, 1 / variance, 0.0)
-        least = weights.amin(dim=1, keepdim=True)
-        if int(_summed((least > 0).sum())) > 2 * inputs.shape[1]:
-            # One weight for all classes: then the step is that of least squares for each of them.
-            weights = least.expand_as(weights)
-        return _usable(with_ones(inputs).unsqueeze(0), logarithms, weights, up_to_constant=True)
-    if step.way is Way.CONSERVED:
-        rows, shares, weights = conservation_equations(inversion, leaks, step.layer)
-        size = rows.norm(dim=2).clamp_min(1e-300)  # leaks of any loss count alike
-        return _usable((rows / size.unsqueeze(2)).transpose(0, 1), shares / size, weights * size.square())
-    public = images[:, 0] if step.way is Way.FROM_BELOW else None
-    patches, outputs, weights = output_equations(inversion, found, step.layer, public)
-    targets = outputs.flatten(0, 1)
-    return _usable(with_ones(patches).flatten(0, 1).unsqueeze(0), targets, weights.reshape(-1, 1).expand_as(targets))
+        made.append((with_ones(inputs).unsqueeze(0), logarithms, torch.where(variance < 1, 1 / variance, 0.0)))
+    least = [weights.amin(dim=1, keepdim=True) for _, _, weights in made]
+    if int(sum_of([(its > 0).sum() for its in least])) > 2 * (made[0][0].shape[2] - 1):
+        # One weight for all classes: then the step is that of least squares for each of them.
+        made = [(rows, targets, its.expand_as(targets)) for (rows, targets, _), its in zip(made, least, strict=True)]
+    return _usable(made, up_to_constant=True)
 
 
-def _usable(rows: Tensor, targets: Tensor, weights: Tensor, up_to_constant: bool = False) -> _Equations:
+def _usable(made: Sequence[tuple[Tensor, Tensor, Tensor]], up_to_constant: bool = False) -> list[_Equations]:
     """Without what is not finite. The better half counts in full, so that no few equations count for all."""
-    finite = torch.isfinite(rows).all(dim=2).T & torch.isfinite(targets)
-    weights = torch.where(finite, weights, 0.0)
-    counting = _gathered(weights[weights > 0])  # by one and the same median on all devices
-    typical = counting.median() if counting.numel() else weights.new_zeros(())
-    weights = (weights / typical.clamp_min(1e-300)).clamp_max(1)
-    return _Equations(torch.nan_to_num(rows, posinf=0.0, neginf=0.0), targets.nan_to_num(), weights, up_to_constant)
+    counting = []
+    for rows, targets, weights in made:
+        finite = torch.isfinite(rows).all(dim=2).T & torch.isfinite(targets)
+        counting.append(torch.where(finite, weights, 0.0))
+    together = _gathered(torch.cat([weights[weights > 0] for weights in counting]))  # for one median on all devices
+    typical = together.median() if together.numel() else together.new_zeros(())
+    return [
+        _Equations(
+            torch.nan_to_num(rows, posinf=0.0, neginf=0.0),
+            targets.nan_to_num(),
+            (weights / typical.clamp_min(1e-300)).clamp_max(1),
+            up_to_constant,
+        )
+        for (rows, targets, _), weights in zip(made, counting, strict=True)
+    ]
 
 
 def _damped_inverse(moments: Tensor, damping: float) -> Tensor:
@@ -228,26 +289,14 @@ def _damped_inverse(moments: Tensor, damping: float) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-def _n_processes() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
-
-
-def _summed(value: Tensor) -> Tensor:
-    """Added up over devices, in place."""
-    if _n_processes() > 1:
-        torch.distributed.all_reduce(value)
-    return value
-
-
 def _gathered(values: Tensor) -> Tensor:
     """``(n,)`` of each device, which may differ in number, as one, the same on all."""
-    if _n_processes() == 1:
+    if n_processes() == 1:
         return values
     largest = torch.tensor(len(values), device=values.device)
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     padded = torch.cat([values, values.new_full((int(largest) - len(values),), torch.nan)])
-    parts = [torch.empty_like(padded) for _ in range(_n_processes())]
+    parts = [torch.empty_like(padded) for _ in range(n_processes())]
     torch.distributed.all_gather(parts, padded)
     together = torch.cat(parts)
     return together[~torch.isnan(together)]

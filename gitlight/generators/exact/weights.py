@@ -4,8 +4,9 @@ import logging
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
 from torch import Tensor
+
+from gitlight.virtual_ranks import current_share
 
 _SMALLEST = 1e-13
 """Singular values, over the largest, that are taken for rounding of a zero; columns are scaled to one length first."""
@@ -52,20 +53,23 @@ class LeastSquares:
 
     def _factorise(self) -> None:
         known = [] if self._factor is None else [self._factor]
-        block = torch.cat([*known, *self._pending])
-        factor = torch.linalg.qr(block, mode="r")[1]
-        # Fewer equations than columns give a flat factor; square ones can be put side by side.
-        self._factor = torch.nn.functional.pad(factor, (0, 0, 0, block.shape[1] - len(factor)))
+        self._factor = _triangular(torch.cat([*known, *self._pending]))
         self._pending = []
 
     def sums(self) -> list[Tensor]:
-        """Each device's factor in a place of its own, so that their sum holds them all; and the equations' number."""
+        """Each share's factor in a place of its own, so that their sum holds them all; and the equations' number."""
         if self._pending:
             self._factorise()
-        assert self._factor is not None, "no equation was added"
-        stacked = side_by_side(self._factor)
-        count = self._factor.new_tensor(float(self._n_equations))
-        self._sums = [stacked, count]
+        if self._factor is not None:
+            number, of = current_share()
+            if not self._sums:
+                self._sums = [self._factor.new_zeros(of, *self._factor.shape), self._factor.new_zeros(())]
+            stacked, count = self._sums
+            before = [stacked[number]] if bool(stacked[number].any()) else []
+            stacked[number] = _triangular(torch.cat([*before, self._factor])) if before else self._factor
+            count += self._n_equations
+            self._factor, self._n_equations = None, 0
+        assert self._sums, "no equation was added"
         return self._sums
 
     def solve(self, what: str) -> tuple[Tensor, Tensor]:
@@ -79,14 +83,14 @@ class LeastSquares:
 
     def solve_quietly(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """`solve` without a warning; and how many equations there were, and unknowns that occur in them."""
-        stacked, count = self._sums or self.sums()
+        stacked, count = self.sums()
         triangle = torch.linalg.qr(stacked.flatten(0, 1), mode="r")[1] if len(stacked) > 1 else stacked[0]
         size = self._n_unknowns
         left, right = triangle[:size, :size], triangle[:size, size:]
         scale = left.norm(dim=0)
         occurs = scale > 1e-14 * scale.max().clamp_min(1e-300)
         size_of_problem = int(count), int(occurs.sum())
-        self._factor, self._sums, self._n_equations = None, [], 0
+        self._sums = []
         found, determined = left.new_zeros(size, right.shape[1]), torch.zeros_like(occurs)
         if not bool(occurs.any()):
             return found, determined, size_of_problem
@@ -103,6 +107,12 @@ class LeastSquares:
         return found, determined, size_of_problem
 
 
+def _triangular(block: Tensor) -> Tensor:
+    """Its factor ``(columns, columns)``: fewer equations than columns give a flat one, which is filled up."""
+    factor = torch.linalg.qr(block, mode="r")[1]
+    return torch.nn.functional.pad(factor, (0, 0, 0, block.shape[1] - len(factor)))
+
+
 def solve_all(problems: Sequence[LeastSquares], what: str) -> list[tuple[Tensor, Tensor]]:
     """`LeastSquares.solve` of several that together make ``what``, with one warning of the worst."""
     solved = [problem.solve_quietly() for problem in problems]
@@ -116,15 +126,6 @@ def solve_all(problems: Sequence[LeastSquares], what: str) -> list[tuple[Tensor,
             unknowns,
         )
     return [(found, determined) for found, determined, _ in solved]
-
-
-def side_by_side(value: Tensor) -> Tensor:
-    """``(devices, *shape)``: this device's value in its place; the sum over devices holds them all."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    n_devices = torch.distributed.get_world_size() if distributed else 1
-    stacked = value.new_zeros(n_devices, *value.shape)
-    stacked[torch.distributed.get_rank() if distributed else 0] = value
-    return stacked
 
 
 class AffineFit:

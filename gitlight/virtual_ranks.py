@@ -1,0 +1,199 @@
+"""``trainer.virtual_ranks``: training that is the same, bit for bit, on every number of processes.
+
+The work of a step and of a fit is divided among virtual ranks, whatever the number of processes, and each process does
+that of several. Rounding depends on the shapes that are computed with and on the order of sums: shapes are those of a
+virtual rank, and sums are made in pairs, pairs of pairs, and so on (as with the virtual workers of Li et al. 2023,
+EasyScale).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed import GradBucket, P2POp, batch_isend_irecv  # type: ignore[attr-defined]
+
+from gitlight.data.pair import GradientPair
+
+
+class Share(NamedTuple):
+    """What one virtual rank does of all; without virtual ranks each process has one."""
+
+    number: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A process's part of a batch, divided among its virtual ranks; its length is the number of all its leaks."""
+
+    parts: tuple[GradientPair, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+
+def shares_of(batch: GradientPair | Shares) -> tuple[GradientPair, ...]:
+    """One for each virtual rank of this process; a pair as it is, if there are none."""
+    return batch.parts if isinstance(batch, Shares) else (batch,)
+
+
+class PairwiseSum:
+    """Adds up tensors, a power of two of each, in pairs, pairs of pairs, and so on.
+
+    >>> total = PairwiseSum()
+    >>> for number in (1.0, 2.0, 3.0, 4.0):
+    ...     total.add([torch.tensor(number), None])
+    >>> total.result()
+    [tensor(10.), None]
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[tuple[int, list[Tensor | None]]] = []
+
+    def add(self, values: Sequence[Tensor | None]) -> None:
+        """Add one of each; None counts as zero."""
+        level, summed = 0, list(values)
+        while self._stack and self._stack[-1][0] == level:
+            _, former = self._stack.pop()
+            summed = [_plus(one, other) for one, other in zip(former, summed, strict=True)]
+            level += 1
+        self._stack.append((level, summed))
+
+    def result(self) -> list[Tensor | None]:
+        """The sums; None of nothing but None."""
+        ((_, summed),) = self._stack
+        return summed
+
+
+def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+def n_processes() -> int:
+    """Processes of this run."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if n_processes() > 1 else 0
+
+
+_current: Share | None = None
+
+
+@contextmanager
+def working_on(share: Share) -> Iterator[None]:
+    """Within, `current_share` is this one."""
+    global _current
+    former, _current = _current, share
+    try:
+        yield
+    finally:
+        _current = former
+
+
+def current_share() -> Share:
+    """The one that is worked on; outside of `working_on`, this process of all."""
+    return Share(_rank(), n_processes()) if _current is None else _current
+
+
+def add_up(value: Tensor) -> Tensor:
+    """Add up a tensor over processes, in place; in pairs of pairs where their number is a power of two."""
+    count = n_processes()
+    if count == 1:
+        return value
+    if count & (count - 1) or count == 2:
+        torch.distributed.all_reduce(value)
+        return value
+    step = 1
+    while step < count:
+        partner, theirs = _rank() ^ step, torch.empty_like(value)
+        sent = P2POp(torch.distributed.isend, value, partner), P2POp(torch.distributed.irecv, theirs, partner)
+        for request in batch_isend_irecv(list(sent)):
+            request.wait()
+        value += theirs
+        step *= 2
+    return value
+
+
+def sum_here(values: Sequence[Tensor]) -> Tensor:
+    """The sum of what each of this process's shares gives; may be differentiated."""
+    total = PairwiseSum()
+    for value in values:
+        total.add([value])
+    (summed,) = total.result()
+    assert summed is not None
+    return summed
+
+
+def sum_of(values: Sequence[Tensor]) -> Tensor:
+    """The same, and over processes; a single value is changed in place."""
+    return add_up(sum_here(values))
+
+
+def mean_gradients(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DistributedDataParallel's communication, by `add_up`: its own adds up in no order that could be told."""
+    gradients = bucket.buffer().div_(n_processes())
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(add_up(gradients))
+    return done
+
+
+def fanned_out(value: Tensor, n_shares: int) -> Sequence[Tensor]:
+    """A trained value once for each share: the shares' gradients are added up in pairs, not in autograd's order."""
+    copies: tuple[Tensor, ...] = _FannedOut.apply(value, n_shares)
+    return copies
+
+
+class _FannedOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, n_shares: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(value.view_as(value) for _ in range(n_shares))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, None]:
+        total = PairwiseSum()
+        for gradient in upstream:
+            total.add([gradient])
+        return total.result()[0], None
+
+
+def mean_loss(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Tensor]) -> Tensor:
+    """The mean of the shares' losses, each differentiated by itself.
+
+    Args:
+        losses: make the loss of each share, ``()``; a power of two of them.
+        parameters: what is trained. The result's gradient by these is the mean of the losses' gradients.
+    """
+    total = PairwiseSum()
+    for make in losses:
+        loss = make()
+        # As outside of a training step, where Lightning differentiates.
+        with torch.autocast(loss.device.type, enabled=False):
+            own = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+        total.add([loss.detach(), *own])
+    mean, *gradients = (None if summed is None else summed / len(losses) for summed in total.result())
+    result: Tensor = _Differentiated.apply(mean, gradients, *parameters)
+    return result
+
+
+class _Differentiated(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if gradient is None else gradient * upstream[0] for gradient in ctx.gradients)
+        return None, None, *scaled

@@ -21,7 +21,7 @@ from gitlight.exported import (
     module_path,
     without_hooks,
 )
-from gitlight.gradients.convolutions import frozen_conv2d
+from gitlight.gradients.frozen_convolutions import frozen_conv2d
 from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
 from gitlight.gradients.products import frozen_linear
 from gitlight.gradients.selection import move_selections

@@ -6,9 +6,10 @@ import torch
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gitlight.gradients import convolutions
+from gitlight.gradients import convolutions, frozen_convolutions
 from gitlight.gradients.buffers import Scratch
-from gitlight.gradients.convolutions import Convolution, carried_through_stride, frozen_conv2d, write_weight_gradient
+from gitlight.gradients.convolutions import Convolution, write_weight_gradient
+from gitlight.gradients.frozen_convolutions import carried_through_stride, frozen_conv2d
 
 WAYS = [
     # how, with AVX-512 or without, on Intel's or not, a shape that it is for: (input channels, output channels, kernel,
@@ -83,7 +84,7 @@ def test_delta_passes_a_stride_as_autograd_carries_it(avx512, data):
     delta = torch.randn_like(made)
     (wanted,) = torch.autograd.grad(made, x, delta)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolutions, "has_avx512", lambda: avx512)
+        patch.setattr(frozen_convolutions, "has_avx512", lambda: avx512)
         found = carried_through_stride(delta, weight, stride, tuple(padding), x.shape[2:])
     torch.testing.assert_close(found, wanted)
 

@@ -71,8 +71,8 @@ def check_virtual_ranks(config: Config, trained: nn.Module, world_size: int) -> 
         raise ConfigError(f"trainer.virtual_ranks: {count} is not a power of two; give one, as 8.")
     if count % world_size:
         raise ConfigError(
-            f"trainer.virtual_ranks: {count} cannot be shared equally by {world_size} processes; give a power of two "
-            "that they divide."
+            f"trainer.virtual_ranks: {count} cannot be shared equally by {world_size} processes. Give a power of two "
+            "of processes, and at least as many virtual ranks."
         )
     if settings.strategy not in ("auto", "ddp"):
         raise ConfigError(
@@ -87,7 +87,7 @@ def check_virtual_ranks(config: Config, trained: nn.Module, world_size: int) -> 
     if settings.accumulate_grad_batches > 1:
         raise ConfigError(
             "trainer.accumulate_grad_batches: with trainer.virtual_ranks a batch is divided as it is. Raise "
-            "data.batch_size instead; parts of it are differentiated one after the other."
+            "data.batch_size and trainer.virtual_ranks instead: each part is made and differentiated by itself."
         )
 
 

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.generators.base import FitOn, Generator
-from gitlight.virtual_ranks import PairwiseSum, add_up, n_processes, working_on
+from gitlight.virtual_ranks import PairwiseSum, Share, add_up, n_processes, working_on
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def fit_in_closed_form(generator: Generator, datamodule: GradientPairDataModule,
         log.info("fit %d (%s): over the public pairs", number, wanted.name.removeprefix("_"))
         _add_pairs(wanted, datamodule, device)
         for total in wanted.sums():
-            add_up(total)
+            add_up(total, in_pairs=datamodule.virtual_ranks is not None)
         wanted.finish()
     generator.fitted.fill_(True)
     if n_processes() > 1:
@@ -38,7 +38,8 @@ def fit_in_closed_form(generator: Generator, datamodule: GradientPairDataModule,
 
 def _add_pairs(fit: FitOn, datamodule: GradientPairDataModule, device: torch.device) -> None:
     """This process's pairs; those of several virtual ranks apart, and their sums as those of processes."""
-    shares, total = datamodule.shares, PairwiseSum()
+    shares = (Share(0, 1),) if fit.pairs.everywhere else datamodule.shares
+    total = PairwiseSum()
     for share in shares:
         with working_on(share):
             for pair in datamodule.fit_pairs(device, fit.pairs, share):
@@ -50,6 +51,6 @@ def _add_pairs(fit: FitOn, datamodule: GradientPairDataModule, device: torch.dev
                 for each in sums:
                     each.zero_()
     if len(shares) > 1:
-        for each, summed in zip(fit.sums(), total.result(), strict=True):
+        for each, summed in zip(sums, total.result(), strict=True):
             assert summed is not None
             each.copy_(summed)

@@ -49,7 +49,7 @@ from gitlight.sharding import ShardableModule, check_shardable
 from gitlight.speed import speed_up
 from gitlight.stop_signals import StopSignals
 from gitlight.trainer import build_trainer, trainer_settings
-from gitlight.virtual_ranks import Shares, add_up, mean_loss, n_processes, shares_of
+from gitlight.virtual_ranks import DividedBatch, add_up, mean_loss, n_processes
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ class GITModule(ShardableModule):
 
     forward_methods = ("training_loss",)
     large_layers_apart = True
+    in_pairs = False
+    """Whether sums over processes are made in pairs (`gitlight.virtual_ranks`)."""
 
     def __init__(self, generator: Generator, optimizer: OptimizerConfig, loss: LossConfig | None = None) -> None:
         """Args: what is trained, how, and on what; None: the squared error alone.
@@ -102,21 +104,24 @@ class GITModule(ShardableModule):
         assert isinstance(datamodule, GradientPairDataModule)
         fit_in_closed_form(self.generator, datamodule, self.device)
 
-    def training_step(self, batch: GradientPair | Shares, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: GradientPair | DividedBatch, batch_idx: int) -> Tensor | None:
         """The batch's loss, or the generator's own; None for one with nothing to train."""
-        trained = [parameter for parameter in self.generator.parameters() if parameter.requires_grad]
+        trained = {name: value for name, value in self.generator.named_parameters() if value.requires_grad}
         if not trained:
             return None
-        shares = shares_of(batch)
         if self.generator.couples_leaks:
-            loss = self.generator.coupled_loss([(pair.gradients, pair.images) for pair in shares])
-        elif len(shares) == 1:
-            loss = self._training_loss(*shares)
+            pairs = map(batch.make, batch.parts) if isinstance(batch, DividedBatch) else [batch]
+            loss = self.generator.coupled_loss([(pair.gradients, pair.images) for pair in pairs])
+        elif isinstance(batch, DividedBatch):
+            loss = mean_loss([partial(self._loss_of_part, batch, part) for part in batch.parts], trained)
         else:
-            loss = mean_loss([partial(self._training_loss, pair) for pair in shares], trained)
-        logged = add_up(loss.detach().clone()) / n_processes()
+            loss = self._training_loss(batch)
+        logged = add_up(loss.detach().clone(), in_pairs=self.in_pairs) / n_processes()
         self.log("train/loss", logged, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(batch))
         return loss
+
+    def _loss_of_part(self, batch: DividedBatch, part: Any) -> Tensor:
+        return self._training_loss(batch.make(part))  # pairs that are gone when the next part's are made
 
     def _training_loss(self, pair: GradientPair) -> Tensor:
         if self.generator.has_own_loss:
@@ -241,6 +246,7 @@ def _train(config: Config, network: nn.Module | None, signals: StopSignals) -> P
             log.info("%s", description)
         check_perceptual(config, generator)
         module = GITModule(generator, config.optimizer, config.loss)
+        module.in_pairs = config.trainer.virtual_ranks is not None
     trained = module.generator if isinstance(module, GITModule) else module
     speed_up(trained, config.trainer)
     check_shardable(trained, config.trainer, config.optimizer)

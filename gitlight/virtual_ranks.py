@@ -6,7 +6,7 @@ virtual rank, and sums are made in pairs, pairs of pairs, and so on (as with the
 EasyScale).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import GradBucket, P2POp, batch_isend_irecv  # type: ignore[attr-defined]
 
 from gitlight.data.pair import GradientPair
+from gitlight.errors import ConfigError
 
 
 class Share(NamedTuple):
@@ -27,18 +28,21 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shares:
-    """A process's part of a batch, divided among its virtual ranks; its length is the number of all its leaks."""
+class DividedBatch:
+    """A process's part of a batch, divided among its virtual ranks: of one at a time there are pairs.
 
-    parts: tuple[GradientPair, ...]
+    Attributes:
+        parts: the images of each, as the loaders give them.
+        make: turns a part into pairs.
+        n_leaks: of all parts together, which is the batch's length.
+    """
+
+    parts: tuple[Any, ...]
+    make: Callable[[Any], GradientPair]
+    n_leaks: int
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-
-def shares_of(batch: GradientPair | Shares) -> tuple[GradientPair, ...]:
-    """One for each virtual rank of this process; a pair as it is, if there are none."""
-    return batch.parts if isinstance(batch, Shares) else (batch,)
+        return self.n_leaks
 
 
 class PairwiseSum:
@@ -104,23 +108,23 @@ def current_share() -> Share:
     return Share(_rank(), n_processes()) if _current is None else _current
 
 
-def add_up(value: Tensor) -> Tensor:
+def add_up(value: Tensor, in_pairs: bool = True) -> Tensor:
     """Add up a tensor over processes, in place; in pairs of pairs where their number is a power of two."""
     count = n_processes()
     if count == 1:
         return value
-    if count & (count - 1) or count == 2:
+    if count == 2 or count & (count - 1) or not in_pairs:
         torch.distributed.all_reduce(value)
         return value
-    step = 1
+    total, step = value.contiguous(), 1
     while step < count:
-        partner, theirs = _rank() ^ step, torch.empty_like(value)
-        sent = P2POp(torch.distributed.isend, value, partner), P2POp(torch.distributed.irecv, theirs, partner)
-        for request in batch_isend_irecv(list(sent)):
+        partner, theirs = _rank() ^ step, torch.empty_like(total)
+        exchange = P2POp(torch.distributed.isend, total, partner), P2POp(torch.distributed.irecv, theirs, partner)
+        for request in batch_isend_irecv(list(exchange)):
             request.wait()
-        value += theirs
+        total = total + theirs
         step *= 2
-    return value
+    return value.copy_(total)
 
 
 def sum_here(values: Sequence[Tensor]) -> Tensor:
@@ -133,7 +137,7 @@ def sum_here(values: Sequence[Tensor]) -> Tensor:
     return summed
 
 
-def sum_of(values: Sequence[Tensor]) -> Tensor:
+def sum_over_processes(values: Sequence[Tensor]) -> Tensor:
     """The same, and over processes; a single value is changed in place."""
     return add_up(sum_here(values))
 
@@ -141,7 +145,7 @@ def sum_of(values: Sequence[Tensor]) -> Tensor:
 def mean_gradients(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's communication, by `add_up`: its own adds up in no order that could be told."""
     gradients = bucket.buffer().div_(n_processes())
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else [])
     done.set_result(add_up(gradients))
     return done
 
@@ -166,22 +170,31 @@ class _FannedOut(torch.autograd.Function):
         return total.result()[0], None
 
 
-def mean_loss(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Tensor]) -> Tensor:
+def mean_loss(losses: Iterable[Callable[[], Tensor]], parameters: Mapping[str, Tensor]) -> Tensor:
     """The mean of the shares' losses, each differentiated by itself.
 
     Args:
         losses: make the loss of each share, ``()``; a power of two of them.
-        parameters: what is trained. The result's gradient by these is the mean of the losses' gradients.
+        parameters: what is trained, by name. The result's gradient by these is the mean of the losses' gradients.
+
+    Raises:
+        ConfigError: the losses do not depend on some parameter.
     """
-    total = PairwiseSum()
+    total, count = PairwiseSum(), 0
     for make in losses:
         loss = make()
         # As outside of a training step, where Lightning differentiates.
         with torch.autocast(loss.device.type, enabled=False):
-            own = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+            own = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         total.add([loss.detach(), *own])
-    mean, *gradients = (None if summed is None else summed / len(losses) for summed in total.result())
-    result: Tensor = _Differentiated.apply(mean, gradients, *parameters)
+        count += 1
+    mean, *gradients = (None if summed is None else summed / count for summed in total.result())
+    if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
+        raise ConfigError(
+            f"trainer.virtual_ranks: the loss does not depend on {unused[0]}. Take it out of the generator, set its "
+            "requires_grad to false, or leave trainer.virtual_ranks out."
+        )
+    result: Tensor = _Differentiated.apply(mean, gradients, *parameters.values())
     return result
 
 
@@ -189,11 +202,10 @@ class _Differentiated(torch.autograd.Function):
     """A loss whose gradients are known."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if gradient is None else gradient * upstream[0] for gradient in ctx.gradients)
-        return None, None, *scaled
+        return None, None, *(gradient * upstream[0] for gradient in ctx.gradients)

@@ -14,18 +14,18 @@ from gitlight.data.images import ImageSplits, InMemoryImages
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import ConfigError
 from gitlight.fitting import fit_in_closed_form
+from gitlight.generators.base import FitOn
 from gitlight.generators.exact.generator import ExactGenerator
 from gitlight.generators.exact.weights import LeastSquares
 from gitlight.leaked.model import LeakedModel
 from gitlight.virtual_ranks import (
+    DividedBatch,
     PairwiseSum,
     Share,
-    Shares,
     current_share,
     fanned_out,
     mean_loss,
-    shares_of,
-    sum_of,
+    sum_over_processes,
     working_on,
 )
 
@@ -33,8 +33,8 @@ from gitlight.virtual_ranks import (
 def test_sums_are_made_in_pairs():
     values = [torch.tensor(value) for value in (1e8, 3.0, 3.0, 3.0, 5.0, 7.0, -1e8, 1.0)]
     a, b, c, d, e, f, g, h = values
-    assert sum_of(values) == ((a + b) + (c + d)) + ((e + f) + (g + h))
-    assert sum_of(values) != sum(values), "the order matters"
+    assert sum_over_processes(values) == ((a + b) + (c + d)) + ((e + f) + (g + h))
+    assert sum_over_processes(values) != sum(values), "the order matters"
 
 
 def test_a_sum_that_is_not_whole_is_an_error():
@@ -58,21 +58,26 @@ def test_what_is_missing_counts_as_zero():
 def test_the_mean_of_losses_has_the_mean_of_their_gradients(n_shares):
     torch.manual_seed(0)
     weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    unused = torch.randn(2, dtype=torch.float64, requires_grad=True)
     inputs = torch.randn(n_shares, 7, 5, dtype=torch.float64)
-    found = mean_loss([lambda part=part: (part @ weight.T).tanh().square().mean() for part in inputs], [weight, unused])
+    losses = [lambda part=part: (part @ weight.T).tanh().square().mean() for part in inputs]
+    found = mean_loss(losses, {"weight": weight})
     (3 * found).backward()
     wanted = (inputs.flatten(0, 1) @ weight.T).tanh().square().mean()
     (gradient,) = torch.autograd.grad(3 * wanted, weight)
     torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(weight.grad, gradient, rtol=1e-12, atol=1e-15)
-    assert unused.grad is None
+
+
+def test_a_parameter_that_no_loss_depends_on_is_named():
+    weight, unused = (torch.ones(2, requires_grad=True) for _ in range(2))
+    with pytest.raises(ConfigError, match="the loss does not depend on bias"):
+        mean_loss([weight.sum, weight.sum], {"weight": weight, "bias": unused})
 
 
 def test_gradients_of_shares_are_added_up_in_pairs():
     factors = [torch.tensor(value) for value in (3.0, 3.0, 1e8, 5.0)]
     by_losses, by_copies = (torch.ones((), requires_grad=True) for _ in range(2))
-    (4 * mean_loss([lambda factor=factor: factor * by_losses for factor in factors], [by_losses])).backward()
+    (4 * mean_loss([lambda factor=factor: factor * by_losses for factor in factors], {"weight": by_losses})).backward()
     copies = fanned_out(by_copies, 4)
     sum(factor * copy for factor, copy in zip(factors, copies, strict=True)).backward()
     a, b, c, d = factors
@@ -141,8 +146,8 @@ def test_shares_are_the_batches_of_as_many_processes():
         process, theirs = batches_of(rank, 4, virtual_ranks=None)
         assert process.shares == (Share(rank, 4),)
         for batch, pair in zip(ours, theirs, strict=True):
-            assert isinstance(batch, Shares)
-            share = shares_of(batch)[rank]
+            assert isinstance(batch, DividedBatch)
+            share = batch.make(batch.parts[rank])
             assert len(share) == 2
             assert torch.equal(share.indices, pair.indices)
             assert torch.equal(share.images, pair.images)
@@ -152,7 +157,7 @@ def test_shares_are_the_batches_of_as_many_processes():
 def test_two_processes_do_two_of_four():
     second, batches = batches_of(1, 2, virtual_ranks=4)
     assert second.shares == (Share(2, 4), Share(3, 4))
-    assert len(shares_of(batches[0])) == 2
+    assert len(batches[0].parts) == 2
     assert len(batches[0]) == 4
 
 
@@ -178,6 +183,17 @@ def test_fits_in_shares_find_what_fits_in_one_find(virtual_ranks):
         torch.testing.assert_close(one.value, weights[1][name].value, rtol=1e-6, atol=1e-8, msg=name)
     assert fitted[0].largest_second == pytest.approx(float(fitted[1].largest_second), rel=1e-9)
     assert math.isfinite(float(fitted[0].largest_second))
+
+
+def test_a_fit_that_is_more_than_sums_sees_all_pairs_on_every_process():
+    data = data_module(n_validation=2)
+    data.virtual_ranks, data.trainer = 4, TrainerOfRank(1, 2)
+    seen = []
+    fit = SimpleNamespace(update=lambda gradients, images, numbers: seen.extend(numbers.tolist()), sums=list)
+    fit.finish = lambda: None
+    generator = SimpleNamespace(fits=lambda: [FitOn(fit, everywhere=True)], fitted=torch.zeros((), dtype=torch.bool))
+    fit_in_closed_form(generator, data, torch.device("cpu"))
+    assert seen == list(range(128))
 
 
 TRAINED = nn.Linear(2, 2)

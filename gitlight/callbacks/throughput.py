@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gitlight.data.pair import GradientPair
 from gitlight.data.pair_datamodule import GradientPairDataModule
-from gitlight.virtual_ranks import Shares
+from gitlight.virtual_ranks import DividedBatch
 
 PAIRS_PER_SECOND = "throughput/pairs_per_second"
 SHARE_MAKING_PAIRS = "throughput/share_making_pairs"
@@ -74,7 +74,12 @@ class Throughput(Callback):
         self._set_marks(trainer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: GradientPair | Shares, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: GradientPair | DividedBatch,
+        batch_idx: int,
     ) -> None:
         """Count one batch, and report where a report is due."""
         if self._counter is not None:

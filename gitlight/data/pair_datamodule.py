@@ -20,7 +20,7 @@ from gitlight.gradients.sketch import Sketch
 from gitlight.gradients.updates import LocalUpdates, n_local_steps, smallest_local_batch
 from gitlight.leaked.batch_norm import check_batch_statistics
 from gitlight.leaked.model import LeakedModel
-from gitlight.virtual_ranks import Share, Shares
+from gitlight.virtual_ranks import DividedBatch, Share
 
 
 class GradientPairDataModule(ImageDataModule):
@@ -70,14 +70,14 @@ class GradientPairDataModule(ImageDataModule):
             LocalUpdates(leaked_model.network, leaked_model.architecture, gradients) if several_steps else None
         )
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> GradientPair | Shares:
-        """Pairs; in training, those of each virtual rank by themselves."""
-        n_shares = len(self.shares)
-        parts: list[Batch] = [batch]
-        if self._stage == "train":
-            parts = list(zip(*(tensor.chunk(n_shares) for tensor in batch), strict=True))
-        pairs = tuple(self.prepare(part, self._stage, self._epoch) for part in parts)
-        return pairs[0] if len(pairs) == 1 else Shares(pairs)
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> GradientPair | DividedBatch:
+        """Pairs; in training with several virtual ranks their images, of which pairs are made one after the other."""
+        stage, epoch, n_shares = self._stage, self._epoch, len(self.shares)
+        if stage != "train" or n_shares == 1:
+            return self.prepare(batch, stage, epoch)
+        parts = tuple(zip(*(tensor.chunk(n_shares) for tensor in batch), strict=True))
+        n_leaks = len(batch[0]) // self.settings.client_batch_size
+        return DividedBatch(parts, lambda part: self.prepare(part, stage, epoch), n_leaks)
 
     def prepare(
         self,

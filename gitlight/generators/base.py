@@ -58,7 +58,7 @@ class PairFit(Protocol):
         ...
 
     def sums(self) -> Sequence[Tensor]:
-        """The sums so far; other ranks' sums are added to these tensors in place. Set to zero, they begin anew."""
+        """The sums so far, the same tensors at every call: other ranks' are added in place; at zero the fit is anew."""
         ...
 
     def finish(self) -> None:
@@ -77,11 +77,13 @@ class FitPairs:
             image is as good as any.
         noise: lowest and highest level to draw the channel's Gaussian noise from, relative to the root mean square of
             a leak's entries; both zero: none. None: the channel's own levels.
+        everywhere: all pairs on every device, for a fit that is more than its sums.
     """
 
     single_images: bool = False
     mirrored: bool = False
     noise: tuple[float, float] | None = None
+    everywhere: bool = False
 
 
 ALL_ONCE = FitPairs()

@@ -107,6 +107,8 @@ class HeadFit:
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
         leaks = self._inversion.usable(gradients)
+        if not leaks.n:
+            return
         equations = logit_equations(leaks, self._inversion.find(leaks), self._layer)
         self._fit.add(*equations, torch.finfo(leaks.dtype).eps)
 
@@ -133,6 +135,8 @@ class OutputFit:
         """Add a batch of pairs."""
         inversion, layer = self._inversion, self._step.layer
         leaks = inversion.usable(gradients)
+        if not leaks.n:
+            return
         public = images[leaks.which, 0] if self._step.way is Way.FROM_BELOW else None
         self._fit.add(*output_equations(inversion, inversion.find(leaks), layer, public))
 
@@ -159,6 +163,8 @@ class ConservationFit:
         """Add a batch of pairs."""
         inversion, layer = self._inversion, self._layer
         leaks = inversion.usable(gradients)
+        if not leaks.n:
+            return
         rows, shares, weights = conservation_equations(inversion, leaks, layer)
         for output, squares in enumerate(self._squares):
             squares.add(rows[:, output], shares[:, output : output + 1], weights[:, output])

@@ -54,6 +54,8 @@ class FallbackFit:
         """Add a batch of pairs."""
         inversion = self._generator.inversion
         leaks = inversion.usable(gradients)
+        if not leaks.n:
+            return
         found = inversion.find(leaks)
         features = torch.cat([found.values[name].value.flatten(1) for name in self._generator.features], dim=1)
         self._ridge.add(features, images[leaks.which, 0].flatten(1), numbers[leaks.which])

@@ -55,6 +55,11 @@ class Leaks(NamedTuple):
     entry_size: Tensor
 
     @property
+    def n(self) -> int:
+        """``B``, which may be zero."""
+        return len(self.which)
+
+    @property
     def relative_noise(self) -> Tensor:
         """``(B,)``: over the root mean square of the leak's entries."""
         return self.noise / self.entry_size
@@ -270,7 +275,9 @@ class Inversion(nn.Module):
         return acts.flatten(3).any(dim=3).any(dim=1) if acts.dim() > 3 else acts.any(dim=1)
 
     def find(self, leaks: Leaks) -> Found:
-        """Everything that the equations give, with the weights that have been found so far."""
+        """Everything that the equations give, with the weights that have been found so far; nothing of no leaks."""
+        if not leaks.n:
+            return Found({}, {}, leaks.which)
         weights = self.weights()
         plan = self._plan
         if len(weights) < len(self._estimated):

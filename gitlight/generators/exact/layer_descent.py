@@ -1,25 +1,28 @@
 """Descent on the equations of all layers at once: trained weights that converge to the leaked ones."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from gitlight.architecture import IMAGE
 from gitlight.data.pair import Gradients
 from gitlight.errors import ArchitectureError
-from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
 from gitlight.generators.exact.fits import FitStep, Way
+from gitlight.generators.exact.layer_equations import (
+    LayerEquations,
+    Walked,
+    equations_of,
+    evenly_weighed,
+    usable_equations,
+)
 from gitlight.generators.exact.plan import plan_walk
 from gitlight.generators.exact.walk import walk
-from gitlight.generators.exact.weights import log_probabilities_of, with_ones
-from gitlight.virtual_ranks import fanned_out, n_processes, sum_here, sum_of
+from gitlight.virtual_ranks import fanned_out, n_processes, sum_here, sum_over_processes
 
 if TYPE_CHECKING:
-    from gitlight.generators.exact.inversion import Inversion, Leaks
-    from gitlight.generators.exact.walk import Found
+    from gitlight.generators.exact.inversion import Inversion
 
 _MEMORY = 0.5
 """Share of the moments of a layer's inputs that a batch keeps. Inputs above the first layer change with the weights."""
@@ -32,46 +35,6 @@ less in others: those of little variance must wait until the others are fitted, 
 
 _LEAST_DAMPING = 1e-11
 """Over the mean variance of an input."""
-
-
-class _Equations(NamedTuple):
-    """``Σ_n rows[g, e, n] W[o, n] = targets[e, o]``, ``g`` being ``o``, or 0 where all outputs share their rows.
-
-    Attributes:
-        rows: ``(1 or outputs, E, n)``.
-        targets: ``(E, outputs)``.
-        weights: ``(E, outputs)``, how much each counts: from 0 to 1.
-        up_to_constant: whether targets are known up to a number common to all outputs of an equation.
-    """
-
-    rows: Tensor
-    targets: Tensor
-    weights: Tensor
-    up_to_constant: bool = False
-
-    def residual(self, matrix: Tensor) -> Tensor:
-        """What a weight ``(outputs, n)`` leaves of the targets, ``(E, outputs)``."""
-        made = torch.einsum("gen,on->eo" if len(self.rows) == 1 else "oen,on->eo", self.rows, matrix)
-        residual = made - self.targets
-        if self.up_to_constant:
-            weights = self.weights
-            shared = (residual * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp_min(1e-300)
-            residual = residual - shared
-        return residual
-
-
-class _Walked(NamedTuple):
-    """One share of a batch, and what the layers above give away of it.
-
-    Attributes:
-        leaks: those that can be used.
-        found: the walk's.
-        images: theirs, ``(B, C, H, W)``.
-    """
-
-    leaks: "Leaks"
-    found: "Found"
-    images: Tensor
 
 
 class LayerDescent(nn.Module):
@@ -131,13 +94,29 @@ class LayerDescent(nn.Module):
         loss = walked[0].leaks.noise.new_zeros(())
         for number, step in enumerate(self._steps):
             with torch.no_grad():
-                equations = _equations(inversion, walked, step)
+                equations = self._equations(inversion, walked, number)
             loss = loss + self._residual(number, step, equations, trained)
         self.taken += 1
         return loss
 
-    def _walked(self, inversion: "Inversion", gradients: Gradients, images: Tensor) -> "_Walked":
+    def _equations(self, inversion: "Inversion", shares: Sequence[Walked], number: int) -> list[LayerEquations]:
+        """Each share's. What is decided of them is decided for all shares, on this device and on others."""
+        step, moments = self._steps[number], getattr(self, f"moments{number}")
+        nothing = moments.new_zeros(0, inversion.architecture.parameter_shapes[step.layer.parameters["weight"]][0])
+        made: Sequence[tuple[Tensor, Tensor, Tensor]] = [
+            equations_of(inversion, walked, step)
+            if walked.leaks.n
+            else (moments.new_zeros(len(moments), 0, moments.shape[1]), nothing, nothing)
+            for walked in shares
+        ]
+        if step.way is Way.LOGITS:
+            return usable_equations(evenly_weighed(made), up_to_constant=True)
+        return usable_equations(made)
+
+    def _walked(self, inversion: "Inversion", gradients: Gradients, images: Tensor) -> Walked:
         leaks = inversion.usable(gradients)
+        if not leaks.n:
+            return Walked(leaks, inversion.find(leaks), images[:0, 0])
         found = walk(
             inversion.architecture,
             inversion.rules,
@@ -149,17 +128,17 @@ class LayerDescent(nn.Module):
             dtype=leaks.dtype,
             until=lambda action: action.layer.inputs[:1] == (IMAGE,),  # the image is public, and need not be solved
         )
-        return _Walked(leaks, found, images[leaks.which, 0])
+        return Walked(leaks, found, images[leaks.which, 0])
 
     def _residual(
-        self, number: int, step: FitStep, shares: Sequence[_Equations], trained: Mapping[str, Tensor]
+        self, number: int, step: FitStep, shares: Sequence[LayerEquations], trained: Mapping[str, Tensor]
     ) -> Tensor:
         size = shares[0].rows.shape[2]
         # Outputs that share rows share moments. The largest weight is taken, or a step would overshoot for some.
         own = [weights.T if len(rows) > 1 else weights.amax(dim=1).unsqueeze(0) for rows, _, weights, _ in shares]
-        total = sum_of([its.mean(dim=0).sum() for its in own])
+        total = sum_over_processes([its.mean(dim=0).sum() for its in own])
         moments: Tensor = getattr(self, f"moments{number}")
-        batch = sum_of(
+        batch = sum_over_processes(
             [
                 (its.rows * counts.unsqueeze(2)).transpose(1, 2) @ its.rows
                 for its, counts in zip(shares, own, strict=True)
@@ -179,16 +158,18 @@ class LayerDescent(nn.Module):
         # Averaged over devices, this is the mean over the equations of all of them.
         return 0.5 * n_processes() * sum_here(squares) / total.clamp_min(1e-300)
 
-    def _note_misfit(self, number: int, residuals: Sequence[Tensor], shares: Sequence[_Equations]) -> None:
+    def _note_misfit(self, number: int, residuals: Sequence[Tensor], shares: Sequence[LayerEquations]) -> None:
         """Keep the share of the targets' variance that a layer leaves unexplained."""
         with torch.no_grad():
-            count = sum_of([its.weights.sum() for its in shares]).clamp_min(1e-300)
-            mean = sum_of([(its.weights * its.targets).sum() for its in shares]) / count
-            variance = sum_of([(its.weights * (its.targets - mean).square()).sum() for its in shares]) / count
+            count = sum_over_processes([its.weights.sum() for its in shares]).clamp_min(1e-300)
+            mean = sum_over_processes([(its.weights * its.targets).sum() for its in shares]) / count
+            variance = (
+                sum_over_processes([(its.weights * (its.targets - mean).square()).sum() for its in shares]) / count
+            )
             squares = [(its.weights * residual.square()).sum() for its, residual in zip(shares, residuals, strict=True)]
-            share = sum_of(squares) / count / variance.clamp_min(1e-300)
-            share = torch.where(count > 1e-300, share.clamp_max(1), 1.0)
-            self.misfits[number] += (1 - _MISFIT_MEMORY) * (share - self.misfits[number])
+            unexplained = sum_over_processes(squares) / count / variance.clamp_min(1e-300)
+            unexplained = torch.where(count > 1e-300, unexplained.clamp_max(1), 1.0)
+            self.misfits[number] += (1 - _MISFIT_MEMORY) * (unexplained - self.misfits[number])
 
 
 class _Preconditioned(torch.autograd.Function):
@@ -219,57 +200,6 @@ def _matrices(step: FitStep, size: int, trained: Mapping[str, Tensor], n_shares:
     return [torch.cat([matrix, bias.unsqueeze(1)], dim=1) for matrix, bias in zip(matrices, biases, strict=True)]
 
 
-def _equations(inversion: "Inversion", shares: Sequence[_Walked], step: FitStep) -> list[_Equations]:
-    """Each share's. What is decided of them is decided for all shares, on this device and on others."""
-    if step.way is Way.LOGITS:
-        return _logit_equations(shares, step)
-    made: list[tuple[Tensor, Tensor, Tensor]] = []
-    for leaks, found, images in shares:
-        if step.way is Way.CONSERVED:
-            rows, targets, weights = conservation_equations(inversion, leaks, step.layer)
-            size = rows.norm(dim=2).clamp_min(1e-300)  # leaks of any loss count alike
-            made.append(((rows / size.unsqueeze(2)).transpose(0, 1), targets / size, weights * size.square()))
-        else:
-            public = images if step.way is Way.FROM_BELOW else None
-            patches, outputs, weights = output_equations(inversion, found, step.layer, public)
-            targets = outputs.flatten(0, 1)
-            rows = with_ones(patches).flatten(0, 1).unsqueeze(0)
-            made.append((rows, targets, weights.reshape(-1, 1).expand_as(targets)))
-    return _usable(made)
-
-
-def _logit_equations(shares: Sequence[_Walked], step: FitStep) -> list[_Equations]:
-    made: list[tuple[Tensor, Tensor, Tensor]] = []
-    for leaks, found, _ in shares:
-        inputs, delta, noise = logit_equations(leaks, found, step.layer)
-        logarithms, variance = log_probabilities_of(delta, noise, torch.finfo(leaks.dtype).eps)
-        made.append((with_ones(inputs).unsqueeze(0), logarithms, torch.where(variance < 1, 1 / variance, 0.0)))
-    least = [weights.amin(dim=1, keepdim=True) for _, _, weights in made]
-    if int(sum_of([(its > 0).sum() for its in least])) > 2 * (made[0][0].shape[2] - 1):
-        # One weight for all classes: then the step is that of least squares for each of them.
-        made = [(rows, targets, its.expand_as(targets)) for (rows, targets, _), its in zip(made, least, strict=True)]
-    return _usable(made, up_to_constant=True)
-
-
-def _usable(made: Sequence[tuple[Tensor, Tensor, Tensor]], up_to_constant: bool = False) -> list[_Equations]:
-    """Without what is not finite. The better half counts in full, so that no few equations count for all."""
-    counting = []
-    for rows, targets, weights in made:
-        finite = torch.isfinite(rows).all(dim=2).T & torch.isfinite(targets)
-        counting.append(torch.where(finite, weights, 0.0))
-    together = _gathered(torch.cat([weights[weights > 0] for weights in counting]))  # for one median on all devices
-    typical = together.median() if together.numel() else together.new_zeros(())
-    return [
-        _Equations(
-            torch.nan_to_num(rows, posinf=0.0, neginf=0.0),
-            targets.nan_to_num(),
-            (weights / typical.clamp_min(1e-300)).clamp_max(1),
-            up_to_constant,
-        )
-        for (rows, targets, _), weights in zip(made, counting, strict=True)
-    ]
-
-
 def _damped_inverse(moments: Tensor, damping: float) -> Tensor:
     """Of ``(sets, n, n)``, with ``damping`` times the mean of its diagonal added to that.
 
@@ -287,16 +217,3 @@ def _damped_inverse(moments: Tensor, damping: float) -> Tensor:
         damped.diagonal(dim1=1, dim2=2).add_(1e-8 * level.unsqueeze(1))
         factor = torch.linalg.cholesky(damped)
     return torch.cholesky_inverse(factor)
-
-
-def _gathered(values: Tensor) -> Tensor:
-    """``(n,)`` of each device, which may differ in number, as one, the same on all."""
-    if n_processes() == 1:
-        return values
-    largest = torch.tensor(len(values), device=values.device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    padded = torch.cat([values, values.new_full((int(largest) - len(values),), torch.nan)])
-    parts = [torch.empty_like(padded) for _ in range(n_processes())]
-    torch.distributed.all_gather(parts, padded)
-    together = torch.cat(parts)
-    return together[~torch.isnan(together)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gitlight.data.pair import Gradients
+from gitlight.generators.base import FitOn
 from gitlight.generators.exact.forward import model_gradients
 from gitlight.generators.exact.labels import labels_from_bias_gradient
 
@@ -36,6 +37,8 @@ class MatchingFit:
         inversion = self._inversion
         leaks = inversion.usable(gradients)
         bias = inversion.architecture[inversion.architecture.output].parameters["bias"]
+        if not leaks.n:
+            return
         labels = labels_from_bias_gradient(leaks.gradients[bias])
         with torch.enable_grad():
             weights = inversion.weights() | self._trained
@@ -52,7 +55,7 @@ class MatchingFit:
         self._count += len(labels)
 
     def sums(self) -> Sequence[Tensor]:
-        """Nothing: a generator in closed form is fitted on one device."""
+        """Nothing: every device takes the same steps, over all pairs."""
         return []
 
     def finish(self) -> None:
@@ -63,7 +66,7 @@ class MatchingFit:
 
 def matching_fits(
     inversion: "Inversion", names: Sequence[str], epochs: int, seed: int, start: Mapping[str, Tensor]
-) -> Iterator[MatchingFit]:
+) -> Iterator[FitOn]:
     """Passes of gradient matching over the pairs.
 
     Args:
@@ -92,4 +95,4 @@ def matching_fits(
     for epoch in range(epochs):
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * (1 - epoch / epochs)
-        yield MatchingFit(inversion, trained, optimizer)
+        yield FitOn(MatchingFit(inversion, trained, optimizer), everywhere=True)

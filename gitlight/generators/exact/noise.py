@@ -49,5 +49,5 @@ def rank_one(weight_gradient: Tensor) -> RankOne:
 def entry_size(gradients: Gradients) -> Tensor:
     """``(B,)`` float64: the root mean square of each leak's entries."""
     norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients.values()]
-    count = sum(gradient[0].numel() for gradient in gradients.values())
+    count = sum(gradient.shape[1:].numel() for gradient in gradients.values())
     return torch.stack(norms).norm(dim=0) / count**0.5

@@ -1,5 +1,7 @@
 """Descent on the equations of all layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from closed_form import run_fits
@@ -63,6 +65,36 @@ def test_from_a_random_start_the_weights_converge(make_pairs):
     assert start["total_relative"] > 0.9
     for name in truth:
         assert end[f"{name}_relative"] < 0.1, name
+
+
+def without_use(pair, factor):
+    return replace(pair, gradients={name: factor * gradient for name, gradient in pair.gradients.items()})
+
+
+def test_shares_have_the_loss_and_gradient_of_the_whole(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=24)
+    numbers = [slice(0, 10), slice(10, 24)]
+    parts = [({name: g[part] for name, g in pair.gradients.items()}, pair.images[part]) for part in numbers]
+    # Shares that say nothing count for nothing.
+    empty = [(without_use(pair, factor).gradients, pair.images) for factor in (0.0, torch.nan)]
+    found = []
+    for shares in ([(pair.gradients, pair.images)], parts, [*parts, *empty]):
+        torch.manual_seed(0)
+        generator = ExactGenerator(leaked.architecture, DESCENT)
+        loss = generator.coupled_loss(shares)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in generator.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-13)
+
+
+def test_a_batch_without_a_usable_leak_adds_nothing_to_fits(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=120)
+    weights = []
+    for batches in ([pair], [without_use(pair, 0.0), pair, without_use(pair, torch.nan)]):
+        generator = run_fits(ExactGenerator(leaked.architecture, ExactGeneratorConfig()), batches)
+        weights.append({name: one.value for name, one in generator.estimated_parameters().items()})
+    torch.testing.assert_close(weights[1], weights[0])
 
 
 def test_the_state_goes_on_where_it_was(make_pairs):

@@ -174,7 +174,7 @@ def mean_loss(losses: Iterable[Callable[[], Tensor]], parameters: Mapping[str, T
     """The mean of the shares' losses, each differentiated by itself.
 
     Args:
-        losses: make the loss of each share, ``()``; a power of two of them.
+        losses: make the loss of each share, ``()``; a power of two of them, and more than one.
         parameters: what is trained, by name. The result's gradient by these is the mean of the losses' gradients.
 
     Raises:
@@ -188,7 +188,8 @@ def mean_loss(losses: Iterable[Callable[[], Tensor]], parameters: Mapping[str, T
             own = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         total.add([loss.detach(), *own])
         count += 1
-    mean, *gradients = (None if summed is None else summed / count for summed in total.result())
+    # Sums of two and more are nobody else's.
+    mean, *gradients = (None if summed is None else summed.div_(count) for summed in total.result())
     if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
         raise ConfigError(
             f"trainer.virtual_ranks: the loss does not depend on {unused[0]}. Take it out of the generator, set its "
@@ -208,4 +209,5 @@ class _Differentiated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient * upstream[0] for gradient in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # once, in place: they may be large
+        return None, None, *(gradient.mul_(upstream[0]) for gradient in gradients)

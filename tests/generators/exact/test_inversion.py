@@ -1,3 +1,5 @@
+import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ from torch import nn
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import FullyConnectedConfig, LeNetConfig
 from gitlight.errors import ArchitectureError
+from gitlight.generators.base import FitOn
 from gitlight.generators.exact.fits import PriorFit, Way
 from gitlight.generators.exact.inversion import Inversion, Leaks
 from gitlight.generators.exact.plan import Known
@@ -160,15 +163,19 @@ def test_weights_that_nothing_reaches_are_matched_with_a_warning(make_pairs, cap
     leaked, pair = make_pairs(LeNetConfig(width=2, activation="silu", init="default"), n=40)
     inversion = Inversion(leaked.architecture, None, 1)
     assert inversion.unreachable == ("conv1", "conv2", "conv3")
-    losses = []
-    for fit in inversion.fits(matching_epochs=3):
-        for _ in range(3):
-            add(fit, pair)
-        if hasattr(fit, "_loss"):
-            losses.append(fit._loss / fit._count)
-        fit.finish()
-    assert "gradient matching" in caplog.text
-    assert losses[-1] < losses[0]
+    unusable = replace(pair, gradients={name: 0 * gradient for name, gradient in pair.gradients.items()})
+    everywhere = []
+    with caplog.at_level(logging.INFO):
+        for fit in inversion.fits(matching_epochs=3):
+            for batch in (pair, unusable, pair, pair):
+                add(fit, batch)
+            everywhere.append(isinstance(fit, FitOn) and fit.pairs.everywhere)
+            fit.finish()
+    assert everywhere[-3:] == [True] * 3
+    assert "they are fitted by gradient matching, 3 passes" in caplog.text
+    distances = [float(text.split()[-1]) for text in caplog.messages if "mean relative squared distance" in text]
+    assert len(distances) == 3
+    assert distances[-1] < distances[0]
     assert set(inversion.weights()) == set(leaked.architecture.parameter_shapes)
 
 

@@ -138,7 +138,7 @@ def sum_here(values: Sequence[Tensor]) -> Tensor:
 
 
 def sum_over_processes(values: Sequence[Tensor]) -> Tensor:
-    """The same, and over processes; a single value is changed in place."""
+    """The sum of what all shares of all processes give; of a single value here, that value is changed in place."""
     return add_up(sum_here(values))
 
 

@@ -58,7 +58,10 @@ class PairFit(Protocol):
         ...
 
     def sums(self) -> Sequence[Tensor]:
-        """The sums so far, the same tensors at every call: other ranks' are added in place; at zero the fit is anew."""
+        """The sums so far, in the same tensors at every call.
+
+        Other ranks' sums are added to these in place; set to zero, the fit begins anew.
+        """
         ...
 
     def finish(self) -> None:

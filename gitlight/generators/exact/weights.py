@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gitlight.errors import DataError
 from gitlight.virtual_ranks import current_share
 
 _SMALLEST = 1e-13
@@ -57,7 +58,11 @@ class LeastSquares:
         self._pending = []
 
     def sums(self) -> list[Tensor]:
-        """Each share's factor in a place of its own, so that their sum holds them all; and the equations' number."""
+        """Each share's factor in a place of its own, so that their sum holds them all; and the equations' number.
+
+        Raises:
+            DataError: nothing was added.
+        """
         if self._pending:
             self._factorise()
         if self._factor is not None:
@@ -69,7 +74,14 @@ class LeastSquares:
             stacked[number] = _triangular(torch.cat([*before, self._factor])) if before else self._factor
             count += self._n_equations
             self._factor, self._n_equations = None, 0
-        assert self._sums, "no equation was added"
+        if not self._sums:
+            number, of = current_share()
+            among = "none of the public pairs" if of == 1 else f"none of the public pairs in part {number + 1} of {of}"
+            raise DataError(
+                f"closed-form fit: {among} can be used: their gradients are zero or not finite. See whether the leaked "
+                "model's loss is that small for all of them; a channel may also leave nothing. More pairs, or fewer "
+                "processes and virtual ranks, may help."
+            )
         return self._sums
 
     def solve(self, what: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from small_layers import quick
 from torch import nn
 
+from gitlight.errors import DataError
 from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit, log_probabilities_of, solve_all
+from gitlight.virtual_ranks import Share, working_on
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -36,6 +38,13 @@ def test_equations_in_batches_are_solved_as_all_at_once(unknowns, sides, batches
     wanted = torch.linalg.lstsq(root * rows, root * targets, driver="gelsd").solution
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
     assert determined.all()
+
+
+def test_without_any_equation_the_message_says_whose_pairs_were_of_no_use():
+    with pytest.raises(DataError, match=r"none of the public pairs can be used: .* zero or not finite"):
+        LeastSquares().sums()
+    with working_on(Share(1, 4)), pytest.raises(DataError, match=r"none of the public pairs in part 2 of 4 can"):
+        LeastSquares().sums()
 
 
 def test_an_ill_conditioned_problem_keeps_eight_digits():

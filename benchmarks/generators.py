@@ -84,6 +84,8 @@ CASES = {
         f"lenet_hybrid_n{n}": Case("lenet_hybrid", client_batches(n, epochs), on_gpu)
         for n, epochs, on_gpu in ((2, 8, 16), (4, 12, 30), (8, 48, 96), (16, 96, 192))
     },
+    "resnet20_mlp_n4": Case("resnet20_mlp", client_batches(4, 24), 48),
+    "resnet20_hybrid_n4": Case("resnet20_hybrid", client_batches(4, 3), 12),
     # One generator for a range of noise, and one for half of each of its levels.
     "lenet_hybrid_range": Case(
         "lenet_hybrid_range", NOT_MIRRORED, 12, tuple((noise(level),) for level in (0, 1e-4, *LEVELS))

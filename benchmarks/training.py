@@ -1,9 +1,9 @@
-"""Training speed on one process and on several: ``python benchmarks/training.py [CONFIG ...]``.
+"""Training speed on one process and on several: ``python benchmarks/training.py [NAME ...]``.
 
-Runs ``train.py`` on each config (default: `CONFIGS`) with 1 process and with 2 on CPUs, a thread each, or on 1 to 8
-GPUs where there are so many; the global batch is the same each time (on GPUs a larger one, in bf16). Pairs per second
-are those that `gitlight.callbacks.throughput` logs. Efficiency is pairs per second over those of one process, over the
-number of processes. Needs the CIFAR-10 sample at ``data/cifar10_subset``.
+Runs ``train.py`` on each of `CASES` with 1 process and with 2 on CPUs, a thread each, or on 1 to 8 GPUs where there are
+so many; the global batch is the same each time (on GPUs a larger one, in bf16). Pairs per second are those that
+`gitlight.callbacks.throughput` logs. Efficiency is pairs per second over those of one process, over the number of
+processes. Needs the CIFAR-10 sample at ``data/cifar10_subset``.
 """
 
 import csv
@@ -18,7 +18,14 @@ import torch
 from generators import DATA
 from machine import ROOT, machine
 
-CONFIGS = ("lenet_hybrid", "lenet_mlp", "resnet20_coarse")
+CASES = {
+    "lenet_hybrid": ("lenet_hybrid", ()),
+    "lenet_mlp": ("lenet_mlp", ()),
+    # What a step costs whatever its batch, sums over processes above all, is shared by four times as many pairs.
+    "lenet_mlp_512": ("lenet_mlp", ("data.batch_size=512",)),
+    "resnet20_coarse": ("resnet20_coarse", ()),
+}
+"""Name → config, and what is changed in it."""
 STEPS, WARM_UP = 60, 20
 """Steps of each run, and those of them that are left out: fits, first touches, caches."""
 
@@ -32,8 +39,9 @@ def counts() -> list[int]:
     return [n for n in (1, 2, 4, 8) if n <= gpus] if gpus else [1, 2]
 
 
-def measured(config: str, n: int, folder: Path) -> tuple[float, float, float]:
+def measured(name: str, n: int, folder: Path) -> tuple[float, float, float]:
     """Pairs per second, steps per second, and the share of time that making pairs takes."""
+    config, changed = CASES[name]
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -48,33 +56,37 @@ def measured(config: str, n: int, folder: Path) -> tuple[float, float, float]:
         "trainer.check_val_every_n_epoch=1000",
         "trainer.limit_val_batches=1",
         "trainer.log_every_n_steps=10",
-        f"output_dir={folder / f'{config}_{n}'}",
+        f"output_dir={folder / f'{name}_{n}'}",
         *(ON_GPUS if torch.cuda.is_available() else ()),
+        *changed,
     ]
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env={**os.environ, **threads}, check=True, stdout=subprocess.DEVNULL)
-    with (folder / f"{config}_{n}" / "metrics.csv").open() as file:
+    with (folder / f"{name}_{n}" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("throughput/pairs_per_second")]
     late = [row for row in rows if int(row["step"]) >= WARM_UP]
     pairs = statistics.median(float(row["throughput/pairs_per_second"]) for row in late)
     making = statistics.median(float(row["throughput/share_making_pairs"]) for row in late)
-    with (folder / f"{config}_{n}" / "config.yaml").open() as file:
+    with (folder / f"{name}_{n}" / "config.yaml").open() as file:
         batch = next(int(line.split(":")[1]) for line in file if line.strip().startswith("batch_size:"))
     return pairs, pairs / batch, making
 
 
 def main() -> None:
-    """The configs of the command line."""
+    """The cases named on the command line, or all."""
+    names = sys.argv[1:] or list(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        sys.exit(f"no case of the name {unknown[0]}; there are {', '.join(CASES)}")
     print(f"\n{machine()}\n")
-    print("| config | processes | pairs/s | steps/s | share making pairs | efficiency |")
+    print("| case | processes | pairs/s | steps/s | share making pairs | efficiency |")
     print("|" + " --- |" * 6)
     with tempfile.TemporaryDirectory() as folder:
-        for config in sys.argv[1:] or CONFIGS:
+        for name in names:
             alone = None
             for n in counts():
-                pairs, steps, making = measured(config, n, Path(folder))
+                pairs, steps, making = measured(name, n, Path(folder))
                 alone = alone or pairs
-                cells = [config, n, f"{pairs:.0f}", f"{steps:.2f}", f"{making:.0%}", f"{pairs / alone / n:.2f}"]
+                cells = [name, n, f"{pairs:.0f}", f"{steps:.2f}", f"{making:.0%}", f"{pairs / alone / n:.2f}"]
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

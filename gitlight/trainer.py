@@ -95,8 +95,10 @@ def build_trainer(
     callbacks = build_callbacks(config, folder, signals)
     continues_last = resume is not None and resume.resolve() == checkpoint_path(folder, "last").resolve()
     arguments = _with_strategy(settings)
-    if config.trainer.virtual_ranks is not None and world_size > 2:  # of two, any order is in pairs
-        arguments["strategy"] = _PairwiseDDPStrategy()
+    if world_size > 1 and settings["strategy"] in ("auto", "ddp"):
+        in_pairs = config.trainer.virtual_ranks is not None and world_size > 2  # of two, any order is
+        # Gradients lie where they are added up, and not a second time beside it.
+        arguments["strategy"] = (_PairwiseDDPStrategy if in_pairs else DDPStrategy)(gradient_as_bucket_view=True)
     trainer = Trainer(
         **arguments,
         callbacks=callbacks,

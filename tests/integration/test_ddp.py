@@ -55,7 +55,8 @@ def test_over_fifty_steps_two_processes_differ_from_one_by_rounding(command, tra
     command("train.py", *settings, *TWO_PROCESSES, f"output_dir={tmp_path / 'two'}")
     one, two = logged(tmp_path / "one", "train/loss"), logged(tmp_path / "two", "train/loss")
     assert len(one) == 50
-    assert two == pytest.approx(one, rel=1e-5)
+    # Fits magnify what a processor rounds: to 1.1e-5 on an AMD EPYC, to less than 1e-5 on an Intel Xeon.
+    assert two == pytest.approx(one, rel=3e-5)
 
 
 @pytest.mark.slow

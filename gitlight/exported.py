@@ -33,9 +33,12 @@ def held_tensors(exported: Any, model: nn.Module) -> dict[str, str]:
 
 
 def kind_of(node: fx.Node) -> str:
-    """The operation's name, as ``conv2d``; empty for Python's own, such as picking one of several results."""
+    """The operation's name, as ``conv2d``, or ``library::conv2d`` where it is not ATen's.
+
+    Empty for Python's own, such as picking one of several results.
+    """
     schema = getattr(node.target, "_schema", None)
-    return schema.name.split("::")[-1] if schema is not None else ""
+    return schema.name.removeprefix("aten::") if schema is not None else ""
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:

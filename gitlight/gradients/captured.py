@@ -116,7 +116,10 @@ class CapturedGradients:
         """
         held = self._traced.held
         chunk = _Chunk(self._traced.steps, prepared, len(images), results, reduce or {}, held, self._scratch)
-        self._backward(chunk, images.flatten(0, 1), labels.flatten(), images.shape[1])
+        flat = images.flatten(0, 1)
+        # What a forward pass overwrites is not the caller's.
+        flat = flat.clone() if self._traced.overwrites else flat
+        self._backward(chunk, flat, labels.flatten(), images.shape[1])
         chunk.finish()
 
     def _backward(self, chunk: "_Chunk", images: Tensor, labels: Tensor, per_leak: int) -> None:
@@ -237,7 +240,8 @@ class _Chunk(_Recorder):
             if source is None:
                 return None
             if argument not in made:
-                made[argument] = self._destination(source)
+                again = source in [step.names[other] for other in made]  # one parameter as two arguments
+                made[argument] = self._destination(source, again)
             return made[argument]
 
         try:
@@ -249,10 +253,10 @@ class _Chunk(_Recorder):
         for argument, gradient in made.items():
             self._keep(step.names[argument], gradient)
 
-    def _destination(self, source: str) -> Tensor:
-        """The result itself, if nothing is in it yet; else a tensor to be added to it."""
+    def _destination(self, source: str, again: bool) -> Tensor:
+        """The result itself, if nothing is in it yet, nor being written; else a tensor to be added to it."""
         target = self._held.get(source)
-        direct = target is not None and target not in self._written and target not in self._reduce
+        direct = not again and target is not None and target not in self._written and target not in self._reduce
         if direct and self._results is not None:
             return self._results[target]  # type: ignore[index]
         value = self.prepared.externals[source]

@@ -16,7 +16,8 @@ from gitlight.gradients.captured import CapturedGradients
 from gitlight.gradients.functional_gradients import FunctionalGradients
 from gitlight.gradients.layer_gradients import NoRuleError
 from gitlight.gradients.memory import MemoryModel
-from gitlight.gradients.precision import autograd_on, plain_autograd
+from gitlight.gradients.precision import autograd_on, full_float32, plain_autograd
+from gitlight.gradients.self_check import check_against_autograd
 from gitlight.gradients.sketch import Sketch
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class GradientEngine:
         self._dtype = _DTYPES[settings.dtype]
         self._buffers = ResultBuffers()
         self._captured: dict[Hashable, CapturedGradients | None] = {}
-        self._compiled: FunctionalGradients | None = None
+        self._functional_gradients = FunctionalGradients(network, self._method, falls_back=settings.method == "auto")
 
     def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
         """Gradients of ``B`` leaks.
@@ -76,15 +77,15 @@ class GradientEngine:
             ``gradients.dtype``, detached.
 
         Raises:
-            ConfigError: one leak alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method=captured``
-                and an operation has no rule.
+            ConfigError: one leak alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method`` names a
+                method that does not fit the model, as ``captured`` where an operation has no rule.
         """
         if images.device.type == "cpu":
             keep_freed_memory()
         captured = self._captured_gradients(images)
         # Lightning validates under inference mode by default; gradients need autograd, and ordinary tensors.
         with plain_autograd(images.device.type):
-            images = images.clone() if images.is_inference() else images
+            images = images.clone() if images.is_inference() else images.detach()
             labels = labels.clone() if labels.is_inference() else labels
             method = self._method if captured is None else "captured"
             memory = MemoryModel.of(self._architecture, method, self._dtype, self._sketch)
@@ -98,7 +99,7 @@ class GradientEngine:
             result = self._buffers.empty(
                 {name: (len(images), *shape) for name, shape in shapes.items()}, self._dtype, images.device
             )
-            make = self._functional(method, tensors) if captured is None else self._capturing(captured, tensors)
+            make = self._functional(tensors) if captured is None else self._capturing(captured, tensors)
             for start in range(0, len(images), chunk):
                 part = slice(start, start + chunk)
                 make(images[part].to(self._dtype), labels[part], {name: kept[part] for name, kept in result.items()})
@@ -113,17 +114,19 @@ class GradientEngine:
         """The captured method for the network as it is now; None where another is to be used."""
         if self._settings.method not in ("auto", "captured"):
             return None
-        modes = tuple(module.training for module in self._network.modules())
-        key = (modes, images.device)
+        # A client batch of one may be treated otherwise than larger ones; these are treated alike.
+        images_per_leak = min(images.shape[1], 2)
+        key = (tuple(_state(module) for module in self._network.modules()), images.device, images_per_leak)
         if key not in self._captured:
             device_type = images.device.type
+            like = torch.empty(0, dtype=self._dtype, device=images.device)
             try:
                 # torch.export does not work within full_float32.
                 with autograd_on(device_type), sdpa_kernel(_attention(device_type)):
-                    like = torch.empty(0, dtype=self._dtype, device=images.device)
-                    self._captured[key] = CapturedGradients(
-                        self._network, self._names, self._architecture.image_shape, like
-                    )
+                    captured = CapturedGradients(self._network, self._names, self._architecture.image_shape, like)
+                    with full_float32():
+                        check_against_autograd(captured, self._network, self._architecture, like, images_per_leak)
+                self._captured[key] = captured
             except NoRuleError as error:
                 if self._settings.method == "captured":
                     raise ConfigError(
@@ -144,13 +147,12 @@ class GradientEngine:
 
         return make
 
-    def _functional(self, method: str, tensors: dict[str, Tensor]) -> _Make:
+    def _functional(self, tensors: dict[str, Tensor]) -> _Make:
         leaked = {name: tensors.pop(name) for name in self._names}
-        gradients = self._functional_gradients(method)
 
         def make(images: Tensor, labels: Tensor, results: Gradients) -> None:
             with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
-                made = gradients(leaked, tensors, images, labels)
+                made = self._functional_gradients(leaked, tensors, images, labels)
             if self._sketch is not None:
                 made = self._sketch(made)
             for name, kept in results.items():
@@ -158,12 +160,16 @@ class GradientEngine:
 
         return make
 
-    def _functional_gradients(self, method: str) -> FunctionalGradients:
-        if method != "compiled":
-            return FunctionalGradients(self._network, method)
-        if self._compiled is None:
-            self._compiled = FunctionalGradients(self._network, method)
-        return self._compiled
+
+def _state(module: nn.Module) -> Hashable:
+    """All that makes a module compute something else, short of changes to its attributes."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return id(module), module.training, sum(map(len, hooks))
 
 
 def _attention(device_type: str) -> list[SDPBackend]:

@@ -1,5 +1,6 @@
-"""Gradients per leak by `torch.func`: vectorised over leaks, vectorised and compiled, or one leak after the other."""
+"""Gradients per leak by `torch.func`, vectorised over leaks or vectorised and compiled; or by autograd, one by one."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,35 +11,33 @@ from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
 from gitlight.gradients.functional import functional
 
-_Gradient = Callable[[Gradients, Gradients, Tensor, Tensor], Gradients]
+log = logging.getLogger(__name__)
+
+_Loss = Callable[[Gradients, Gradients, Tensor, Tensor], Tensor]
 """Of one client batch: parameters that leak, other parameters and buffers, images ``(N, C, H, W)``, labels ``(N,)``."""
+
+_Gradient = Callable[[Gradients, Gradients, Tensor, Tensor], Gradients]
 
 
 class FunctionalGradients:
     """The gradients of a network's loss, ``(B, *shape)`` for ``B`` leaks."""
 
-    def __init__(self, network: nn.Module, method: str) -> None:
+    def __init__(self, network: nn.Module, method: str, falls_back: bool = False) -> None:
         """Set up; nothing is computed or compiled yet.
 
         Args:
             network: the leaked network.
             method: ``vmap``, ``compiled`` or ``loop``.
+            falls_back: whether ``vmap`` gives way to ``loop`` where the model cannot be vectorised.
         """
-        forward = functional(network)
+        self._network = network
+        self._method = method
+        self._falls_back = falls_back
+        self._compiled: _Gradient | None = None
 
-        def loss(leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor) -> Tensor:
-            return nn.functional.cross_entropy(forward(leaked | others, images), labels)
-
-        self._compiled = method == "compiled"
-        self._of_one: _Gradient = grad(loss)
-        # randomness="different": a model with active dropout draws a mask per client batch, as separate clients would.
-        over_leaks = vmap(self._of_one, in_dims=(None, None, 0, 0), randomness="different")
-        if method == "loop":
-            self._of_many: _Gradient = self._loop
-        else:
-            self._of_many = torch.compile(over_leaks, dynamic=False) if self._compiled else over_leaks
-
-    def __call__(self, leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor) -> Gradients:
+    def __call__(
+        self, leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor, own_weights: bool = False
+    ) -> Gradients:
         """Gradients of ``B`` leaks.
 
         Args:
@@ -46,12 +45,37 @@ class FunctionalGradients:
             others: other parameters and buffers.
             images: ``(B, N, C, H, W)``.
             labels: ``(B, N)``.
+            own_weights: whether each leak has its own: ``leaked`` is then ``(B, *shape)``.
 
         Raises:
-            ConfigError: the model cannot be compiled here.
+            ConfigError: the model cannot be vectorised, or not compiled here.
         """
-        if not self._compiled:
-            return self._of_many(leaked, others, images, labels)
+        if self._method == "loop":
+            return self._one_by_one(leaked, others, images, labels, own_weights)
+        # What a forward pass overwrites is not the caller's.
+        others, images = _copied(others), images.clone()
+        if self._method == "compiled":
+            return self._by_compiled(leaked, others, images, labels)
+        try:
+            return _over_leaks(_loss_of(self._network), own_weights)(leaked, others, images, labels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # What is wrong with the model itself is raised here as it is.
+            first = {name: p[:1] for name, p in leaked.items()} if own_weights else leaked
+            self._one_by_one(first, others, images[:1], labels[:1], own_weights)
+            cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if not self._falls_back:
+                raise ConfigError(
+                    f"gradients.method: vmap does not work for this leaked model: {cause} Give gradients.method=loop."
+                ) from error
+            log.info("Gradients are made one by one: this leaked model cannot be vectorised over leaks: %s", cause)
+            self._method = "loop"
+        return self._one_by_one(leaked, others, images, labels, own_weights)
+
+    def _by_compiled(self, leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor) -> Gradients:
+        if self._compiled is None:
+            self._compiled = torch.compile(_over_leaks(_loss_of(self._network), own_weights=False), dynamic=False)
         n_leaks = len(images)
         # Each number of leaks is compiled for itself: powers of two are few.
         missing = (1 << (n_leaks - 1).bit_length()) - n_leaks
@@ -59,7 +83,7 @@ class FunctionalGradients:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
             labels = torch.cat([labels, labels[:1].expand(missing, -1)])
         try:
-            made = self._of_many(leaked, others, images, labels)
+            made = self._compiled(leaked, others, images, labels)
         except torch._dynamo.exc.TorchDynamoException as error:
             cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ConfigError(
@@ -68,6 +92,56 @@ class FunctionalGradients:
             ) from error
         return {name: gradient[:n_leaks] for name, gradient in made.items()}
 
-    def _loop(self, leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor) -> Gradients:
-        made = [self._of_one(leaked, others, *client) for client in zip(images, labels, strict=True)]
+    def _one_by_one(
+        self, leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor, own_weights: bool
+    ) -> Gradients:
+        made = [
+            gradient_by_autograd(
+                self._network,
+                {name: p[number] for name, p in leaked.items()} if own_weights else leaked,
+                others,
+                images[number],
+                labels[number],
+            )
+            for number in range(len(images))
+        ]
         return {name: torch.stack([one[name] for one in made]) for name in leaked}
+
+
+def gradient_by_autograd(
+    network: nn.Module, leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor
+) -> Gradients:
+    """The gradient of one client batch, as any client makes it: by one backward pass of autograd.
+
+    Args:
+        network: the leaked network.
+        leaked: the parameters that leak, by name.
+        others: other parameters and buffers; copied, as are images, so that they stay as they are.
+        images: ``(N, C, H, W)``.
+        labels: ``(N,)``.
+    """
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in leaked.items()}
+    loss = _loss_of(network)(leaves, _copied(others), images.clone(), labels)
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(parameter) for name, parameter in leaked.items()}
+    made = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, made, strict=True))
+
+
+def _loss_of(network: nn.Module) -> _Loss:
+    forward = functional(network)
+
+    def loss(leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(forward(leaked | others, images), labels)
+
+    return loss
+
+
+def _over_leaks(loss: _Loss, own_weights: bool) -> _Gradient:
+    # randomness="different": a model with active dropout draws a mask per client batch, as separate clients would.
+    mapped: _Gradient = vmap(grad(loss), in_dims=(0 if own_weights else None, None, 0, 0), randomness="different")
+    return mapped
+
+
+def _copied(tensors: Gradients) -> Gradients:
+    return {name: value.clone() for name, value in tensors.items()}

@@ -41,7 +41,8 @@ class MemoryModel:
         result = whole if sketch is None else sum(prod(shape) for shape in sketch.shapes.values())
         entry = torch.finfo(dtype).bits // 8
         attention = sum(
-            prod(layer.output_shape[:-1]) * layer.input_shapes[1][-2]
+            # Keys that do not depend on the image are taken to be as many as queries.
+            prod(layer.output_shape[:-1]) * max(shape[-2] for shape in (layer.output_shape, *layer.input_shapes))
             for layer in architecture.layers
             if layer.kind == "scaled_dot_product_attention"
         )
@@ -89,9 +90,10 @@ class MemoryModel:
 
 def _largest_unfolded(architecture: Architecture) -> int:
     """Entries of the largest unfolded input of a convolution, for one image."""
-    sizes = [
-        layer.input_shape[0] * prod(layer.weight_shape[2:]) * prod(layer.output_shape[1:])
-        for layer in architecture.layers
-        if layer.kind == "conv2d"
-    ]
-    return max(sizes, default=0)
+    sizes = [0]
+    for layer in architecture.layers:
+        shapes = dict(zip(layer.roles, layer.input_shapes, strict=True))
+        if layer.kind == "conv2d" and "input" in shapes:
+            kernel = layer.weight_shape or shapes.get("weight", ())  # which may be computed from parameters
+            sizes.append(shapes["input"][0] * prod(kernel[2:]) * prod(layer.output_shape[1:]))
+    return max(sizes)

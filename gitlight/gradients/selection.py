@@ -65,7 +65,7 @@ def select_early(graph: fx.Graph) -> None:
     Args:
         graph: of ``torch.export``; changed in place.
     """
-    if _depends_on_memory(graph):
+    if depends_on_memory(graph):
         return
     for node in reversed(list(graph.nodes)):
         if (selection := _only_selection(node)) is None:
@@ -92,7 +92,7 @@ def select_together(graph: fx.Graph) -> None:
     Args:
         graph: of ``torch.export``; changed in place.
     """
-    if _depends_on_memory(graph):
+    if depends_on_memory(graph):
         return
     for node in list(graph.nodes):
         users = list(node.users)
@@ -108,7 +108,7 @@ def select_together(graph: fx.Graph) -> None:
             graph.erase_node(user)
 
 
-def _depends_on_memory(graph: fx.Graph) -> bool:
+def depends_on_memory(graph: fx.Graph) -> bool:
     """Whether anything is overwritten, or read from where it lies."""
     schemas = (getattr(node.target, "_schema", None) for node in graph.nodes)
     overwritten = any(schema is not None and schema.is_mutable for schema in schemas)

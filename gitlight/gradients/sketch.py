@@ -100,10 +100,10 @@ def _exact(architecture: Architecture, settings: SketchConfig) -> set[str]:
                     f"Its parameters: {', '.join(list(shapes)[:50])}{', …' if len(shapes) > 50 else ''}."
                 )
         return {name for pattern in settings.keep_exact for name in fnmatch.filter(shapes, pattern)}
-    last = [layer for layer in architecture.layers if layer.parameters][-1]
+    last = [layer for layer in architecture.layers if layer.parameters][-1:]
     embeddings = [layer.parameters.values() for layer in architecture.layers if layer.kind in _EMBEDDINGS]
     return {
-        *last.parameters.values(),
+        *chain(*(layer.parameters.values() for layer in last)),
         *chain(*embeddings),
         *(name for name, shape in shapes.items() if len(shape) == 1),
     }

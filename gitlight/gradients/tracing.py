@@ -24,7 +24,7 @@ from gitlight.exported import (
 from gitlight.gradients.frozen_convolutions import frozen_conv2d
 from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
 from gitlight.gradients.products import frozen_linear
-from gitlight.gradients.selection import move_selections
+from gitlight.gradients.selection import depends_on_memory, move_selections
 
 # Any number but 0 and 1, which torch.export would take for constants.
 _TRACED_IMAGES = 7
@@ -103,6 +103,7 @@ class TracedNetwork:
         prologue: operations on parameters and buffers alone, run once for many images.
         body: the rest, as ``body(recorder, image, externals)``; a step is ``recorder.run(number, *tensors)``.
         steps: the operations that use leaked parameters.
+        overwrites: whether the body overwrites anything, images perhaps.
     """
 
     constants: Mapping[str, Tensor]
@@ -110,6 +111,7 @@ class TracedNetwork:
     prologue: tuple[fx.Node, ...]
     body: Any
     steps: tuple[Step, ...]
+    overwrites: bool
 
 
 def trace(
@@ -137,7 +139,8 @@ def trace(
     builder = _Builder(held, constants, leaked, frozenset(exported.graph_signature.user_inputs))
     for node in exported.graph.nodes:
         builder.add(node)
-    return TracedNetwork(constants, held, tuple(builder.prologue), builder.module(), tuple(builder.steps))
+    overwrites = depends_on_memory(exported.graph)
+    return TracedNetwork(constants, held, tuple(builder.prologue), builder.module(), tuple(builder.steps), overwrites)
 
 
 def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> Any:
@@ -191,7 +194,7 @@ class _Builder:
         elif node.op != "call_function" or not _plain(node.target):
             raise NoRuleError(f"{node.target} of {_place(node)} runs a graph of its own")
         elif _mixes_images(node):
-            raise NoRuleError(f"{_place(node)} is in training mode")
+            raise NoRuleError(f"{_place(node)} draws random numbers, or is in training mode")
         elif not any(source in self._known for source in node.all_input_nodes):
             self._external.add(node.name)
             self.prologue.append(node)
@@ -315,7 +318,12 @@ def _mixes_images(node: fx.Node) -> bool:
     name, given = kind_of(node).removesuffix("_"), arguments_of(node)
     if name == "batch_norm":
         return bool(given["training"])
-    return "dropout" in name and bool(given.get("train")) and given.get("p", 0) > 0
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    if name == "scaled_dot_product_attention":
+        return bool(given["dropout_p"] > 0)
+    trains = bool(given.get("train", given.get("training", True)))
+    return trains and given.get("p", 1) > 0
 
 
 def _place(node: fx.Node) -> str:

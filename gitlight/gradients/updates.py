@@ -1,10 +1,9 @@
 """Updates of federated averaging (FedAvg, McMahan et al. 2017): what a client shares after local steps of SGD."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.architecture import Architecture
@@ -12,7 +11,7 @@ from gitlight.config import GradientsConfig, UpdatesConfig
 from gitlight.data.pair import Gradients
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
-from gitlight.gradients.functional import functional
+from gitlight.gradients.functional_gradients import FunctionalGradients
 from gitlight.gradients.precision import plain_autograd
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -73,6 +72,10 @@ class LocalUpdates:
         self._architecture = architecture
         self._settings = settings
         self._dtype = _DTYPES[settings.dtype]
+        one_by_one = settings.method == "loop"
+        self._gradients = FunctionalGradients(
+            network, "loop" if one_by_one else "vmap", falls_back=settings.method != "vmap"
+        )
 
     def __call__(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Gradients:
         """Updates of ``B`` clients.
@@ -86,21 +89,21 @@ class LocalUpdates:
             Parameter name → ``(B, *parameter.shape)``, of the precision ``gradients.dtype``, detached.
 
         Raises:
-            ConfigError: one client alone needs more than ``gradients.memory_limit_gb``.
+            ConfigError: one client alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method=vmap``
+                and the model cannot be vectorised.
         """
         chunk = self._clients_per_chunk(len(images), images.shape[1])
         orders = torch.stack([self._order(seed, images.shape[1]) for seed in seeds.tolist()]).to(images.device)
         # For the fused kernels of attention vmap has no rule.
         with plain_autograd(images.device.type), sdpa_kernel(SDPBackend.MATH):
             # Tensors made in inference mode cannot be differentiated through; copies can.
-            images = images.clone() if images.is_inference() else images
+            images = images.clone() if images.is_inference() else images.detach()
             labels = labels.clone() if labels.is_inference() else labels
             tensors = {
                 name: value.detach().to(self._dtype) if value.is_floating_point() else value.detach()
                 for name, value in (*self._network.named_parameters(), *self._network.named_buffers())
             }
             leaked = {name: tensors.pop(name) for name in self._architecture.parameter_shapes}
-            gradient = _gradient_of(self._network, tensors)
             result = {
                 name: torch.zeros(len(images), *value.shape, dtype=self._dtype, device=images.device)
                 for name, value in leaked.items()
@@ -108,7 +111,7 @@ class LocalUpdates:
             for start in range(0, len(images), chunk):
                 part = slice(start, start + chunk)
                 sums = {name: total[part] for name, total in result.items()}
-                self._descend(gradient, leaked, images[part], labels[part], orders[part], sums)
+                self._descend(leaked, tensors, images[part], labels[part], orders[part], sums)
         return result
 
     def _order(self, seed: int, n_images: int) -> Tensor:
@@ -123,8 +126,8 @@ class LocalUpdates:
 
     def _descend(
         self,
-        gradient: "_Gradient",
         leaked: Gradients,
+        others: Gradients,
         images: Tensor,
         labels: Tensor,
         orders: Tensor,
@@ -133,17 +136,16 @@ class LocalUpdates:
         """Take the local steps of a chunk of clients, and add their mean gradient to ``sums``, in place."""
         settings, n_images = self._settings.updates, images.shape[1]
         n_steps = n_local_steps(settings, n_images)
-        method = _loop if self._settings.method == "loop" else vmap
         weights: Gradients | None = None
         for positions in _local_batches(orders, settings.batch_size or n_images):
             batch = torch.arange(len(images), device=images.device)[:, None], positions
             examples = images[batch].to(self._dtype), labels[batch]
             if weights is None:
                 # All clients begin with the same weights: one matrix product serves them all.
-                made = method(gradient, in_dims=(None, 0, 0), randomness="different")(leaked, *examples)
+                made = self._gradients(leaked, others, *examples)
                 weights = {name: value - settings.learning_rate * made[name] for name, value in leaked.items()}
             else:
-                made = method(gradient, in_dims=(0, 0, 0), randomness="different")(weights, *examples)
+                made = self._gradients(weights, others, *examples, own_weights=True)
                 for name, value in weights.items():
                     value.sub_(made[name], alpha=settings.learning_rate)
             for name, total in sums.items():
@@ -168,34 +170,7 @@ class LocalUpdates:
         return max(1, min(n_clients, int((limit - results) // workspace)))
 
 
-_Gradient = Callable[[Gradients, Tensor, Tensor], Gradients]
-
-
-def _gradient_of(network: nn.Module, constants: Gradients) -> _Gradient:
-    """The gradient of the mean cross-entropy of a local batch, by the parameters that leak."""
-    forward = functional(network)
-
-    def loss(parameters: Gradients, images: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(forward(parameters | constants, images), labels)
-
-    return grad(loss)
-
-
 def _local_batches(orders: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Positions ``(B, ≤ batch_size)`` of every local batch, from orders ``(B, epochs, N)``."""
     for epoch in orders.unbind(1):
         yield from epoch.split(batch_size, dim=1)
-
-
-def _loop(gradient: _Gradient, in_dims: tuple[int | None, int, int], randomness: str) -> _Gradient:
-    """As `vmap`, one client at a time."""
-
-    def mapped(parameters: Gradients, images: Tensor, labels: Tensor) -> Gradients:
-        own = in_dims[0] is not None
-        made = [
-            gradient({name: p[number] for name, p in parameters.items()} if own else parameters, *client)
-            for number, client in enumerate(zip(images, labels, strict=True))
-        ]
-        return {name: torch.stack([one[name] for one in made]) for name in parameters}
-
-    return mapped

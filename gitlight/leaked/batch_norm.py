@@ -40,7 +40,8 @@ def use_batch_statistics(network: nn.Module) -> None:
     replacements: dict[_BatchNorm, ClientBatchNorm] = {}
     for parent in list(network.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, _BatchNorm):
+            # One that its user has taught to do something else goes on doing it.
+            if isinstance(child, _BatchNorm) and type(child).forward is _BatchNorm.forward:
                 # A layer that is used at several places stays one layer.
                 parent._modules[name] = replacements.setdefault(child, ClientBatchNorm(child))
 

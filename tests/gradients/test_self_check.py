@@ -1,0 +1,237 @@
+"""Models whose graph is not the whole of them: what the engine makes is what autograd makes, or refused by name."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gitlight.architecture import Architecture
+from gitlight.config import GradientsConfig, SketchConfig, UpdatesConfig
+from gitlight.errors import ConfigError
+from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.sketch import Sketch
+from gitlight.gradients.updates import LocalUpdates
+
+SHAPE, N_CLASSES = (3, 4, 4), 5
+
+
+class Model(nn.Module):
+    """Two layers, and something in between."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.last = nn.Linear(48, 6), nn.Linear(6, N_CLASSES)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 6))
+        self.between = between
+
+    def forward(self, images):
+        return self.last(self.between(self, self.first(images.flatten(1))))
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, backward with the sign changed: a gradient reversal layer (Ganin et al. 2016)."""
+
+    @staticmethod
+    def forward(context, x):
+        return x * 1
+
+    @staticmethod
+    def backward(context, delta):
+        return -delta
+
+
+def scaled_without_gradient(model, x):
+    with torch.no_grad():
+        factor = x.mean(1, keepdim=True)
+    return x * factor
+
+
+def view_before_in_place(model, x):
+    view = x.view(-1, 2, 3)
+    return (x.mul_(2) + view.flatten(1)) * model.scale
+
+
+def complex_product(model, x):
+    return (torch.complex(x, x.cos()) * model.scale + 1).abs()
+
+
+def over_the_batch(model, x):
+    return x / x.detach().abs().nan_to_num(0).max()
+
+
+def norm_of_one_parameter(model, x):
+    return F.layer_norm(x, (6,), model.scale, model.scale)
+
+
+BETWEEN = {
+    "own backward": lambda model, x: Reversed.apply(x),
+    "no_grad": scaled_without_gradient,
+    "view before in place": view_before_in_place,
+    "complex": complex_product,
+    "over the batch": over_the_batch,
+    "one parameter as two arguments": norm_of_one_parameter,
+}
+
+
+def autograd_loop(network, images, labels):
+    twin = network.double()
+    leaks = []
+    for client_images, client_labels in zip(images.double(), labels, strict=True):
+        loss = F.cross_entropy(twin(client_images.clone()), client_labels)
+        leaks.append(torch.autograd.grad(loss, list(twin.parameters()), allow_unused=True, materialize_grads=True))
+    names = [name for name, _ in twin.named_parameters()]
+    return {n: torch.stack(parts) for n, parts in zip(names, zip(*leaks, strict=True), strict=True)}
+
+
+def pairs(client_batch_size=2):
+    torch.manual_seed(1)
+    return torch.rand(3, client_batch_size, *SHAPE), torch.randint(N_CLASSES, (3, client_batch_size))
+
+
+def engine_of(network, method="auto"):
+    settings = GradientsConfig(method=method, dtype="float64")
+    return GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), settings)
+
+
+def assert_exact(network, client_batch_size=2, method="auto"):
+    images, labels = pairs(client_batch_size)
+    before = images.clone()
+    found = engine_of(network, method)(images, labels)
+    assert torch.equal(images, before)
+    for name, wanted in autograd_loop(network, images, labels).items():
+        assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+
+
+@pytest.mark.parametrize("client_batch_size", [1, 2])
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_a_graph_leaves_out_is_in_the_gradients(between, client_batch_size):
+    torch.manual_seed(0)
+    assert_exact(Model(BETWEEN[between]), client_batch_size)
+
+
+@pytest.mark.parametrize("between", ["own backward", "no_grad", "view before in place", "complex", "over the batch"])
+def test_captured_by_name_is_refused_where_it_would_be_wrong(between):
+    torch.manual_seed(0)
+    with pytest.raises(ConfigError, match=r"captured does not fit this leaked model.*(autograd|runs a graph|tie)"):
+        engine_of(Model(BETWEEN[between]), "captured")(*pairs())
+
+
+def test_one_parameter_as_two_arguments_of_an_operation_is_captured():
+    torch.manual_seed(0)
+    assert_exact(Model(norm_of_one_parameter), method="captured")
+
+
+def test_a_hook_that_changes_values_changes_the_gradients():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Sigmoid(), nn.Linear(6, N_CLASSES))
+    engine, (images, labels) = engine_of(network), pairs()
+    plain = engine(images, labels)
+    handle = network[1].register_forward_hook(lambda module, inputs, output: output * 3)
+    assert_exact(network)
+    assert not torch.allclose(engine(images, labels)["1.weight"], plain["1.weight"])
+    handle.remove()
+    assert torch.equal(engine(images, labels)["1.weight"], plain["1.weight"])
+
+
+def test_a_replaced_module_is_followed():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Sigmoid(), nn.Linear(6, N_CLASSES)).double()
+    engine, (images, labels) = engine_of(network), pairs()
+    engine(images, labels)
+    network[2] = nn.Tanh()
+    found = engine(images, labels)
+    for name, wanted in autograd_loop(network, images, labels).items():
+        assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "vmap"])
+def test_images_that_a_forward_pass_overwrites_or_that_want_gradients_stay_as_they_are(method):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(48, N_CLASSES))
+    images, labels = pairs()
+    images = images.double() - 0.5
+    before = images.clone()
+    engine = engine_of(network, method)
+    made = engine(images, labels)
+    assert torch.equal(images, before)
+    assert torch.equal(engine(images.requires_grad_(), labels)["2.weight"], made["2.weight"])
+
+
+class Recurrent(nn.Module):
+    """Rows of an image, one after the other; vmap has no rule for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(12, 7, batch_first=True), nn.Linear(7, N_CLASSES)
+
+    def forward(self, images):
+        return self.head(self.gru(images.movedim(1, 2).flatten(2))[0][:, -1])
+
+
+def test_where_vmap_cannot_the_loop_does():
+    torch.manual_seed(0)
+    assert_exact(Recurrent())
+    assert_exact(Recurrent(), method="loop")
+    with pytest.raises(ConfigError, match=r"vmap does not work for this leaked model: .* gradients.method=loop"):
+        engine_of(Recurrent(), "vmap")(*pairs())
+
+
+def test_updates_fall_back_as_gradients_do():
+    torch.manual_seed(0)
+    network, (images, labels), seeds = Recurrent(), pairs(3), torch.arange(3)
+    architecture = Architecture.of(network, SHAPE, N_CLASSES)
+    made = {}
+    for method in ("auto", "loop"):
+        updates = UpdatesConfig(epochs=2, batch_size=2, learning_rate=0.1)
+        settings = GradientsConfig(method=method, dtype="float64", updates=updates)
+        made[method] = LocalUpdates(network, architecture, settings)(images, labels, seeds)
+    for name, update in made["loop"].items():
+        assert torch.allclose(made["auto"][name], update, rtol=1e-12), name
+        assert not torch.allclose(update, engine_of(network, "loop")(images, labels)[name])
+    vectorised = LocalUpdates(network, architecture, GradientsConfig(method="vmap", updates=updates))
+    with pytest.raises(ConfigError, match=r"vmap does not work for this leaked model"):
+        vectorised(images, labels, seeds)
+
+
+def test_the_models_own_error_is_raised_as_it_is():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, N_CLASSES))
+    engine = engine_of(network, "vmap")
+    network[1] = nn.Linear(47, N_CLASSES)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        engine(*pairs())
+
+
+def test_another_librarys_operation_is_not_taken_for_atens_of_the_same_name():
+    torch.manual_seed(0)
+    with torch.library._scoped_library("gitlight_tests", "FRAGMENT") as library:
+        library.define("linear(Tensor input, Tensor weight) -> Tensor")
+        library.impl("linear", lambda x, weight: 3 * x @ weight.T.sin(), "CompositeImplicitAutograd")
+        assert_exact(Model(lambda model, x: torch.ops.gitlight_tests.linear(x, torch.diag(model.scale))))
+
+
+class ConstantOperands(nn.Module):
+    """A convolution and attention that take nothing but parameters in a place where images are usual."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.image = nn.Parameter(torch.rand(4, 3, 3, 3)), nn.Parameter(torch.rand(1, 3, 4, 4))
+        self.keys, self.head = nn.Parameter(torch.rand(1, 6, 8)), nn.Linear(64, N_CLASSES)
+
+    def forward(self, images):
+        features = F.conv2d(images, self.kernel * 2, padding=1) + F.conv2d(self.image, self.kernel, padding=1)
+        queries = images.reshape(-1, 6, 8)
+        attended = F.scaled_dot_product_attention(queries, self.keys, self.keys)
+        return self.head(features.flatten(1) + F.pad(attended.flatten(1), (0, 16)))
+
+
+def test_operations_on_parameters_alone_are_counted_and_exact():
+    torch.manual_seed(0)
+    assert_exact(ConstantOperands())
+
+
+def test_a_sketch_of_a_model_without_a_layer_that_leaks():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, N_CLASSES))
+    architecture = replace(Architecture.of(network, SHAPE, N_CLASSES), layers=())
+    assert Sketch(architecture, SketchConfig(name="count", size=16)).shapes["1.weight"] == (16,)

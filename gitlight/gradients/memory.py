@@ -1,5 +1,6 @@
 """How many leaks are differentiated at once: memory, counted before it is used."""
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -56,7 +57,7 @@ class MemoryModel:
                 entry,
                 result,
                 whole,
-                2 * max(sketched, default=0),
+                2 * max(sketched, default=0) + _largest_used_again(architecture),
                 3 * activations + 3 * _largest_unfolded(architecture),
             )
         # Values, their gradients, the unfolded input of a convolution; two copies of the gradient.
@@ -86,6 +87,12 @@ class MemoryModel:
         if self.method == "captured" and images.device.type == "cpu":
             chunk = min(chunk, max(1, int(_CPU_CHUNK_BYTES / (per_leak * self.per_image * self.entry_bytes))))
         return max(1, min(n_leaks, chunk))
+
+
+def _largest_used_again(architecture: Architecture) -> int:
+    """Entries of the largest parameter with several uses: the gradient of each is made apart, and added."""
+    uses = Counter(name for layer in architecture.layers for name in layer.parameters.values())
+    return max((architecture.parameter_shapes[name].numel() for name, count in uses.items() if count > 1), default=0)
 
 
 def _largest_unfolded(architecture: Architecture) -> int:

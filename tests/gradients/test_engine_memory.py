@@ -8,6 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+
+from gitlight.architecture import Architecture
+from gitlight.gradients.memory import MemoryModel
 
 MEASURE = """
 import sys, torch
@@ -46,3 +51,13 @@ def test_making_gradients_stays_within_the_limit(name, limit, n_leaks):
     )
     # The gradients themselves are a third of the limit and more; the allocator's rounding gets a tenth.
     assert 0.3 * limit < float(result.stdout) < 1.1 * limit
+
+
+def test_a_layer_that_is_used_again_has_its_gradients_twice():
+    def model(n_layers):
+        layer = nn.Linear(48, 48)
+        network = nn.Sequential(nn.Flatten(), *[layer] * n_layers, nn.Linear(48, 10))
+        return MemoryModel.of(Architecture.of(network, (3, 4, 4), 10), "captured", torch.float32, None)
+
+    assert model(1).per_leak == 0
+    assert model(3).per_leak == 48 * 48

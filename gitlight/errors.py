@@ -49,8 +49,8 @@ class RunStopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message up to its first line break, for messages of our own; its kind where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of an error's message, for messages of our own; its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any], where: str) -> str:

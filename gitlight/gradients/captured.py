@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_arg
 
 from gitlight.architecture import ImageShape
+from gitlight.errors import first_line
 from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.layer_gradients import Call, Layout, NoRuleError
 from gitlight.gradients.tracing import Step, trace
@@ -70,7 +71,7 @@ class CapturedGradients:
         except NoRuleError:
             raise
         except Exception as error:  # a rule of the user's own may raise anything
-            raise NoRuleError(f"its graph does not run: {next(iter(str(error).splitlines()), '')}") from error
+            raise NoRuleError(f"its graph does not run: {first_line(error)}") from error
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> Prepared:
         """What many chunks share.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from gitlight.data.pair import Gradients
-from gitlight.errors import ConfigError
+from gitlight.errors import ConfigError, first_line
 from gitlight.gradients.functional import functional
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class FunctionalGradients:
             # What is wrong with the model itself is raised here as it is.
             first = {name: p[:1] for name, p in leaked.items()} if own_weights else leaked
             self._one_by_one(first, others, images[:1], labels[:1], own_weights)
-            cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            cause = first_line(error)
             if not self._falls_back:
                 raise ConfigError(
                     f"gradients.method: vmap does not work for this leaked model: {cause} Give gradients.method=loop."
@@ -85,7 +85,7 @@ class FunctionalGradients:
         try:
             made = self._compiled(leaked, others, images, labels)
         except torch._dynamo.exc.TorchDynamoException as error:
-            cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            cause = first_line(error)
             raise ConfigError(
                 f"gradients.method: compiled does not work for this leaked model on this machine: {cause} "
                 "It needs a C++ compiler. Give gradients.method=auto."

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from gitlight.errors import first_line
 from gitlight.exported import arguments_of
 from gitlight.gradients.layer_gradients import NoRuleError
 
@@ -51,8 +52,7 @@ def move_selections(graph: fx.Graph) -> None:
         select_early(graph)
         select_together(graph)
     except Exception as error:  # operations raise many kinds, on sizes that they do not take
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise NoRuleError(f"a selection of positions cannot be moved: {first_line}") from error
+        raise NoRuleError(f"a selection of positions cannot be moved: {first_line(error)}") from error
 
 
 def select_early(graph: fx.Graph) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
 from gitlight.data.pair import Gradients
+from gitlight.errors import first_line
 from gitlight.gradients.captured import CapturedGradients
 from gitlight.gradients.functional_gradients import gradient_by_autograd
 from gitlight.gradients.layer_gradients import NoRuleError
@@ -55,8 +56,7 @@ def check_against_autograd(
         try:
             wanted = gradient_by_autograd(network, parameters, others, images[number], labels[number])
         except Exception as error:  # the model's own
-            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise NoRuleError(f"autograd does not differentiate it: {first_line}") from error
+            raise NoRuleError(f"autograd does not differentiate it: {first_line(error)}") from error
         _compare({name: gradient[number] for name, gradient in made.items()}, wanted)
 
 

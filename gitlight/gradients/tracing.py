@@ -13,6 +13,7 @@ from torch.export.passes import move_to_device_pass
 from torch.fx.node import map_aggregate, map_arg
 
 from gitlight.architecture import ImageShape
+from gitlight.errors import first_line
 from gitlight.exported import (
     arguments_of,
     held_tensors,
@@ -158,8 +159,8 @@ def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> 
             shapes = ({0: torch.export.Dim("batch")},)
             return torch.export.export(twin, (images,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many kinds, its own and the model's
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise NoRuleError(f"torch.export cannot trace the model for any number of images: {first_line}") from error
+        cause = first_line(error)
+        raise NoRuleError(f"torch.export cannot trace the model for any number of images: {cause}") from error
 
 
 class _Builder:

@@ -99,6 +99,7 @@ def build_trainer(
         in_pairs = config.trainer.virtual_ranks is not None and world_size > 2  # of two, any order is
         # Gradients lie where they are added up, and not a second time beside it.
         arguments["strategy"] = (_PairwiseDDPStrategy if in_pairs else DDPStrategy)(gradient_as_bucket_view=True)
+    arguments["max_time"] = None  # a callback's
     trainer = Trainer(
         **arguments,
         callbacks=callbacks,
@@ -116,6 +117,8 @@ def build_trainer(
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     # What tells the other ranks of such a signal waits for the device at every step.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    # With `max_steps` Lightning would take the end of an epoch for the middle of one where a run goes on from there.
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     return trainer
 
 

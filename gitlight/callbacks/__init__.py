@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from gitlight.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from gitlight.callbacks.learning_rate import LearningRate
+from gitlight.callbacks.max_time import MaxTime
 from gitlight.callbacks.metrics import ReconstructionMetrics
 from gitlight.callbacks.progress import PairsProgressBar, QuietProgress
 from gitlight.callbacks.reconstructions import ReconstructionGrid, draw_grid
@@ -60,6 +61,7 @@ def build_callbacks(config: Config, output_dir: Path, signals: StopSignals | Non
         *_averaging(config),
         *_reconstruction_callbacks(config, output_dir),
         *_sweep_callbacks(),
+        *([] if config.trainer.max_time is None else [MaxTime(config.trainer.max_time)]),
         LearningRate(),
         RunSettings(config),
         RunState(config.seed),

@@ -49,6 +49,11 @@ def last_checkpoint(
     )
 
 
+def is_finished(trainer: Trainer) -> bool:
+    """Whether the epoch, at its end, has had all of its batches."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
 class _MovableCheckpoint(ModelCheckpoint):
     """Keeps its score where a run folder is moved or copied and resumed there.
 
@@ -97,6 +102,16 @@ class _LastCheckpoint(_MovableCheckpoint):
         """Stop where a signal has come since the last batch of the epoch before, whose end is saved by now."""
         if self._last_checkpoint_saved and (signal_number := self._agreed_signal(trainer)):
             self._stop(trainer, signal_number)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save; what `max_steps` or `max_time` ended within an epoch goes on with that epoch's next batch."""
+        progress = trainer.fit_loop.epoch_progress
+        unfinished = not is_finished(trainer)
+        for counted in (progress.total, progress.current):
+            counted.processed -= unfinished  # type: ignore[attr-defined]
+        super().on_train_epoch_end(trainer, pl_module)
+        for counted in (progress.total, progress.current):
+            counted.processed += unfinished  # type: ignore[attr-defined]
 
     def _between_batches(self, trainer: Trainer) -> None:
         if trainer.global_step == self._step:

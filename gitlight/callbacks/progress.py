@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, Timer
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
+from gitlight.callbacks.checkpoints import is_finished
 from gitlight.callbacks.throughput import PAIRS_PER_SECOND
 
 SHOWN = ("train/", "val/", "weight_distance/total_relative")
@@ -80,6 +81,7 @@ class QuietProgress(ProgressBar):
         super().__init__()
         self._enabled = True
         self._clock: TrainingClock | None = None
+        self._validated = False
 
     def disable(self) -> None:
         """Print nothing (ranks other than 0)."""
@@ -93,18 +95,25 @@ class QuietProgress(ProgressBar):
         """Start the clock."""
         self._clock = TrainingClock(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there are values of this epoch's."""
+        self._validated = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's line."""
         if self._enabled and self._clock is not None:
-            self.print(_epoch_line(trainer, self._clock), flush=True)
+            self.print(_epoch_line(trainer, self._clock, self._validated), flush=True)
+        self._validated = False
 
 
-def _epoch_line(trainer: Trainer, clock: TrainingClock) -> str:
+def _epoch_line(trainer: Trainer, clock: TrainingClock, validated: bool) -> str:
     logged: dict[str, Any] = {name: float(value) for name, value in trainer.callback_metrics.items()}
     last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-    parts = [f"epoch {trainer.current_epoch + 1}{last}"]
+    part = "" if is_finished(trainer) else f", up to step {trainer.global_step}"
+    parts = [f"epoch {trainer.current_epoch + 1}{last}{part}"]
     # Lightning keeps a value logged by step and by epoch under three names.
-    names = [name for name in logged if name.startswith(SHOWN) and not name.endswith(("_step", "_epoch"))]
+    shown = SHOWN if validated else SHOWN[:1]  # the others are of an epoch before
+    names = [name for name in logged if name.startswith(shown) and not name.endswith(("_step", "_epoch"))]
     parts += [f"{name} {logged[name]:.4g}" for name in sorted(names)]
     if PAIRS_PER_SECOND in logged:
         parts.append(f"{logged[PAIRS_PER_SECOND]:.0f} pairs/s")

@@ -21,6 +21,12 @@ def test_quiet_progress_is_one_line_an_epoch(fit: Fit, capsys: pytest.CaptureFix
     assert lines[-1].endswith("left 0:00:00")
 
 
+def test_values_of_a_former_validation_are_not_shown(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit([QuietProgress()], max_epochs=4, check_val_every_n_epoch=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert ["val/" in line for line in lines] == [False, True, False, True]
+
+
 def test_quiet_progress_knows_no_time_left_of_an_endless_run(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     class OneEpoch(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_run import SMALL
 
+from gitlight.callbacks.max_time import MaxTime
 from gitlight.cli import train_command
 from gitlight.runs import load_checkpoint
 from gitlight.training import GITModule
@@ -53,10 +54,22 @@ def metrics(run):
     return [row for row in timeless if any(value for key, value in row.items() if key not in ("epoch", "step"))]
 
 
-def same_weights(one, other):
+def same_weights(one, other, steps=EPOCHS * STEPS_AN_EPOCH):
     first, second = (load_checkpoint(run / "checkpoints" / "last.ckpt") for run in (one, other))
-    assert first["global_step"] == second["global_step"] == EPOCHS * STEPS_AN_EPOCH
+    assert first["global_step"] == second["global_step"] == steps
+    for counted in ("epoch_progress", "epoch_loop.batch_progress"):
+        assert first["loops"]["fit_loop"][counted] == second["loops"]["fit_loop"][counted]
     return all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+
+
+@pytest.fixture(scope="module")
+def of_two_epochs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_epochs")
+    (folder / "run.yaml").write_text(CONFIG)
+    # The schedule is the only thing that is to know where a run would have ended.
+    settings = [*SMALL, "optimizer.schedule=constant", "trainer.max_epochs=2", f"output_dir={folder / 'run'}"]
+    assert train_command([str(folder / "run.yaml"), *settings], folder / "run.yaml") == 0
+    return folder / "run"
 
 
 def stopped_at(monkeypatch, step, number):
@@ -97,6 +110,40 @@ def test_a_killed_and_stopped_run_resumed_ends_like_one_never_interrupted(
     assert metrics(killed) == metrics(whole)
     assert same_weights(killed, whole)
     assert not (tmp_path / "killed.1").exists()
+
+
+@pytest.mark.parametrize("steps", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 3])
+def test_a_run_that_max_steps_ended_goes_on_like_one_never_ended(train, config, of_two_epochs, tmp_path, steps, capsys):
+    ended = tmp_path / "ended"
+    settings = [*SMALL, "optimizer.schedule=constant", "trainer.max_epochs=2", f"output_dir={ended}"]
+    assert train(str(config), *settings, f"trainer.max_steps={steps}") == 0
+    said = capsys.readouterr().out
+    assert ("epoch 2/2, up to step 9" in said) == (steps == STEPS_AN_EPOCH + 3)
+    assert said.count("val/psnr") == 1, "of the validation that there was"
+    assert load_checkpoint(ended / "checkpoints" / "last.ckpt")["global_step"] == steps
+    assert train(str(config), *settings, "trainer.max_steps=100", "trainer.resume=last") == 0
+    assert metrics(ended) == metrics(of_two_epochs)
+    assert same_weights(ended, of_two_epochs, 2 * STEPS_AN_EPOCH)
+
+
+def test_a_run_that_max_time_ended_goes_on_like_one_never_ended(
+    train, config, of_two_epochs, tmp_path, monkeypatch, capsys
+):
+    ended = tmp_path / "ended"
+    settings = [*SMALL, "optimizer.schedule=constant", "trainer.max_epochs=2", f"output_dir={ended}"]
+
+    def at_step_eight(timer, trainer):
+        trainer.should_stop = trainer.global_step == 8
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaxTime, "_check_time_remaining", at_step_eight)
+        assert train(str(config), *settings, "trainer.max_time=00:00:01:00") == 0
+    assert "epoch 2/2, up to step 8" in capsys.readouterr().out
+    assert train(str(config), *settings, "trainer.resume=last") == 0
+    (of_its_end,) = [row for row in metrics(ended) if row not in metrics(of_two_epochs)]
+    assert of_its_end["step"] == "7"
+    assert of_its_end["val/psnr"]
+    assert same_weights(ended, of_two_epochs, 2 * STEPS_AN_EPOCH)
 
 
 def test_a_damaged_checkpoint_is_gone_past(train, run, capsys):

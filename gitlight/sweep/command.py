@@ -108,7 +108,7 @@ def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None)
 def _number_of_trials(specification: "Specification", asked: int | None) -> int:
     limits = [number for number in (asked or specification.run_cap,) if number is not None]
     if specification.method == "grid":
-        limits.append(len(specification.grid()))
+        limits.append(specification.grid_size())
     if not limits:
         raise ConfigError(
             f"--trials: how many? method: {specification.method} has no end. Give --trials 20, or run_cap: 20 in "

@@ -1,7 +1,8 @@
 """The ``parameters:`` of a sweep file, in W&B's words, as Optuna's distributions."""
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -26,6 +27,9 @@ UNSUPPORTED = (
 _KEYS = ("value", "values", "min", "max", "distribution", "q")
 _OTHER_KEYS = ("probabilities", "mu", "sigma", "a", "b")
 """Keys of W&B's that only unsupported distributions use."""
+
+_MOST = 2**53
+"""Optuna keeps numbers as floats, which tell whole numbers apart up to here."""
 
 Space = dict[str, BaseDistribution]
 
@@ -68,20 +72,34 @@ def parse_parameters(given: Any, file: str, prefix: str = "") -> Space:
     return space
 
 
-def grid_values(distribution: BaseDistribution) -> list[Any] | None:
-    """All values of a distribution that has finitely many, in order; None of one that has not.
+def grid_values(distribution: BaseDistribution) -> Sequence[Any] | None:
+    """All values of a distribution that has finitely many, in order, however many; None of one that has not.
 
-    >>> grid_values(IntDistribution(2, 8, step=3))
+    >>> list(grid_values(IntDistribution(2, 8, step=3)))
     [2, 5, 8]
     """
     if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
+        return distribution.choices
     if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
+        return range(distribution.low, distribution.high + 1, distribution.step)
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        count = round((distribution.high - distribution.low) / distribution.step)
-        return [distribution.low + i * distribution.step for i in range(count + 1)]
+        return _Steps(distribution.low, distribution.high, distribution.step)
     return None
+
+
+class _Steps(Sequence[float]):
+    """What `range` is of whole numbers; both bounds are in it, and rounding leads past neither."""
+
+    def __init__(self, low: float, high: float, step: float) -> None:
+        self._low, self._high, self._step = low, high, step
+
+    def __len__(self) -> int:
+        return round((self._high - self._low) / self._step) + 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return min(self._high, self._low + index * self._step)
 
 
 def extreme_values(distribution: BaseDistribution) -> list[Any]:
@@ -115,7 +133,7 @@ def _parse_one(name: str, entry: Any, file: str) -> BaseDistribution:
             f"Keys of a parameter: {', '.join(_KEYS)}, parameters."
         )
     kind = _inferred(name, entry, where) if kind is None else kind
-    if kind not in _DISTRIBUTIONS:
+    if not isinstance(kind, str) or kind not in _DISTRIBUTIONS:
         raise ConfigError(
             f"parameters.{name}.distribution: {kind!r} {where} is not known.{did_you_mean(str(kind), _DISTRIBUTIONS)} "
             f"Supported: {', '.join(_DISTRIBUTIONS)}."
@@ -161,6 +179,8 @@ def _choice(name: str, value: Any, where: str) -> Any:
 
 def _number(name: str, key: str, entry: Mapping[str, Any], where: str) -> float:
     value = entry[key]
+    if _is_whole(value) and abs(value) > _MOST:
+        raise ConfigError(f"parameters.{name}.{key}: {value:,} {where} is too large a whole number: at most {_MOST:,}.")
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return value
     text = ""
@@ -214,8 +234,10 @@ def _q_uniform(name: str, entry: Mapping[str, Any], where: str) -> BaseDistribut
     q = _number(name, "q", entry, where) if "q" in entry else 1
     if q <= 0:
         raise ConfigError(f"parameters.{name}.q: {q} {where} must be above 0.")
+    if not max(abs(low), abs(high)) / q < _MOST:
+        raise ConfigError(f"parameters.{name}.q: {q} {where} is too small to round numbers up to {high}; use uniform.")
     for key, bound in (("min", low), ("max", high)):
-        if not math.isclose(bound / q, round(bound / q), rel_tol=0, abs_tol=1e-9):
+        if not math.isclose(bound / q, round(bound / q), rel_tol=1e-15, abs_tol=1e-9):
             raise ConfigError(
                 f"parameters.{name}.{key}: {bound} {where} is not a multiple of q {q}; only such bounds are supported. "
                 f"The nearest is {round(bound / q) * q:.10g}."
@@ -227,13 +249,13 @@ def _q_uniform(name: str, entry: Mapping[str, Any], where: str) -> BaseDistribut
 
 def _log_uniform(name: str, entry: Mapping[str, Any], where: str) -> BaseDistribution:
     low, high = _bounds(name, entry, where)
-    try:
-        return FloatDistribution(math.exp(low), math.exp(high), log=True)
-    except OverflowError:
-        raise ConfigError(
-            f"parameters.{name}: bounds of log_uniform {where} are exponents of e, and e to the power {high} is no "
-            "number. log_uniform_values takes the values themselves."
-        ) from None
+    for bound in (low, high):
+        if not math.log(sys.float_info.min) < bound < math.log(sys.float_info.max):
+            raise ConfigError(
+                f"parameters.{name}: bounds of log_uniform {where} are exponents of e, and e to the power {bound} is "
+                "no number. log_uniform_values takes the values themselves."
+            )
+    return FloatDistribution(math.exp(low), math.exp(high), log=True)
 
 
 def _log_uniform_values(name: str, entry: Mapping[str, Any], where: str) -> BaseDistribution:

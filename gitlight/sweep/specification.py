@@ -1,9 +1,9 @@
 """`Specification`: what a sweep file says, checked; the file's format is W&B's."""
 
-import itertools
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from optuna.distributions import distribution_to_json
 from gitlight.config_loading import load_config
 from gitlight.errors import ConfigError
 from gitlight.registry import did_you_mean
+from gitlight.sweep.metrics import check_metric
 from gitlight.sweep.parameters import Space, extreme_values, grid_values, parse_parameters
 
 METHODS = ("grid", "random", "bayes")
@@ -23,6 +24,8 @@ _MACROS = ("${env}", "${interpreter}", "${program}", ARGUMENTS)
 _KEYS = ("program", "command", "method", "metric", "parameters", "early_terminate", "run_cap")
 _MEANINGLESS_HERE = ("name", "description", "project", "entity")
 """Keys that only W&B's site has a use for."""
+
+_OF_THE_SWEEP = ("output_dir", "trainer.resume")
 
 _COMMAND = "[${env}, ${interpreter}, ${program}, configs/lenet_hybrid.yaml, ${args_no_hyphens}]"
 
@@ -71,10 +74,20 @@ class Specification:
         """The sweep's name: its file's."""
         return self.file.stem
 
-    def grid(self) -> list[dict[str, Any]]:
-        """Every combination; the last parameter of the file changes fastest."""
-        columns = [grid_values(distribution) or [] for distribution in self.space.values()]
-        return [dict(zip(self.space, row, strict=True)) for row in itertools.product(*columns)]
+    def grid_size(self) -> int:
+        """Number of combinations."""
+        return math.prod(map(len, self._columns()))
+
+    def grid_point(self, place: int) -> dict[str, Any]:
+        """The combination with this place, in ``range(grid_size())``; the file's last parameter changes fastest."""
+        point: dict[str, Any] = {}
+        for name, values in reversed(list(zip(self.space, self._columns(), strict=True))):
+            place, at = divmod(place, len(values))
+            point[name] = values[at]
+        return {name: point[name] for name in self.space}
+
+    def _columns(self) -> list[Sequence[Any]]:
+        return [grid_values(distribution) or () for distribution in self.space.values()]
 
     def expand_command(self, values: Mapping[str, Any]) -> list[str]:
         """The command of a trial, as ``wandb agent`` makes it, except that the interpreter is the one running.
@@ -178,7 +191,10 @@ def _command(given: Any, file: Path) -> tuple[str, ...]:
             f"command: {given!r} (in {file}): expected a list. W&B's default passes --key=value, which train.py "
             f"does not read; give {_COMMAND}."
         )
-    command = tuple(map(str, given))
+    for item in given:
+        if not isinstance(item, str):
+            raise ConfigError(f"command: {item!r} (in {file}): expected text, such as trainer.max_epochs=3; quote it.")
+    command = tuple(given)
     for item in command:
         if "${" in item and item not in _MACROS:
             raise ConfigError(f"command: {item} (in {file}) is not supported. Supported: {', '.join(_MACROS)}.")
@@ -214,7 +230,7 @@ def _early_terminate(given: Any, file: Path) -> EarlyTermination | None:
         raise ConfigError(f"early_terminate (in {file}): expected min_iter, or max_iter with s.")
     if max_iter is not None and s is not None:
         # W&B's brackets are max_iter over eta, eta², …, eta to the power s.
-        min_iter = max(1, max_iter // eta**s)
+        min_iter = max(1, max_iter // eta ** min(s, max_iter.bit_length()))
     assert min_iter is not None
     return EarlyTermination(min_iter, eta)
 
@@ -237,12 +253,17 @@ def _check_grid(specification: Specification) -> None:
 
 
 def _check_settings(specification: Specification) -> None:
-    """Every parameter is a setting of the command's config, and every bound and choice is allowed."""
+    """Every parameter is a setting of the config with all its bounds or choices, and the metric one of the task's."""
+    if own := [name for name in specification.space if name in _OF_THE_SWEEP]:
+        raise ConfigError(
+            f"parameters.{own[0]} (in {specification.file}): the sweep gives each trial its own; leave it out."
+        )
     items = specification.command[specification.command.index("${program}") + 1 :]
     named = [item for item in items if item != ARGUMENTS and "=" not in item]
     if not named:
         raise ConfigError(f"command (in {specification.file}): expected a config file in it, as in {_COMMAND}.")
     fixed = [item for item in items if "=" in item]
+    after = [item for item in items[items.index(ARGUMENTS) :] if "=" in item]
     first = {name: extreme_values(distribution)[0] for name, distribution in specification.space.items()}
     trials = [first] + [
         {**first, name: value}
@@ -251,7 +272,15 @@ def _check_settings(specification: Specification) -> None:
     ]
     for trial in trials:
         try:
-            load_config(named[0], [*fixed, *(f"{name}={value}" for name, value in trial.items())])
+            varied = [f"{name}={value}" for name, value in trial.items()]
+            config = load_config(named[0], [*fixed, *varied])
+            overridden = load_config(named[0], [*fixed, *varied, *after]) != config
         except ConfigError as error:
             message = str(error).replace("on the command line", f"from {specification.file}")
             raise ConfigError(f"{specification.file}: {named[0]} does not accept its parameters: {message}") from error
+        if overridden:
+            raise ConfigError(
+                f"command: {' '.join(after)} (in {specification.file}) stands after {ARGUMENTS} and sets what the "
+                f"sweep varies, {' '.join(varied)}. Write it before, or leave it out."
+            )
+        check_metric(specification.metric, config.task, specification.program, specification.file)

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,13 +116,18 @@ def open_study(specification: Specification, storage: RDBStorage) -> optuna.Stud
         study.set_user_attr(METRIC, specification.metric)
         study.set_user_attr(SPECIFICATION, now)
         return study
-    if changed := differences(began, now, "then"):
+    # The place of a trial says which combination it has, or which random numbers are for which parameter.
+    if changed := differences(began, now, "then") or differences(_order(began), _order(now), "then"):
         raise ConfigError(
             f"{specification.file} is not the file that the sweep {specification.name} began with "
             f"({changed}). A sweep goes on as it began: undo the change, or give the changed file another "
             f"name, which starts another sweep."
         )
     return study
+
+
+def _order(fixed: Mapping[str, str]) -> dict[str, str]:
+    return {"order of parameters": ", ".join(key for key in fixed if key.startswith("parameters."))}
 
 
 def load_study(storage: RDBStorage, name: str) -> optuna.Study:
@@ -161,7 +166,7 @@ def make_sampler(specification: Specification, place: int) -> BaseSampler:
     """
     seed = int(np.random.SeedSequence([0, place]).generate_state(1)[0])
     if specification.method == "grid":
-        return PartialFixedSampler(specification.grid()[place], RandomSampler(seed))
+        return PartialFixedSampler(specification.grid_point(place), RandomSampler(seed))
     return TPESampler(seed=seed) if specification.method == "bayes" else RandomSampler(seed)
 
 

@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 from sweep_files import ROOT, write_sweep
 
+from gitlight.callbacks import MONITORS
+from gitlight.callbacks.metrics import METRICS
 from gitlight.errors import ConfigError
+from gitlight.sweep.metrics import VALIDATED
 from gitlight.sweep.specification import EarlyTermination, load_specification
+
+DEMO = ROOT / "configs" / "demo.yaml"
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
@@ -29,6 +34,7 @@ def test_the_goal_is_to_minimize_if_none_is_given(tmp_path: Path) -> None:
         ("{type: hyperband, min_iter: 2}", EarlyTermination(first=2, eta=3)),
         ("{type: hyperband, min_iter: 4, eta: 2, strict: false}", EarlyTermination(first=4, eta=2)),
         ("{type: hyperband, max_iter: 27, s: 2}", EarlyTermination(first=3, eta=3)),
+        ("{type: hyperband, max_iter: 27, s: 10000000000}", EarlyTermination(first=1, eta=3)),
     ],
 )
 def test_early_termination_is_that_of_wandb(tmp_path: Path, given: str, expected: EarlyTermination) -> None:
@@ -47,6 +53,11 @@ def test_early_termination_is_that_of_wandb(tmp_path: Path, given: str, expected
         ({"metric": None}, "metric: None (in {file}): expected what trials are compared by"),
         ({"metric": "{name: val/psnr, target: 3}"}, "metric.target (in {file}) is not supported."),
         ({"metric": "{name: val/psnr, goal: max}"}, "metric.goal: 'max' (in {file}): expected maximize or minimize."),
+        (
+            {"metric": "{name: val/pnsr, goal: maximize}"},
+            "metric.name: val/pnsr (in {file}) is not logged by a run of task=generator. Did you mean val/psnr?",
+        ),
+        ({"metric": "{name: val/accuracy}"}, "At a validation it logs: val/loss, val/psnr, val/mse, val/ssim"),
         ({"run_cap": "0"}, "run_cap: 0 (in {file}): expected a whole number above 0."),
         ({"parameters": None}, "parameters: None (in {file}): expected settings to vary"),
         ({"command": None}, "command: None (in {file}): expected a list. W&B's default passes --key=value"),
@@ -55,6 +66,23 @@ def test_early_termination_is_that_of_wandb(tmp_path: Path, given: str, expected
         ({"command": '["${program}", x.yaml]'}, "command: expected ${args_no_hyphens} once (in {file})"),
         ({"command": '[train.py, "${args_no_hyphens}"]'}, "command: expected ${program} once (in {file})"),
         ({"command": '["${program}", "${args_no_hyphens}"]'}, "command (in {file}): expected a config file in it"),
+        (
+            {"command": '["${program}", x.yaml, {seed: 1}, "${args_no_hyphens}"]'},
+            "command: {'seed': 1} (in {file}): expected text",
+        ),
+        (
+            {"command": '["${program}", x.yaml, null, "${args_no_hyphens}"]'},
+            "command: None (in {file}): expected text",
+        ),
+        (
+            {"command": f'["${{program}}", {DEMO}, "${{args_no_hyphens}}", generator.channels=8]'},
+            "command: generator.channels=8 (in {file}) stands after ${args_no_hyphens} and sets what the sweep varies",
+        ),
+        ({"parameters": "{output_dir: {values: [a, b]}}"}, "parameters.output_dir (in {file}): the sweep gives each"),
+        (
+            {"parameters": "{trainer: {parameters: {resume: {values: [last]}}}}"},
+            "parameters.trainer.resume (in {file}): the sweep gives each trial its own",
+        ),
         ({"early_terminate": "{type: median}"}, "early_terminate: 'median' (in {file}) is not supported."),
         ({"early_terminate": "hyperband"}, "early_terminate: 'hyperband' (in {file}) is not supported."),
         (
@@ -99,10 +127,18 @@ def test_parameters_must_be_settings_before_anything_starts(tmp_path: Path, para
 
 
 def test_settings_in_the_command_count_when_parameters_are_checked(tmp_path: Path) -> None:
-    demo = ROOT / "configs" / "demo.yaml"
-    command = f'["${{program}}", {demo}, generator.name=mlp, "${{args_no_hyphens}}"]'
+    command = f'["${{program}}", {DEMO}, generator.name=mlp, "${{args_no_hyphens}}", seed=3]'
     file = write_sweep(tmp_path, command=command, parameters="{generator.hidden_size: {values: [10]}}")
     assert "generator.name=mlp" in load_specification(file).expand_command({"generator.hidden_size": 10})
+
+
+def test_the_metrics_that_are_known_are_those_of_the_callbacks(tmp_path: Path) -> None:
+    assert set(VALIDATED["image_prior"]) == {f"val/{name}" for name in METRICS}
+    assert all(MONITORS[task] in known for task, known in VALIDATED.items())
+    assert VALIDATED.keys() == MONITORS.keys()
+    program = tmp_path / "own.py"
+    program.touch()
+    load_specification(write_sweep(tmp_path, program=str(program), metric="{name: own/metric}"))
 
 
 @pytest.mark.parametrize("content", ["- a\n", "a: [\n", "3\n"])
@@ -119,7 +155,8 @@ def test_a_grid_covers_every_combination_once_the_last_parameter_fastest(tmp_pat
         optimizer.name: {values: [adam, sgd]}
         generator.blocks: {value: 2}
     """
-    grid = load_specification(write_sweep(tmp_path, method="grid", parameters=parameters)).grid()
+    sweep = load_specification(write_sweep(tmp_path, method="grid", parameters=parameters))
+    grid = [sweep.grid_point(place) for place in range(sweep.grid_size())]
     assert grid[:3] == [
         {"seed": 0, "optimizer.name": "adam", "generator.blocks": 2},
         {"seed": 0, "optimizer.name": "sgd", "generator.blocks": 2},
@@ -129,10 +166,19 @@ def test_a_grid_covers_every_combination_once_the_last_parameter_fastest(tmp_pat
     assert counts == {(seed, name): 1 for seed in (0, 1, 2) for name in ("adam", "sgd")}
 
 
+def test_a_large_grid_is_not_laid_out(tmp_path: Path) -> None:
+    parameters = """
+        seed: {min: 0, max: 4000000000}
+        optimizer.momentum: {distribution: q_uniform, min: 0.0, max: 1.0, q: 1.0e-9}
+    """
+    sweep = load_specification(write_sweep(tmp_path, method="grid", parameters=parameters))
+    assert sweep.grid_size() == 4000000001 * 1000000001
+    assert sweep.grid_point(sweep.grid_size() - 1) == {"seed": 4000000000, "optimizer.momentum": 1.0}
+
+
 def test_the_interpreter_is_the_one_that_runs_the_sweep(tmp_path: Path) -> None:
     command = load_specification(write_sweep(tmp_path)).expand_command({"generator.channels": 32})
-    demo, train = (str(ROOT / name) for name in ("configs/demo.yaml", "train.py"))
-    assert command == ["/usr/bin/env", sys.executable, train, demo, "generator.channels=32"]
+    assert command == ["/usr/bin/env", sys.executable, str(ROOT / "train.py"), str(DEMO), "generator.channels=32"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda file: file.stem)

@@ -71,6 +71,13 @@ def test_a_changed_file_does_not_go_on_with_a_study(sweep: Open, changes: dict[s
     assert named in str(raised.value)
 
 
+def test_reordered_parameters_do_not_go_on_with_a_study(sweep: Open) -> None:
+    one, other = "seed: {values: [5, 3]}", "optimizer.name: {values: [adam, sgd]}"
+    sweep(method="grid", parameters=f"{{{one}, {other}}}")
+    with pytest.raises(ConfigError, match=r"order of parameters: .*seed, .*name then, .*name, .*seed now"):
+        sweep(method="grid", parameters=f"{{{other}, {one}}}")
+
+
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////nowhere/at/all.db", "unknown://host/name"])
 def test_a_database_that_cannot_be_opened_is_one_message(url: str) -> None:
     with pytest.raises(ConfigError, match=r"^--storage: .* cannot be opened: "):
@@ -86,7 +93,7 @@ def test_a_grids_trials_are_its_combinations_in_order(sweep: Open) -> None:
         method="grid", parameters="{seed: {values: [5, 3]}, optimizer.name: {values: [adam, sgd]}}"
     )
     drawn = [values_of(specification, study, place) for place in range(4)]
-    assert drawn == specification.grid()
+    assert drawn == [specification.grid_point(place) for place in range(4)]
 
 
 def test_random_values_depend_on_the_place_alone_and_differ(sweep: Open) -> None:

@@ -58,11 +58,13 @@ def test_nested_parameters_are_joined_by_dots_in_the_order_of_the_file() -> None
         (IntDistribution(2, 5), [2, 3, 4, 5]),
         (IntDistribution(16, 48, step=16), [16, 32, 48]),
         (FloatDistribution(0.0, 1.0, step=0.25), [0.0, 0.25, 0.5, 0.75, 1.0]),
+        (FloatDistribution(0.1, 0.7, step=0.1), [0.1 + i * 0.1 for i in range(6)] + [0.7]),
         (FloatDistribution(0.0, 1.0), None),
     ],
 )
 def test_a_grid_has_all_values_where_there_are_finitely_many(distribution: Any, values: list[Any] | None) -> None:
-    assert grid_values(distribution) == values
+    found = grid_values(distribution)
+    assert (None if found is None else list(found)) == values
 
 
 def test_settings_are_tried_with_all_choices_and_both_bounds() -> None:
@@ -117,6 +119,17 @@ def test_a_distribution_that_optuna_lacks_is_named(name: str) -> None:
         ("x: {distribution: q_log_uniform_values, min: 8, max: 64, q: 8}", "q_log_uniform_values with min 8, max 64"),
         ("x: {parameters: {y: {value: 1}}, value: 2}", "parameters.x: value beside parameters (in sweep.yaml)"),
         ("{x.y: {value: 1}, x: {parameters: {y: {value: 2}}}}", "parameters.x.y (in sweep.yaml) is given twice"),
+        (
+            "x: {distribution: [uniform], min: 1, max: 2}",
+            "parameters.x.distribution: ['uniform'] (in sweep.yaml) is not",
+        ),
+        ("x: {distribution: {}, min: 1, max: 2}", "parameters.x.distribution: {} (in sweep.yaml) is not known."),
+        ("x: {distribution: log_uniform, min: -1000, max: 1}", "e to the power -1000 is no number"),
+        (
+            "x: {distribution: q_uniform, min: 0, max: 1, q: 1.0e-300}",
+            "parameters.x.q: 1e-300 (in sweep.yaml) is too small",
+        ),
+        ("x: {min: 1, max: 100000000000000000000}", "parameters.x.max: 100,000,000,000,000,000,000 (in sweep.yaml) is"),
         ("x: {parameters: {}}", "parameters.x: {} (in sweep.yaml): expected settings to vary"),
     ],
 )

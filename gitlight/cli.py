@@ -1,7 +1,6 @@
 """The command lines ``train.py``, ``evaluate.py``, ``python -m gitlight.identify``. Imports torch only when needed."""
 
 import dataclasses
-import errno
 import logging
 import sys
 import warnings
@@ -11,6 +10,7 @@ from typing import Any
 
 from gitlight.config import ChannelConfig, Config
 from gitlight.config_loading import COMPONENTS, load_config
+from gitlight.disk import FULL, cannot_write
 from gitlight.errors import ConfigError, GitlightError, LostRankError, RunStopped
 from gitlight.gradients import CHANNELS
 from gitlight.registry import Registry
@@ -19,8 +19,6 @@ from gitlight.sweep.trial import end_with_the_sweep
 
 USER_ERROR = 2
 """Exit code for mistakes in what the user gave."""
-
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 _TRAIN_USAGE = """\
 usage: python train.py [CONFIG.yaml] [key.path=value ...]
@@ -130,6 +128,7 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
     if path is None:
         print(usage, file=sys.stderr)
         return USER_ERROR
+    config = None
     try:
         config = load_config(path, rest)
         _configure_logging()
@@ -149,9 +148,10 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         print(stopped, file=sys.stderr)
         return stopped.exit_code
     except OSError as error:
-        if error.errno not in _FULL_DISK:
+        if error.errno not in FULL:
             raise
-        print(f"error: {error}. Make room there. A training goes on with trainer.resume=auto.", file=sys.stderr)
+        said = cannot_write(Path(error.filename or str(config and config.output_dir)), error)
+        print(f"error: {said}. Make room. A training goes on with trainer.resume=auto.", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ from yaml import YAMLError
 from gitlight.attacks import ATTACKS
 from gitlight.config import Config
 from gitlight.data import SOURCES
+from gitlight.disk import writing
 from gitlight.errors import ConfigError
 from gitlight.generators import GENERATORS
 from gitlight.gradients import CHANNELS
@@ -71,8 +72,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write a config as YAML, all or nothing; `load_config` of the file gives an equal config."""
     temporary = path.with_name(path.name + ".tmp")
-    OmegaConf.save(OmegaConf.create(to_plain(config)), temporary)
-    temporary.replace(path)
+    with writing(path):
+        OmegaConf.save(OmegaConf.create(to_plain(config)), temporary)
+        temporary.replace(path)
 
 
 def to_plain(config: Config) -> Values:

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from gitlight.disk import writing
+
 
 class CSVFileLogger(Logger):
     """One row for each set of metrics that Lightning logs, written at once; columns ``epoch``, ``step``, metrics.
@@ -57,6 +59,10 @@ class CSVFileLogger(Logger):
             metrics: name → number.
             step: optimiser steps before the one that the numbers belong to.
         """
+        with writing(self.path):
+            self._write(metrics, step)
+
+    def _write(self, metrics: Mapping[str, Any], step: int | None) -> None:
         if not self._started:
             self._start()
         row = {name: float(value) for name, value in metrics.items()}

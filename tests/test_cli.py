@@ -91,7 +91,9 @@ def signals_as_before():
         (RunStopped(signal.SIGTERM, Path("last.ckpt"), 7), 143, "SIGTERM: stopped at step 7; last.ckpt continues"),
         (RunStopped(signal.SIGUSR1, Path("last.ckpt"), 7), 128 + signal.SIGUSR1, "SIGUSR1: stopped at step 7"),
         (LostRankError("rank 1 was killed."), 1, "error: rank 1 was killed."),
-        (OSError(errno.ENOSPC, "No space left on device", "metrics.csv"), 2, "No space left on device: 'metrics.csv'"),
+        (OSError(errno.ENOSPC, "No space left on device", "metrics.csv"), 2, "metrics.csv cannot be written (No space"),
+        (OSError(errno.EFBIG, "File too large", "metrics.csv"), 2, "metrics.csv cannot be written (File too large); "),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, f"{Path('runs') / 'demo'} cannot be written (Disk quota exc"),
     ],
 )
 def test_how_a_run_ends_shows_in_its_exit_code(monkeypatch, capsys, error, code, message):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gitlight.disk import writing
 from gitlight.errors import CheckpointError
 
 
@@ -37,7 +38,9 @@ class Finished:
         """Keep a part: tensors, numbers, text and lists of them; ``first`` is the number of its first leak."""
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f".{first:08d}.{os.getpid()}.partial"
-        torch.save(part, partial)
+        # To an open file: given its name, torch's writer does not say that the disk is full.
+        with writing(partial), partial.open("wb") as file:
+            torch.save(part, file)
         partial.replace(self._folder / f"{first:08d}.pt")
 
     def remove(self) -> None:

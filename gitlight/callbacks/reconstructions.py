@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gitlight.data.pair import GradientPair
+from gitlight.disk import writing
 from gitlight.metrics import image_metrics, match
 
 # Lengths in pixels of the picture.
@@ -135,7 +136,8 @@ def draw_grid(images: Tensor, reconstructions: Tensor, path: Path, captions: Seq
             draw.text(below, captions[i], fill=INK, font=font, anchor="ma")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    with writing(path):
+        canvas.save(path)
 
 
 def _picture(image: Tensor, scale: int) -> Image.Image:

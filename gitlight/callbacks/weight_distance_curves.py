@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gitlight.disk import writing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -85,8 +87,9 @@ def draw_weight_distances(history: Sequence[WeightDistancePoint], path: Path) ->
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    canvas.print_png(partial)
-    partial.replace(path)
+    with writing(path):
+        canvas.print_png(partial)
+        partial.replace(path)
 
 
 def _colours(history: Sequence[WeightDistancePoint]) -> dict[str, str]:

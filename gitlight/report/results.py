@@ -6,6 +6,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gitlight.disk import writing
 from gitlight.errors import CheckpointError
 
 SCHEMA = 1
@@ -161,5 +162,6 @@ def write_results(results: Sequence[Result], path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Write a text file: at any moment the file there is the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from gitlight.disk import writing
+
 _CELL, _GAP, _MARGIN, _FONT_SIZE, _LABEL = 64, 4, 12, 13, 150
 _WIDTH = 1240
 
@@ -65,5 +67,6 @@ def draw_snapshots(snapshots: Sequence[Snapshot], truth: Tensor, final: Tensor, 
             canvas.paste(cell, (_MARGIN + _LABEL + column * step, top))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.png")
-    canvas.save(partial)
-    partial.replace(path)
+    with writing(path):
+        canvas.save(partial)
+        partial.replace(path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from filelock import FileLock, Timeout
 
+from gitlight.disk import FULL, cannot_write, check_writable
 from gitlight.errors import ConfigError, GitlightError
 
 if TYPE_CHECKING:
@@ -69,6 +70,12 @@ def sweep_command(arguments: Sequence[str]) -> int:
     except GitlightError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        said = cannot_write(Path(error.filename or SWEEPS), error)
+        print(f"error: {said}. Make room; the same command goes on with the sweep.", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -87,6 +94,7 @@ def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None)
     specification = load_specification(file)
     n_trials = _number_of_trials(specification, trials)
     folder = SWEEPS / specification.name
+    check_writable("sweep", folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, specification.name, shared=storage_url is not None):
         url = storage_url or f"sqlite:///{(folder / 'study.db').absolute()}"

@@ -10,6 +10,7 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
+from gitlight.disk import writing
 from gitlight.sweep.running import log_path, state_name
 from gitlight.sweep.specification import Specification
 from gitlight.sweep.study import EXIT_CODE, GIVEN_UP, REASON, best_value, by_place
@@ -48,7 +49,7 @@ def write_table(specification: Specification, trials: Mapping[int, FrozenTrial],
     """``table.csv``: a row for each trial, in order; the metric is the best of its validations."""
     columns = ["trial", "state", specification.metric, "validations", *specification.space, "exit_code", "reason"]
     partial = folder / ".table.csv.partial"
-    with partial.open("w", newline="") as file:
+    with writing(folder / "table.csv"), partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         for place, trial in trials.items():
@@ -124,8 +125,9 @@ def _draw(values: Mapping[str, float], title: str, path: Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     partial = path.with_name(f".{path.name}.partial")
-    canvas.print_png(partial)
-    partial.replace(path)
+    with writing(path):
+        canvas.print_png(partial)
+        partial.replace(path)
 
 
 def _short(value: Any) -> str:

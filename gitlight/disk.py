@@ -1,0 +1,53 @@
+"""Folders and files that cannot be written: found early if possible, and named with the reason and the room left."""
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gitlight.errors import ConfigError, first_line
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of an OSError: the disk, the user's share of it, or a file is as large as it can be."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file in errors of writing it, which do not say which it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def cannot_write(path: Path, error: BaseException) -> str:
+    """A sentence's beginning that says which file, why, and how much room there is."""
+    try:
+        free = f"{shutil.disk_usage(path.parent).free / 1e9:.3g} GB are free there"
+    except OSError:
+        free = "its folder is not there"
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return f"{path} cannot be written ({reason}); {free}"
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Find out whether a folder can be written, or made, without making it.
+
+    Args:
+        key: what names the folder, for the message.
+        folder: which one.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"{key}: {folder} cannot be written ({reason}). Choose another folder.") from error

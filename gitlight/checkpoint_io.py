@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from gitlight.disk import cannot_write
 from gitlight.errors import CheckpointError, first_line
 from gitlight.runs import LAST, previous_path
 
@@ -108,10 +109,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"The checkpoint {path} is damaged, or holds more than tensors and plain values, and is not read: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
         except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise CheckpointError(f"The checkpoint {path} cannot be read; it may be damaged: {error}") from error
+            raise CheckpointError(
+                f"The checkpoint {path} cannot be read; it may be damaged: {first_line(error)}"
+            ) from error
         if not isinstance(checkpoint, dict):
             raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.")
         return checkpoint
@@ -129,14 +132,9 @@ def _of_writing(error: BaseException) -> bool:
 
 
 def _cannot_write(target: Path, error: BaseException) -> str:
-    try:
-        free = f"{shutil.disk_usage(target.parent).free / 1e9:.3g} GB are free there"
-    except OSError:
-        free = "its folder is not there"
     return (
-        f"The checkpoint {target} cannot be written ({first_line(error)}); {free}. Those written before are "
-        "as they were. Make room, and trainer.resume=last goes on; or give another output_dir and "
-        f"trainer.resume={target}."
+        f"The checkpoint {cannot_write(target, error)}. Those written before are as they were. Make room, and "
+        f"trainer.resume=last goes on; or give another output_dir and trainer.resume={target}."
     )
 
 

@@ -14,7 +14,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from gitlight.config import Config
 from gitlight.config_loading import save_config
-from gitlight.errors import CheckpointError, ConfigError
+from gitlight.disk import check_writable, writing
+from gitlight.errors import CheckpointError, ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def checkpoint_to_resume(config: Config) -> Path | None:
         return _previous(last)
     if named == "auto" and not last.is_file():
         return None
-    path = checkpoint_path(run_folder(config), named) if named in ("last", "best") else Path(named)
+    path = checkpoint_path(run_folder(config), named) if named in ("last", "best") else Path(named).expanduser()
     path = last if named == "auto" else path
     if not path.is_file():
         raise CheckpointError(
@@ -100,16 +101,48 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist.") from error
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise CheckpointError(f"{path} cannot be read as a checkpoint; it is damaged or not one: {error}") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of a run: it has no state_dict.")
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint; it is damaged or not one: {first_line(error)}"
+        ) from error
+    if not isinstance(content, dict) or not _are_weights(content.get("state_dict")):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of a run: it has no state_dict, which maps names to weights."
+        )
     return content
 
 
+def _are_weights(state: Any) -> bool:
+    return isinstance(state, dict) and all(
+        isinstance(name, str) and (isinstance(value, torch.Tensor) or name.endswith("_extra_state"))
+        for name, value in state.items()
+    )
+
+
 def run_folder(config: Config) -> Path:
-    """The folder that a config's run writes."""
+    """The folder that a config's run writes.
+
+    Raises:
+        ConfigError: it is in the home of a user that there is not.
+    """
     assert config.output_dir is not None, "load_config sets it"
-    return Path(config.output_dir)
+    try:
+        return Path(config.output_dir).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"output_dir: {config.output_dir}: {first_line(error)} Give the path without ~, or ./~ for such a name."
+        ) from error
+
+
+@rank_zero_only
+def check_run_folder(config: Config) -> None:
+    """Find out whether the run's folder can be written, before anything is computed.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    folder = run_folder(config).resolve()
+    for place in (folder, folder.parent):  # beside it is its lock, and a former run goes there
+        check_writable("output_dir", place)
 
 
 @contextmanager
@@ -122,13 +155,22 @@ def run_lock(folder: Path) -> Iterator[None]:
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    real = folder.resolve()  # one lock, whatever the folder is called
+    path = real.parent / f".{real.name}.lock"
     try:
-        with lock:
-            yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
     except Timeout as error:
         raise ConfigError(f"output_dir: another run is writing {folder}; choose another folder, or wait.") from error
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be locked ({error.strerror}: {path}); choose another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @rank_zero_only
@@ -136,20 +178,26 @@ def prepare_run_folder(config: Config, resume: Path | None) -> None:
     """Create the folder, moving a run that is there aside, and write ``config.yaml``.
 
     Raises:
-        ConfigError: the folder holds files that are not a run's.
+        ConfigError: the folder holds files that are not a run's, or a run that cannot be moved.
     """
-    folder = run_folder(config)
+    folder = run_folder(config).resolve()  # what a link leads to is moved, and the link stays
     is_run = (folder / "config.yaml").is_file()
     if folder.exists() and not is_run and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir: {folder} exists and is not a run's folder; choose another, or empty it.")
-    continues = resume is not None and resume.resolve().is_relative_to(folder.resolve())
+    continues = resume is not None and resume.resolve().is_relative_to(folder)
     if is_run and not continues:
+        if Path.cwd().is_relative_to(folder):
+            raise ConfigError(
+                f"output_dir: {folder} holds a run, which is not moved aside while it is the current folder. Continue "
+                "it with trainer.resume=last, or start from another folder."
+            )
         number = 1
         while (former := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
         folder.rename(former)
         log.warning("%s held a run; it is now %s", folder, former)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     # Run again, the saved config repeats the run; a continued one from its beginning, not from its own checkpoint.
     repeatable = replace(config.trainer, resume=None if continues or resume is None else config.trainer.resume)
     save_config(replace(config, trainer=repeatable), folder / "config.yaml")

@@ -103,7 +103,7 @@ def build_trainer(
     trainer = Trainer(
         **arguments,
         callbacks=callbacks,
-        logger=build_loggers(config, folder, folder.name, resumed),
+        logger=build_loggers(config, folder, folder.resolve().name, resumed),
         plugins=[AtomicCheckpointIO(config.trainer.keep_last, last_is_good=continues_last)],
         default_root_dir=folder,
         inference_mode=False,  # gradients are made in validation, too

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture
 from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
-from gitlight.callbacks.run_settings import check_resumable
+from gitlight.callbacks.run_settings import check_remaining, check_resumable
 from gitlight.compatibility import (
     check_averaging,
     check_loss,
@@ -38,6 +38,7 @@ from gitlight.perceptual import perceptual_term
 from gitlight.rank_watch import RankWatch
 from gitlight.runs import (
     WANDB_ID,
+    check_run_folder,
     checkpoint_to_resume,
     load_checkpoint,
     prepare_run_folder,
@@ -227,6 +228,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
 def _train(config: Config, network: nn.Module | None, signals: StopSignals) -> Path:
     config = with_decisions(with_network(config, network))
     check_loss(config)
+    check_run_folder(config)
     resume = checkpoint_to_resume(config)
     module: LightningModule
     datamodule: ImageDataModule
@@ -288,6 +290,7 @@ def _checked_checkpoint(
             f"{path} is a checkpoint of a model of another shape than these settings give now: the images at data.root "
             f"have other classes, or gitlight another version. {error}"
         ) from error
+    check_remaining(path, checkpoint, config.trainer)
     if isinstance(datamodule, GradientPairDataModule):
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     # Not all of it, which would keep the file on the disk when it has been replaced.

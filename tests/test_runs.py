@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from gitlight.config import Config, TrainerConfig
-from gitlight.errors import CheckpointError
-from gitlight.runs import checkpoint_to_resume, load_checkpoint, previous_hint
+from gitlight.errors import CheckpointError, ConfigError
+from gitlight.runs import (
+    check_run_folder,
+    checkpoint_to_resume,
+    load_checkpoint,
+    prepare_run_folder,
+    previous_hint,
+    run_folder,
+    run_lock,
+)
 
 
 @pytest.fixture
@@ -68,3 +76,92 @@ def test_the_checkpoint_before_is_offered_where_there_is_one(folder: Path) -> No
     with pytest.raises(CheckpointError, match=r"last\.ckpt does not exist.*resume=previous .*last-1\.ckpt"):
         resume(folder, "last")
     assert previous_hint(folder / "best.ckpt") == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {"weights": {}},
+        {"state_dict": 3},
+        {"state_dict": {1: torch.zeros(2)}},
+        {"state_dict": {"layer": {"weight": torch.zeros(2)}}},
+    ],
+)
+def test_what_holds_no_weights_is_no_checkpoint(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "foreign.ckpt")
+    with pytest.raises(CheckpointError, match=r"foreign\.ckpt is not a checkpoint of a run: it has no state_dict"):
+        load_checkpoint(tmp_path / "foreign.ckpt")
+
+
+@pytest.mark.parametrize("words", ["", "\n", " \n\n"])
+def test_an_error_without_words_is_called_by_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise EOFError(words)
+
+    save(tmp_path / "last.ckpt")
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(CheckpointError, match=r"damaged or not one: EOFError$"):
+        load_checkpoint(tmp_path / "last.ckpt")
+
+
+def config_of(folder: Path | str) -> Config:
+    return Config(output_dir=str(folder))
+
+
+def test_a_home_is_found_and_one_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_folder(config_of("~/runs/mine")) == tmp_path / "runs" / "mine"
+    with pytest.raises(ConfigError, match=r"^output_dir: ~nobody-at-all/x: "):
+        run_folder(config_of("~nobody-at-all/x"))
+
+
+def test_a_run_is_locked_by_whatever_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.chdir(real)
+    with run_lock(real):
+        for name in (tmp_path / "link", Path(".")):
+            with pytest.raises(ConfigError, match="another run is writing"), run_lock(name):
+                pass
+    with run_lock(Path(".")):
+        pass
+
+
+def test_a_run_behind_a_link_is_moved_and_the_link_stays(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    for _ in range(2):
+        prepare_run_folder(config_of(link), None)
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "config.yaml").is_file()
+    assert (tmp_path / "real.1" / "config.yaml").is_file()
+
+
+def test_the_current_folder_is_not_moved_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare_run_folder(config_of("."), None)
+    save(tmp_path / "checkpoints" / "last.ckpt")
+    prepare_run_folder(config_of("."), Path("checkpoints") / "last.ckpt")
+    with pytest.raises(ConfigError, match=r"output_dir: .* not moved aside while it is the current folder"):
+        prepare_run_folder(config_of("."), None)
+
+
+@pytest.mark.parametrize(("below", "reason"), [("file/run", "Not a directory"), ("a" * 300, "File name too long")])
+def test_a_folder_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path, below: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"^output_dir: .* cannot be written \({reason}\)\. Choose another"):
+        check_run_folder(config_of(tmp_path / below))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_lock_that_cannot_be_made_is_not_another_run(tmp_path: Path) -> None:
+    (tmp_path / ".run.lock").mkdir()
+    with (
+        pytest.raises(ConfigError, match=r"^output_dir: .* cannot be locked \(Is a directory"),
+        run_lock(tmp_path / "run"),
+    ):
+        pass

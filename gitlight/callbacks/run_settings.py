@@ -7,12 +7,14 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from gitlight.config import Config
+from gitlight.config import Config, TrainerConfig
 from gitlight.config_loading import dotted
-from gitlight.errors import CheckpointError, differences
+from gitlight.errors import CheckpointError, ConfigError, differences
 from gitlight.runs import FORMAT, VERSION
 
 STATE_KEY = "RunSettings"
+_PARTS = {"global_step": int, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
+"""What a checkpoint of a run holds beside weights and callbacks' states, and another's may not."""
 
 # How long, where and how fast a run computes may change when it goes on. The weights that `leaked.weights` names are
 # compared themselves.
@@ -60,8 +62,9 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], config: Config) -> N
         CheckpointError: they differ in more than where, how long and how fast to compute; or it holds none; or another
             version of gitlight wrote it.
     """
-    saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
-    if saved is None:
+    states = checkpoint.get("callbacks")
+    saved = states.get(STATE_KEY) if isinstance(states, dict) else None
+    if not isinstance(saved, dict) or any(not isinstance(checkpoint.get(key), kind) for key, kind in _PARTS.items()):
         raise CheckpointError(f"{path} holds weights, but not a run that could be continued.")
     if (version := checkpoint.get(FORMAT)) != VERSION:
         raise CheckpointError(
@@ -75,6 +78,30 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], config: Config) -> N
             f"{path} is a checkpoint of a run with other settings ({changed}). A run goes on with its own: "
             "give its folder as the config and leave these out. For others start a new run, without trainer.resume."
         )
+
+
+def check_remaining(path: Path, checkpoint: dict[str, Any], settings: TrainerConfig) -> None:
+    """Refuse to continue a run to an end before the checkpoint, where nothing would be trained.
+
+    Args:
+        path: the checkpoint's file, for the message.
+        checkpoint: its contents, which `check_resumable` has looked at.
+        settings: how far to train.
+
+    Raises:
+        ConfigError: more epochs or steps are begun than there are to be.
+    """
+    done = {
+        "max_epochs": checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"],
+        "max_steps": checkpoint["global_step"],
+    }
+    for key, number in done.items():
+        if 0 <= (limit := getattr(settings, key)) < number:
+            what = key.removeprefix("max_")
+            raise ConfigError(
+                f"trainer.{key}: {limit}, and {path} is of {number} {what}: nothing would be trained. Give {number} or "
+                "more, or an earlier checkpoint."
+            )
 
 
 def _deciding(config: Config) -> dict[str, Any]:

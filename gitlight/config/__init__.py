@@ -99,7 +99,9 @@ class Config:
         choices=["generator", "leaked", "image_prior"],
     )
     seed: int = setting(0, "seed of everything random but the leaked model's weights", minimum=0, maximum=2**32 - 1)
-    output_dir: str | None = setting(None, "folder that the run writes; null: runs/NAME, NAME that of the config file")
+    output_dir: str | None = setting(
+        None, "folder that the run writes, ~ is your home; null: runs/NAME, NAME that of the config file"
+    )
     data: DataConfig = field(default_factory=DataConfig)
     leaked: LeakedConfig = field(default_factory=LeNetConfig)
     gradients: GradientsConfig = field(default_factory=GradientsConfig)

@@ -6,6 +6,7 @@ from torch import nn
 from gitlight.config import Config, MatchingConfig, TrainerConfig
 from gitlight.config_loading import load_config
 from gitlight.decisions import with_decisions_of
+from gitlight.disk import check_writable
 from gitlight.errors import ConfigError
 from gitlight.evaluation.search import evaluate_search
 from gitlight.evaluation.trained import attack, evaluate_generator
@@ -54,6 +55,7 @@ def evaluate(config: Config, network: nn.Module | None = None) -> Evaluation:
             f"evaluation.n_images: {settings.n_images} is less than one client batch "
             f"(data.client_batch_size: {config.data.client_batch_size})."
         )
+    check_writable("output_dir", folder)
     # Before the images are read and the leaked model is built: what would stop the end of the attack.
     checkpoint = {} if iterative else trained_checkpoint(config)
     read_results(folder / "evaluation" / "metrics.json")

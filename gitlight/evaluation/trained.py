@@ -104,7 +104,8 @@ def _check_leaked_model(
             ", ".join(f"leaked.{key}" for key in changes_since(config.leaked, trained.leaked)),
         )
         return
-    stored = checkpoint.get(type(datamodule).__qualname__, {}).get("leaked_fingerprint")
+    part = checkpoint.get(type(datamodule).__qualname__)
+    stored = part.get("leaked_fingerprint") if isinstance(part, dict) else None
     if stored != datamodule.leaked_model.fingerprint():
         named = config.leaked.weights
         cause = f"{named} (leaked.weights) has changed since" if named else "data settings or initialisation differ"

@@ -13,7 +13,16 @@ CONFIG = Config(generator=MLPGeneratorConfig(hidden_size=8))
 
 def checkpoint(without):
     state = {key: value for key, value in RunSettings(CONFIG).state_dict().items() if not key.startswith(without)}
-    return {"callbacks": {STATE_KEY: state}, FORMAT: VERSION}
+    training = {"global_step": 1, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
+    return {"callbacks": {STATE_KEY: state}, FORMAT: VERSION, **training}
+
+
+@pytest.mark.parametrize(
+    "foreign", [{"callbacks": []}, {"callbacks": {STATE_KEY: 3}}, {"loops": 3}, {"global_step": None}]
+)
+def test_what_another_wrote_is_no_run_that_could_be_continued(foreign):
+    with pytest.raises(CheckpointError, match=r"last\.ckpt holds weights, but not a run that could be continued"):
+        check_resumable(Path("last.ckpt"), {**checkpoint("loss."), **foreign}, CONFIG)
 
 
 def test_a_setting_that_came_after_the_run_began_has_its_default():

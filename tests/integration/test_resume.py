@@ -1,6 +1,7 @@
 import csv
 import errno
 import os
+import re
 import shutil
 import signal
 
@@ -180,6 +181,27 @@ def test_resuming_can_prolong_a_finished_run(train, run):
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2 * STEPS_AN_EPOCH
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["trainer.max_epochs=1"],
+            "error: trainer.max_epochs: 1, and .*last.ckpt is of 2 epochs: nothing",
+        ),
+        (["trainer.max_steps=5"], "error: trainer.max_steps: 5, and .*last.ckpt is of 12 steps: nothing"),
+    ],
+)
+def test_an_end_before_the_checkpoint_is_refused_and_its_own_is_not(
+    train, of_two_epochs, tmp_path, capsys, settings, message
+):
+    run = shutil.copytree(of_two_epochs, tmp_path / "run")
+    before = (run / "config.yaml").read_bytes()
+    assert train(str(run), "trainer.resume=last", *settings) == 2
+    assert re.match(message, capsys.readouterr().err)
+    assert (run / "config.yaml").read_bytes() == before
+    assert train(str(run), "trainer.resume=auto") == 0
+
+
 CHANGES = {
     "generator.channels=16": "generator.channels: 8 there, 16 now",
     "leaked.seed=5": "leaked.seed: 0 there, 5 now",
@@ -190,7 +212,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "weights alone", "another version", *CHANGES])
+@pytest.mark.parametrize(
+    "damage",
+    ["missing", "truncated", "weights alone", "another module's", "without loops", "another version", *CHANGES],
+)
 def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, run, capsys, damage):
     checkpoint = run / "checkpoints" / "last.ckpt"
     before = (run / "metrics.csv").read_bytes()
@@ -202,6 +227,12 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_with_one_message(train, run, c
     elif damage == "weights alone":
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]  # not mapped: the file is written over
         torch.save({"state_dict": weights}, checkpoint)
+    elif damage == "another module's":
+        content = torch.load(checkpoint, weights_only=True)
+        torch.save({**content, "callbacks": {}}, checkpoint)
+    elif damage == "without loops":
+        content = torch.load(checkpoint, weights_only=True)
+        torch.save({key: value for key, value in content.items() if key != "loops"}, checkpoint)
     elif damage == "another version":
         content = torch.load(checkpoint, weights_only=True)
         torch.save({**content, "gitlight_format": 99}, checkpoint)

@@ -140,8 +140,8 @@ def check_run_folder(config: Config) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    folder = run_folder(config).resolve()
-    for place in (folder, folder.parent):  # beside it is its lock, and a former run goes there
+    folder = run_folder(config)
+    for place in (folder, folder.resolve().parent):  # beside it is its lock, and a former run goes there
         check_writable("output_dir", place)
 
 
@@ -180,13 +180,14 @@ def prepare_run_folder(config: Config, resume: Path | None) -> None:
     Raises:
         ConfigError: the folder holds files that are not a run's, or a run that cannot be moved.
     """
-    folder = run_folder(config).resolve()  # what a link leads to is moved, and the link stays
+    folder = run_folder(config)
+    folder = folder.resolve() if folder.is_symlink() else folder  # what a link leads to is moved, and the link stays
     is_run = (folder / "config.yaml").is_file()
     if folder.exists() and not is_run and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output_dir: {folder} exists and is not a run's folder; choose another, or empty it.")
-    continues = resume is not None and resume.resolve().is_relative_to(folder)
+    continues = resume is not None and resume.resolve().is_relative_to(folder.resolve())
     if is_run and not continues:
-        if Path.cwd().is_relative_to(folder):
+        if Path.cwd().is_relative_to(folder.resolve()):
             raise ConfigError(
                 f"output_dir: {folder} holds a run, which is not moved aside while it is the current folder. Continue "
                 "it with trainer.resume=last, or start from another folder."

@@ -15,7 +15,7 @@ from gitlight.attacks.labels import labels_from_leak, labels_leak
 from gitlight.attacks.matching import Matched, Record, match_gradients, searches_at_once
 from gitlight.attacks.variables import Pixels
 from gitlight.config import MatchingConfig
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 from gitlight.data.sampling import mixed_seed
 from gitlight.gradients.precision import full_float32
 
@@ -263,5 +263,5 @@ def _assigned(function: LeakedFunction, images: Tensor, targets: Tensor) -> Tens
 
 
 def _usable(gradients: Gradients) -> Tensor:
-    finite = torch.stack([torch.isfinite(g).flatten(1).all(dim=1) for g in gradients.values()]).all(dim=0)
-    return finite & torch.stack([(g != 0).flatten(1).any(dim=1) for g in gradients.values()]).any(dim=0)
+    finite = torch.stack([as_rows(torch.isfinite(g)).all(dim=1) for g in gradients.values()]).all(dim=0)
+    return finite & torch.stack([as_rows(g != 0).any(dim=1) for g in gradients.values()]).any(dim=0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from gitlight.architecture import Architecture
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.config import MatchingConfig
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 
 
 class Value(NamedTuple):
@@ -90,7 +90,7 @@ def layer_weights(architecture: Architecture, leak: Gradients, kind: str) -> Ten
     names = list(leak)
     first = leak[names[0]]
     if kind == "size":
-        sizes = torch.stack([leak[name].flatten(1).square().sum(dim=1) for name in names], dim=1)
+        sizes = torch.stack([as_rows(leak[name]).square().sum(dim=1) for name in names], dim=1)
         # What a channel has set to zero says nothing, and would weigh more than all else.
         says = sizes > 1e-12 * sizes.amax(dim=1, keepdim=True)
         return torch.where(says, sizes.mean(dim=1, keepdim=True) / torch.where(says, sizes, 1.0), 0.0)

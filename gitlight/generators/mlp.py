@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
 from gitlight.config import MLPGeneratorConfig
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 from gitlight.generators.base import Generator, PairFit
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
@@ -46,7 +46,7 @@ class MLPGenerator(Generator):
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
         if self.scaling is None:
-            flat = torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1).float()
+            flat = torch.cat([as_rows(gradient) for gradient in gradients.values()], dim=1).float()
         else:
             flat = self.scaling(gradients)
         images: Tensor = self.network(flat)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 
 _TINY = 1e-30
 
@@ -100,6 +100,6 @@ class GradientScaling(StandardisedFeatures):
 
     def features(self, gradients: Gradients) -> Tensor:
         """Gradients relative to the output error's size."""
-        flat = torch.cat([gradients[name].flatten(1) for name in self._names], dim=1)
-        size = gradients[self._size_name].flatten(1).norm(dim=1, keepdim=True)
+        flat = torch.cat([as_rows(gradients[name]) for name in self._names], dim=1)
+        size = as_rows(gradients[self._size_name]).norm(dim=1, keepdim=True)
         return (flat / size.clamp_min(_TINY)).float()

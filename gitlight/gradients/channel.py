@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gitlight.config import ChannelConfig, GaussianNoiseConfig, PruningConfig
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients import CHANNELS
@@ -35,7 +35,7 @@ class GaussianNoise:
 
     def __call__(self, gradients: Gradients, seeds: Tensor) -> Gradients:
         """Noisy copies; each leak's noise and its level depend on its seed alone."""
-        flat = torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
+        flat = torch.cat([as_rows(gradient) for gradient in gradients.values()], dim=1)
         noise = torch.empty_like(flat)
         generator = torch.Generator(flat.device)
         levels = torch.full((len(flat), 1), self._highest, dtype=flat.dtype)
@@ -77,7 +77,7 @@ class Pruning:
         return {name: self._prune(gradient) for name, gradient in gradients.items()}
 
     def _prune(self, gradient: Tensor) -> Tensor:
-        flat = gradient.flatten(1)
+        flat = as_rows(gradient)
         n_pruned = round(self._fraction * flat.shape[1])
         smallest = flat.abs().topk(n_pruned, dim=1, largest=False).indices
         return flat.scatter(1, smallest, 0.0).view_as(gradient)

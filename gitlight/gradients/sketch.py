@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gitlight.architecture import Architecture
 from gitlight.config import SketchConfig
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 
@@ -74,7 +74,7 @@ class Sketch:
     def _apply(self, name: str, gradient: Tensor) -> Tensor:
         order, signs = (part.to(gradient.device) for part in self._maps[name])
         self._maps[name] = order, signs
-        signed = gradient.flatten(1).index_select(1, order).mul_(signs)
+        signed = as_rows(gradient).index_select(1, order).mul_(signs)
         whole = signed.shape[1] // self._size * self._size
         # Places are filled in turn, by a sum over rows: in the same order on every device, unlike a scattered sum.
         sums = signed[:, :whole].view(len(gradient), -1, self._size).sum(dim=1)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.architecture import IMAGE, Architecture
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 from gitlight.generators.exact.rule import Weights
 
 
@@ -53,8 +53,8 @@ def gradient_mismatch(
     """
     made = model_gradients(architecture, images, labels, weights)
     names = list(architecture.parameter_shapes)
-    distance = sum((made[name] - gradients[name]).flatten(1).square().sum(dim=1) for name in names)
-    size = sum(gradients[name].flatten(1).square().sum(dim=1) for name in names)
+    distance = sum(as_rows(made[name] - gradients[name]).square().sum(dim=1) for name in names)
+    size = sum(as_rows(gradients[name]).square().sum(dim=1) for name in names)
     assert isinstance(distance, Tensor)
     assert isinstance(size, Tensor)
     return (distance / size.clamp_min(1e-300)).sqrt()

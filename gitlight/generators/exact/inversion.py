@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gitlight.architecture import IMAGE, Architecture, Layer
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 from gitlight.generators.base import PairFit, ParameterEstimate
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.fits import (
@@ -302,7 +302,7 @@ class Inversion(nn.Module):
             images = found.values[IMAGE].value.clamp(0, 1)
             label = labels_from_bias_gradient(found.deltas[self.architecture.output])
             mismatch = gradient_mismatch(self.architecture, images, label, leaks.gradients, weights)
-            size = sum(g.flatten(1).square().sum(dim=1) for g in leaks.gradients.values()) ** 0.5
+            size = sum(as_rows(g).square().sum(dim=1) for g in leaks.gradients.values()) ** 0.5
             expected = leaks.noise * self.architecture.n_parameters**0.5 / size
             found.status = worsen(found.status, ~(mismatch < 1e-3 + 10 * expected), Status.ESTIMATE)
         return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 from gitlight.generators.base import FitOn
 from gitlight.generators.exact.forward import model_gradients
 from gitlight.generators.exact.labels import labels_from_bias_gradient
@@ -45,8 +45,8 @@ class MatchingFit:
             made = model_gradients(inversion.architecture, images[leaks.which, 0].double(), labels, weights)
             losses = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
             for name, gradient in leaks.gradients.items():
-                size = gradient.flatten(1).square().sum(dim=1).clamp_min(1e-300)
-                losses = losses + (made[name] - gradient).flatten(1).square().sum(dim=1) / size
+                size = as_rows(gradient).square().sum(dim=1).clamp_min(1e-300)
+                losses = losses + as_rows(made[name] - gradient).square().sum(dim=1) / size
             loss = losses.mean()
             self._optimizer.zero_grad()
             loss.backward()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 from gitlight.generators.exact.leading import leading_direction
 
 SUMMED = 4.0
@@ -48,6 +48,6 @@ def rank_one(weight_gradient: Tensor) -> RankOne:
 
 def entry_size(gradients: Gradients) -> Tensor:
     """``(B,)`` float64: the root mean square of each leak's entries."""
-    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients.values()]
+    norms = [torch.linalg.vector_norm(as_rows(g), dim=1, dtype=torch.float64) for g in gradients.values()]
     count = sum(gradient.shape[1:].numel() for gradient in gradients.values())
     return torch.stack(norms).norm(dim=0) / count**0.5

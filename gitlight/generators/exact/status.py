@@ -5,7 +5,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from gitlight.data.pair import Gradients
+from gitlight.data.pair import Gradients, as_rows
 
 
 class Status(IntEnum):
@@ -51,8 +51,8 @@ def screen(gradients: Gradients) -> Tensor:
     finite = torch.ones(len(first), dtype=torch.bool, device=first.device)
     nonzero = torch.zeros_like(finite)
     for gradient in gradients.values():
-        finite &= torch.isfinite(gradient).flatten(1).all(dim=1)
-        nonzero |= (gradient != 0).flatten(1).any(dim=1)
+        finite &= as_rows(torch.isfinite(gradient)).all(dim=1)
+        nonzero |= as_rows(gradient != 0).any(dim=1)
     status = torch.full((len(first),), int(Status.EXACT), dtype=torch.int64, device=first.device)
     status[~nonzero] = Status.ZERO_GRADIENT
     status[~finite] = Status.NOT_FINITE

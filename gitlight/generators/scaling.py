@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gitlight.architecture import Architecture
 from gitlight.data.pair import Gradients, as_rows
+from gitlight.generators.exact.labels import output_bias
 
 _TINY = 1e-30
 
@@ -79,7 +80,8 @@ class GradientScaling(StandardisedFeatures):
     """Divides each leak's gradient by the size of its output error, then standardises every entry.
 
     The size is ``‖∂L/∂b_L‖``, the norm of the last layer's bias gradient, which for cross-entropy is
-    ``softmax(z) − y``: how wrong the leaked model was.
+    ``softmax(z) − y``: how wrong the leaked model was. For a model that does not end in a linear layer with a bias, it
+    is the norm of the gradient of its last parameter of one dimension, or else of its last parameter.
 
     Before `finish` it only divides.
     """
@@ -92,7 +94,7 @@ class GradientScaling(StandardisedFeatures):
         super().__init__(sum(n_entries))
         self._names, self._n_entries = names, n_entries
         biases = [name for name, shape in architecture.parameter_shapes.items() if len(shape) == 1]
-        self._size_name = biases[-1] if biases else list(shapes)[-1]
+        self._size_name = output_bias(architecture) or [*shapes, *biases][-1]
 
     def split(self, scaled: Tensor) -> dict[str, Tensor]:
         """The result of `forward` by parameter: name → ``(B, entries)``."""

@@ -76,3 +76,17 @@ def test_a_model_without_biases_is_scaled_by_its_last_weight():
     gradient = torch.rand(2, 3, 4)
     expected = gradient.flatten(1) / gradient.flatten(1).norm(dim=1, keepdim=True)
     torch.testing.assert_close(scaling({"1.weight": gradient}), expected)
+
+
+def test_the_output_error_is_found_whatever_the_order_of_parameters():
+    class HeadFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = torch.nn.Linear(5, 3), torch.nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.body(x.flatten(1))))
+
+    scaling = GradientScaling(Architecture.of(HeadFirst(), (1, 2, 2), 3), ("head.bias",))
+    gradients = {"head.weight": torch.rand(2, 3, 5), "head.bias": torch.rand(2, 3), "body.bias": torch.rand(2, 5)}
+    torch.testing.assert_close(scaling(gradients).norm(dim=1), torch.ones(2))

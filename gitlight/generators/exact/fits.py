@@ -13,7 +13,7 @@ from gitlight.data.pair import Gradients
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.conservation import conserved
 from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
-from gitlight.generators.exact.forward import forward_values
+from gitlight.generators.exact.forward import computable, forward_values
 from gitlight.generators.exact.plan import Known, plan_walk
 from gitlight.generators.exact.rule import InverseRule
 from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit, solve_all
@@ -44,7 +44,8 @@ def plan_fits(
 ) -> tuple[tuple[FitStep, ...], tuple[str, ...]]:
     """The fits to make, in order; and the names of layers whose weights the walk needs and nothing reaches.
 
-    None where the image is found without any weight.
+    None where the image is found without any weight. Of a layer with a parameter that does not leak there is none:
+    nothing tells its value.
     """
     if n_images > 1 or plan_walk(architecture, rules, (), 1).known.get(IMAGE) is Known.EXACT:
         return (), ()
@@ -64,33 +65,42 @@ def plan_fits(
     if not steps or architecture.chain_break is not None or architecture.sketched:
         return tuple(steps), ()
     affine = [layer for layer in architecture.layers if isinstance(rules[layer.name], AffineRule)]
-    remaining = [layer for layer in affine if layer.name != head.name and layer.parameters]
+    remaining = [layer for layer in affine if layer.name != head.name and not layer.constants]
     if conserved(architecture, rules):
         for layer in reversed(remaining):
             take(Way.CONSERVED, layer)
         return tuple(steps), ()
     while remaining:
         known = plan_walk(architecture, rules, fitted, 1, stacked=False).known
-        step = _next_step(remaining, rules, known)
+        step = _next_step(remaining, rules, known, remaining[0].inputs[0] in computable(architecture, fitted))
         if step is None:
             break
         take(step.way, step.layer)
         remaining.remove(step.layer)
-    return tuple(steps), tuple(layer.name for layer in remaining)
+    # Gradient matching runs the whole model.
+    matched = {name for layer in remaining for name in layer.parameters.values()}
+    possible = architecture.output in computable(architecture, fitted | matched)
+    return tuple(steps), tuple(layer.name for layer in remaining) if possible else ()
 
 
 def _next_step(
-    remaining: Sequence[Layer], rules: Mapping[str, InverseRule], known: Mapping[str, Known]
+    remaining: Sequence[Layer], rules: Mapping[str, InverseRule], known: Mapping[str, Known], from_below: bool
 ) -> FitStep | None:
-    """``remaining``: layers without a fitted weight, from the image up."""
+    """The next fit that can be made.
+
+    Args:
+        remaining: layers without a fitted weight, from the image up.
+        rules: of all layers.
+        known: what a walk with the weights fitted so far finds.
+        from_below: whether the input of the lowest of them follows from the public images.
+    """
     lowest = remaining[0]
     for layer in (lowest, *reversed(remaining)):
         rule = rules[layer.name]
         assert isinstance(rule, AffineRule)
         if layer.name not in known or known[layer.name] is Known.PARTLY or rule.groups != 1:
             continue
-        if layer is lowest:
-            # All below it is fitted, so its input follows from the public images.
+        if layer is lowest and from_below:
             return FitStep(Way.FROM_BELOW, layer)
         if known[layer.name] is Known.EXACT and known.get(layer.inputs[0]) is Known.EXACT:
             return FitStep(Way.FROM_ABOVE, layer)

@@ -1,5 +1,7 @@
 """The leaked model's own forward and backward pass, with estimated weights."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -7,6 +9,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.data.pair import Gradients, as_rows
 from gitlight.generators.exact.rule import Weights
+
+
+def computable(architecture: Architecture, weights: Collection[str]) -> set[str]:
+    """Names of the results that follow from an image with these weights and no other: those of `forward_values`."""
+    found = {IMAGE}
+    for layer in architecture.layers:
+        needed = (*layer.parameters.values(), *layer.constants.values())
+        if all(name in weights for name in needed) and all(name in found for name in layer.inputs):
+            found.add(layer.name)
+    return found
 
 
 def forward_values(architecture: Architecture, images: Tensor, weights: Weights) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from gitlight.generators.exact.fits import (
     Way,
     plan_fits,
 )
-from gitlight.generators.exact.forward import gradient_mismatch
+from gitlight.generators.exact.forward import computable, gradient_mismatch
 from gitlight.generators.exact.labels import labels_from_bias_gradient
 from gitlight.generators.exact.matching import matching_fits
 from gitlight.generators.exact.noise import SUMMED, entry_size, rank_one
@@ -140,8 +140,9 @@ class Inversion(nn.Module):
         self._used = set(architecture.parameter_shapes) if stacked else used
         self._priors: dict[str, str] = {}
         self._made_priors: dict[str, tuple[tuple[int, int, int], Prior]] = {}
+        from_images = computable(architecture, self._estimated)
         for action in self._plan.actions:
-            if action.do in (Do.STACK, Do.BOUND):
+            if action.do in (Do.STACK, Do.BOUND) and action.layer.inputs[0] in from_images:
                 size = torch.Size(action.layer.input_shape).numel()
                 name = action.layer.inputs[0]
                 self._priors[name] = f"prior{len(self._priors)}"

@@ -44,7 +44,8 @@ def can_separate(architecture: Architecture, client_batch_size: int) -> bool:
     """
     head = architecture[architecture.output]
     bias = output_bias(architecture)
-    if bias is None or {bias, head.parameters["weight"]} & set(architecture.sketched):
+    weight = head.parameters.get("weight")
+    if bias is None or weight is None or {bias, weight} & set(architecture.sketched):
         return False
     if any(layer.kind == "batch_norm" and layer.arguments["training"] for layer in architecture.layers):
         return False

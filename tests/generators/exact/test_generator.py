@@ -4,11 +4,19 @@ from closed_form import run_fits
 from torch import nn
 
 from gitlight.architecture import Architecture
-from gitlight.config import ExactGeneratorConfig, FullyConnectedConfig, LeNetConfig, ResNetConfig, ViTConfig
+from gitlight.config import (
+    ExactGeneratorConfig,
+    FullyConnectedConfig,
+    GradientsConfig,
+    LeNetConfig,
+    ResNetConfig,
+    ViTConfig,
+)
+from gitlight.data.pair import GradientPair
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.exact.generator import ExactGenerator
 from gitlight.generators.exact.status import Status
-from gitlight.gradients.engine import GradientEngine  # noqa: F401  (conftest makes pairs with it)
+from gitlight.gradients.engine import GradientEngine
 
 DETERMINED = Status.EXACT.words
 
@@ -138,3 +146,40 @@ def test_a_model_that_gives_nothing_is_refused():
 def test_a_fully_connected_model_is_described(mlp_architecture):
     assert "none is needed" in ExactGenerator(mlp_architecture, ExactGeneratorConfig()).describe()
     assert FullyConnectedConfig().name == "mlp"
+
+
+def partly_frozen(names, activation):
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 14), activation, nn.Linear(14, 12), activation, nn.Linear(12, 6)
+    )
+    for name in names:
+        dict(network.named_parameters())[name].requires_grad_(False)
+    return network
+
+
+def with_batch_norm_in_a_chain():
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.LeakyReLU(), nn.Conv2d(4, 4, 3), nn.LeakyReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 6))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        *(partly_frozen([name], nn.Sigmoid()) for name in ("1.weight", "1.bias")),
+        partly_frozen(["1.weight", "1.bias"], nn.Sigmoid()),
+        partly_frozen(["1.bias"], nn.ReLU()),
+        with_batch_norm_in_a_chain(),
+    ],
+    ids=["weight", "bias", "layer", "relu", "batch norm"],
+)
+def test_weights_that_nothing_tells_end_the_fits_and_are_no_crash(network):
+    architecture = Architecture.of(network.eval(), (3, 4, 4), 6)
+    images, labels = torch.rand(100, 1, 3, 4, 4), torch.randint(6, (100, 1))
+    gradients = GradientEngine(network, architecture, GradientsConfig(dtype="float64"))(images, labels)
+    pair = GradientPair(gradients, images, labels, torch.arange(100).view(100, 1))
+    generator = run_fits(ExactGenerator(architecture, ExactGeneratorConfig(matching_epochs=1)), [pair])
+    found, verdicts, _ = generator.reconstruct(gradients)
+    for image, wanted, verdict in zip(found, images, verdicts, strict=True):
+        if verdict == DETERMINED:
+            torch.testing.assert_close(image, wanted, rtol=0, atol=1e-3)
+    assert torch.isfinite(found).all()

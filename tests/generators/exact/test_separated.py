@@ -192,3 +192,11 @@ def test_other_last_layers_and_batch_statistics_are_not_separable(lenet_architec
     assert not can_separate(statistics, 2)
     sketched = Sketch(lenet_architecture, SketchConfig(name="count", size=20, keep_exact=[]))
     assert not can_separate(sketched.seen_by_generators(lenet_architecture), 2)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_partly_frozen_last_layer_is_not_separable(frozen):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    assert can_separate(Architecture.of(network, (3, 2, 2), 10), 2)
+    getattr(network[1], frozen).requires_grad_(False)
+    assert not can_separate(Architecture.of(network, (3, 2, 2), 10), 2)

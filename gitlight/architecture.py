@@ -1,6 +1,5 @@
 """`Architecture`: the structure of a leaked model without its weights. All that a generator is ever built from."""
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from torch import Tensor, fx, nn
 from gitlight.errors import ArchitectureError
 from gitlight.exported import (
     arguments_of,
+    check_traceable,
+    copied,
     held_tensors,
     kind_of,
     lifted_constants,
@@ -157,7 +158,8 @@ class Architecture:
         Raises:
             ArchitectureError: ``torch.export`` cannot trace the model, or an image of this shape does not fit it.
         """
-        bare = without_hooks(copy.deepcopy(model)).to("meta", torch.float32).eval()
+        check_traceable(model)
+        bare = without_hooks(copied(model)).to("meta", torch.float32).eval()
         image = torch.empty(1, *image_shape, device="meta")
         name = type(model).__name__
         try:

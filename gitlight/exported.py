@@ -1,8 +1,61 @@
 """What is read off a graph of torch.export, and off a model that one is made of."""
 
+import copy
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from gitlight.errors import ArchitectureError, first_line
+
+_BY_HOOKS = {
+    WeightNorm: "torch.nn.utils.weight_norm; use torch.nn.utils.parametrizations.weight_norm",
+    SpectralNorm: "torch.nn.utils.spectral_norm; use torch.nn.utils.parametrizations.spectral_norm",
+    BasePruningMethod: "torch.nn.utils.prune; torch.nn.utils.prune.remove(module, name) makes it permanent",
+}
+"""Hooks that compute a weight before each run, by kind: what made them, and what to do."""
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Raises: ArchitectureError, if a model holds what hides its operations, or parameters of no shape or not real."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        where = f"module {path!r} of {name}" if path else name
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ArchitectureError(
+                f"{where} is compiled by torch.jit, which keeps its operations to itself. Give the model that it was "
+                "made from."
+            )
+        for hook in module._forward_pre_hooks.values():
+            for kind, what in _BY_HOOKS.items():
+                if isinstance(hook, kind):
+                    raise ArchitectureError(f"The weight of {where} is computed by a hook of {what}.")
+    for path, parameter in model.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ArchitectureError(f"{path!r} of {name} has no shape yet. Run the model on an image first.")
+        if parameter.is_complex():
+            raise ArchitectureError(
+                f"{path!r} of {name} is complex: complex parameters are not supported. Hold real and imaginary part as "
+                "two parameters, and use torch.complex."
+            )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy.
+
+    Raises:
+        ArchitectureError: there can be none.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the user's modules raise
+        raise ArchitectureError(
+            f"{type(model).__name__} cannot be copied: {first_line(error).rstrip('.')}. What is computed from "
+            "parameters belongs in forward, and what cannot be copied outside the model."
+        ) from error
 
 
 def without_hooks(model: nn.Module) -> nn.Module:

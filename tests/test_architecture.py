@@ -5,11 +5,13 @@ import pytest
 import torch
 import torchvision
 from torch import fx, nn
+from torch.nn.utils import prune
 
 from gitlight.architecture import ELEMENTWISE, IMAGE, MOVES, Architecture
-from gitlight.config import LeNetConfig
+from gitlight.config import GivenConfig, LeNetConfig
 from gitlight.errors import ArchitectureError
 from gitlight.leaked.lenet import lenet
+from gitlight.leaked.model import LeakedModel
 
 
 class Residual(nn.Module):
@@ -250,3 +252,45 @@ def test_control_flow_on_values_is_named():
 
     with pytest.raises(ArchitectureError, match=r"Branching cannot be traced"):
         Architecture.of(Branching(), (3, 2, 2), 2)
+
+
+class WithParameter(nn.Module):
+    def __init__(self, parameter):
+        super().__init__()
+        self.layer, self.given = nn.Linear(12, 2), parameter
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)) * self.given.abs()
+
+
+def with_weight_from(reparametrise):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    reparametrise(model[1])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (WithParameter(nn.Parameter(torch.ones(2, dtype=torch.complex64))), "'given' of WithParameter is complex"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), r"'1\.weight' of Sequential has no shape yet"),
+        (with_weight_from(nn.utils.weight_norm), r"module '1' of Sequential .*parametrizations\.weight_norm"),
+        (with_weight_from(nn.utils.spectral_norm), r"module '1' of Sequential .*parametrizations\.spectral_norm"),
+        (with_weight_from(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), r"'1' .*prune\.remove"),
+        (torch.jit.trace(Residual(), torch.rand(1, 3, 4, 4)), r"compiled by torch\.jit"),
+        (WithParameter(2 * torch.ones(2, requires_grad=True)), "WithParameter cannot be copied: Only Tensors"),
+    ],
+    ids=["complex", "lazy", "weight norm", "spectral norm", "pruned", "jit", "computed"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:Lazy modules")
+def test_what_cannot_be_traced_is_named_with_what_to_do(model, message):
+    with pytest.raises(ArchitectureError, match=message):
+        Architecture.of(model, (3, 2, 2), 2)
+    with pytest.raises(ArchitectureError, match=message):
+        LeakedModel(GivenConfig(), (3, 2, 2), 2, network=model)
+
+
+def test_a_pruned_model_is_traced_once_its_masks_are_permanent():
+    model = with_weight_from(lambda layer: prune.l1_unstructured(layer, "weight", 0.5))
+    prune.remove(model[1], "weight")
+    assert set(Architecture.of(model, (3, 2, 2), 2).parameter_shapes) == {"1.weight", "1.bias"}

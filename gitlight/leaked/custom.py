@@ -1,6 +1,5 @@
 """A user's own model: by its dotted path in the settings, or passed in Python."""
 
-import copy
 import importlib
 import os
 import sys
@@ -13,6 +12,7 @@ from torch import nn
 from gitlight.architecture import ImageShape
 from gitlight.config import CustomConfig, GivenConfig, LeakedConfig
 from gitlight.errors import ConfigError
+from gitlight.exported import check_traceable, copied
 from gitlight.leaked.activations import replace_activations
 from gitlight.registry import did_you_mean
 
@@ -51,8 +51,14 @@ def custom(settings: CustomConfig, image_shape: ImageShape, n_classes: int) -> n
 
 
 def given(settings: LeakedConfig, network: nn.Module) -> nn.Module:
-    """A copy, on the CPU and in float32, of a model passed in Python; the user's own is never changed."""
-    return with_activation(copy.deepcopy(network).cpu().float(), settings)
+    """A copy, on the CPU and in float32, of a model passed in Python; the user's own is never changed.
+
+    Raises:
+        ArchitectureError: it cannot be traced, or not be copied.
+        ConfigError: it has no activation module to replace.
+    """
+    check_traceable(network)
+    return with_activation(copied(network).cpu().float(), settings)
 
 
 def not_given(settings: GivenConfig, image_shape: ImageShape, n_classes: int) -> NoReturn:

@@ -45,8 +45,8 @@ class LeakedModel(ShardableModule):
 
         Raises:
             CheckpointError: ``leaked.weights`` is missing, unreadable, or of another architecture.
-            ArchitectureError: the network does not put out one row of ``n_classes`` logits per image, or draws random
-                numbers in evaluation mode.
+            ArchitectureError: the network has no parameters, cannot be traced, does not put out one row of
+                ``n_classes`` logits per image, or draws random numbers in evaluation mode.
             ConfigError: settings that the network cannot have.
         """
         super().__init__()
@@ -66,6 +66,8 @@ class LeakedModel(ShardableModule):
         if settings.batch_norm == "batch" and optimizer is None:
             use_batch_statistics(self.network)
         self.architecture = Architecture.of(self.network, image_shape, n_classes)
+        if not self.architecture.parameter_shapes:
+            raise ArchitectureError(f"{type(self.network).__name__} has no parameters, so no gradient leaks.")
         _check_logits(self.architecture, type(self.network).__name__)
         _check_no_dropout(self.architecture)
         # Lightning's own epoch mean rounds the ranks' batch counts, which is wrong for shares of unequal size.

@@ -184,3 +184,8 @@ def test_parameters_that_the_user_froze_do_not_leak():
     leaked = LeakedModel(GivenConfig(), SHAPE, 10, network=network.double())
     assert list(leaked.architecture.parameter_shapes) == ["3.weight", "3.bias"]
     assert leaked(torch.rand(2, *SHAPE)).dtype == torch.float32
+
+
+def test_a_network_without_parameters_leaks_nothing():
+    with pytest.raises(ArchitectureError, match="Sequential has no parameters, so no gradient leaks"):
+        LeakedModel(GivenConfig(), SHAPE, 192, network=nn.Sequential(nn.Flatten()))

@@ -12,13 +12,14 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from gitlight.config import Config, DataConfig
+from gitlight.config import Config, DataConfig, EvaluationConfig
 from gitlight.config_loading import load_config, save_config
 from gitlight.data.datamodule import load_images
 from gitlight.data.images import ImageSplits, ImageSubset
 from gitlight.data.pair import Gradients
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.evaluation import attack, evaluate
+from gitlight.evaluation.writing import warn_of_few
 from gitlight.generators.base import Generator
 from gitlight.report.attacked import FAILURE
 from gitlight.training import build_generator, build_pairs, train
@@ -201,7 +202,26 @@ def test_more_images_than_there_are_attacks_all(load: Load, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, logger="gitlight"):
         evaluate(config)
     assert entries(config)[0]["n_images"] == N_PRIVATE == len(rows(config))
-    assert "100000" in caplog.text
+    assert "evaluation.n_images: 100000, but 40 private images are attacked: there are 40" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "n_private", "per_leak", "n_attacked", "why"),
+    [
+        (30, 99, 4, 28, "leaks are of 4 images each (data.client_batch_size)"),
+        (99, 30, 4, 28, "there are 30, and leaks are of 4 images each (data.client_batch_size)"),
+        (99, 30, 5, 30, "there are 30"),
+        (30, 30, 5, 30, None),
+    ],
+)
+def test_why_fewer_images_are_attacked_than_asked_for_is_said(
+    asked: int, n_private: int, per_leak: int, n_attacked: int, why: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(data=DataConfig(client_batch_size=per_leak), evaluation=EvaluationConfig(n_images=asked))
+    with caplog.at_level(logging.WARNING, logger="gitlight"):
+        warn_of_few(config, n_private, n_attacked)
+    wanted = [f"evaluation.n_images: {asked}, but {n_attacked} private images are attacked: {why}"] if why else []
+    assert caplog.messages == wanted
 
 
 def test_a_run_that_was_not_trained_says_how_to_train(tmp_path: Path) -> None:

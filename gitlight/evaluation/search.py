@@ -36,7 +36,7 @@ def evaluate_search(
         points += attacked.points
         snapshots += attacked.snapshots
     images = AttackedImages.joined(parts)
-    warn_of_few(config.evaluation, images)
+    warn_of_few(config, len(datamodule.split("test")), len(images))
     result = result_of(config, trained, images, seconds, name, knowledge.items)
     evaluation = Evaluation(result, folder / "evaluation")
     if not (folder / "config.yaml").is_file():

@@ -40,7 +40,7 @@ def evaluate_generator(
     generator = build_generator(config, datamodule.architecture)
     load_generator_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, settings.checkpoint))
     images, seconds = attack(generator, datamodule, datamodule.class_names, device, settings.n_images)
-    warn_of_few(settings, images)
+    warn_of_few(config, len(datamodule.split("test")), len(images))
     name = described(config.generator.name, attack_changes(config, trained))
     evaluation = Evaluation(result_of(config, trained, images, seconds, name, KNOWLEDGE), folder / "evaluation")
     write_evaluation(evaluation, config, trained, images, device)

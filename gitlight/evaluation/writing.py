@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 
 from gitlight.callbacks.reconstructions import draw_grid
-from gitlight.config import Config, EvaluationConfig
+from gitlight.config import Config
 from gitlight.report.attacked import AttackedImages, write_per_image
 from gitlight.report.html import Figure, render_report
 from gitlight.report.results import METRICS, Result, merge_results, read_results, write_results, write_text
@@ -51,10 +51,22 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def warn_of_few(settings: EvaluationConfig, images: AttackedImages) -> None:
-    """Say so where there were fewer private images than asked for."""
-    if len(images) < settings.n_images:
-        log.warning("evaluation.n_images: %d, but the private images make up %d", settings.n_images, len(images))
+def warn_of_few(config: Config, n_private: int, n_attacked: int) -> None:
+    """Say so, and why, where fewer private images are attacked than asked for.
+
+    Args:
+        config: with ``evaluation.n_images`` and ``data.client_batch_size``.
+        n_private: private images that there are.
+        n_attacked: those that are attacked.
+    """
+    asked, causes = config.evaluation.n_images, []
+    if n_private < asked:
+        causes.append(f"there are {n_private}")
+    if n_attacked < min(n_private, asked):
+        causes.append(f"leaks are of {config.data.client_batch_size} images each (data.client_batch_size)")
+    if causes:
+        why = ", and ".join(causes)
+        log.warning("evaluation.n_images: %d, but %d private images are attacked: %s", asked, n_attacked, why)
 
 
 def write_evaluation(

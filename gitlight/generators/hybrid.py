@@ -243,8 +243,11 @@ class HybridGenerator(Generator):
         if not state:
             raise CheckpointError(f"generator.weights_from: {file} holds no weights that generator.name=exact fitted.")
         assert isinstance(self.walk, ClosedFormFeatures)  # weights_from goes with one image per leak
+        inversion = self.walk.inversion
+        if inversion.is_cut:  # exact fits what is below generator.exact_depth, too, after all else
+            state = {name: value for name, value in state.items() if name in inversion.state_dict()}
         try:
-            self.walk.inversion.load_state_dict(state)
+            inversion.load_state_dict(state)
         except RuntimeError as error:
             raise CheckpointError(
                 f"generator.weights_from: {file} is of another leaked model, or of other settings of generator.name="

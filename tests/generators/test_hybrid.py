@@ -73,6 +73,9 @@ def test_hybrid_takes_weights_that_clean_pairs_gave(fully_solved, tmp_path):
     assert taken.ridge.error < 0.3 * own.ridge.error, "noisy pairs fit no weights"
     name = next(iter(taken.estimated_parameters()))
     assert torch.equal(taken.estimated_parameters()[name].value, exact.estimated_parameters()[name].value)
+    given = {"forward_equations": True, "weights_from": str(file), "exact_depth": 1}
+    cut = run_fits(build("hybrid", architecture, **given), [noisy_pair])
+    assert list(cut.estimated_parameters()) == list(architecture.parameter_shapes)[-2:]
 
 
 def test_hybrid_names_what_it_cannot_take_weights_from(fully_solved, lenet_architecture, tmp_path):

@@ -92,7 +92,9 @@ class ClosedFormFeatures(nn.Module):
             ArchitectureError: nothing is found, for want of a ``δ`` to start from.
         """
         super().__init__()
-        self.inversion = Inversion(architecture, noise, client_batch_size, strict=False, stacked=forward_equations)
+        self.inversion = Inversion(
+            architecture, noise, client_batch_size, strict=False, stacked=forward_equations, depth=depth
+        )
         features = _features(self.inversion, architecture)
         if not features:
             last = architecture[architecture.output]
@@ -106,8 +108,8 @@ class ClosedFormFeatures(nn.Module):
                 f"{last.place} (parameters: {', '.join(last.parameters.values()) or 'none'}). "
                 "mlp needs no such layer: generator.name=mlp."
             )
-        self.features = features[:depth]
-        self.end = _end(self.inversion, architecture, depth, len(features))
+        self.features = features
+        self.end = f"generator.exact_depth is {depth}" if self.inversion.is_cut else _end(self.inversion, architecture)
 
     @property
     def reaches_the_image(self) -> bool:
@@ -148,9 +150,7 @@ def _features(inversion: Inversion, architecture: Architecture) -> tuple[Feature
     plan = inversion.plan
     undone = {action.layer.name: action.layer.inputs[0] for action in plan.actions if action.do is Do.INVERT}
     found = []
-    for action in plan.actions:
-        if action.do not in (Do.SOLVE, Do.STACK, Do.BOUND):
-            continue
+    for action in plan.solves:
         name = action.layer.inputs[0]
         how_well = plan.known[name]
         while name in undone and _carries_over(inversion.rules[name], how_well):
@@ -169,10 +169,8 @@ def _carries_over(rule: InverseRule, how_well: Known) -> bool:
     return rule.complete if isinstance(rule, MoveRule) else how_well is not Known.ESTIMATE
 
 
-def _end(inversion: Inversion, architecture: Architecture, depth: int | None, n_found: int) -> str:
+def _end(inversion: Inversion, architecture: Architecture) -> str:
     """In words, why there are no more features."""
-    if depth is not None and depth < n_found:
-        return f"generator.exact_depth is {depth}"
     plan = inversion.plan
     if plan.known.get(IMAGE) is Known.EXACT:
         return "the image is reached"

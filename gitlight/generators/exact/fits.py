@@ -14,7 +14,7 @@ from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.conservation import conserved
 from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
 from gitlight.generators.exact.forward import computable, forward_values
-from gitlight.generators.exact.plan import Known, plan_walk
+from gitlight.generators.exact.plan import Do, Known, plan_walk
 from gitlight.generators.exact.rule import InverseRule
 from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit, solve_all
 
@@ -81,6 +81,42 @@ def plan_fits(
     matched = {name for layer in remaining for name in layer.parameters.values()}
     possible = architecture.output in computable(architecture, fitted | matched)
     return tuple(steps), tuple(layer.name for layer in remaining) if possible else ()
+
+
+def needed_fits(
+    architecture: Architecture,
+    rules: Mapping[str, InverseRule],
+    fits: tuple[tuple[FitStep, ...], tuple[str, ...]],
+    n_images: int,
+    stacked: bool,
+    depth: int | None,
+) -> tuple[tuple[FitStep, ...], tuple[str, ...]]:
+    """Of what `plan_fits` gives, as much as a walk gains from; each fit may need those before it.
+
+    Args:
+        architecture: the leaked model's.
+        rules: of all layers.
+        fits: all of them, and the layers that would be matched.
+        n_images: images per leak.
+        stacked: whether the walk uses forward equations.
+        depth: the most layers whose inputs are wanted; None: all.
+    """
+    steps, unreachable = fits
+    layers = [*(step.layer for step in steps), *(architecture[name] for name in unreachable)]
+
+    def found(count: int) -> object:
+        weights = {name for layer in layers[:count] for name in layer.parameters.values()}
+        plan = plan_walk(architecture, rules, weights, n_images, stacked)
+        if depth is None:
+            return plan.known
+        plan, from_images = plan.first(depth), computable(architecture, weights)
+        inputs = [(action.do, action.layer.inputs[0]) for action in plan.solves]
+        return plan.actions, [(plan.known[name], do is Do.SOLVE or name in from_images) for do, name in inputs]
+
+    # Forward equations make more of the last layer's input, too.
+    least = 1 if stacked and steps else 0
+    wanted = found(len(layers))
+    return next(((steps[:count], ()) for count in range(least, len(steps) + 1) if found(count) == wanted), fits)
 
 
 def _next_step(

@@ -13,11 +13,11 @@ from gitlight.generators.base import PairFit, ParameterEstimate
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.fits import (
     ConservationFit,
-    FitStep,
     HeadFit,
     OutputFit,
     PriorFit,
     Way,
+    needed_fits,
     plan_fits,
 )
 from gitlight.generators.exact.forward import computable, gradient_mismatch
@@ -26,7 +26,6 @@ from gitlight.generators.exact.matching import matching_fits
 from gitlight.generators.exact.noise import SUMMED, entry_size, rank_one
 from gitlight.generators.exact.plan import Do, Plan, plan_walk, rules_of
 from gitlight.generators.exact.posterior import Prior
-from gitlight.generators.exact.rule import InverseRule
 from gitlight.generators.exact.status import Status, screen, worsen
 from gitlight.generators.exact.walk import Found, walk
 
@@ -74,18 +73,6 @@ def _seen(key: str) -> str:
     return key.replace("weight", "seen")
 
 
-def _carrying(
-    architecture: Architecture, rules: Mapping[str, InverseRule], steps: tuple[FitStep, ...], n_images: int
-) -> tuple[FitStep, ...]:
-    """Of the fits to make, as many as a walk by gradient equations alone gains from; each may need those before it."""
-
-    def known(count: int) -> dict[str, str]:
-        weights = {name for step in steps[:count] for name in step.layer.parameters.values()}
-        return dict(plan_walk(architecture, rules, weights, n_images, stacked=False).known)
-
-    return next(steps[:count] for count in range(len(steps) + 1) if known(count) == known(len(steps)))
-
-
 class Inversion(nn.Module):
     """Inverts back-propagation in closed form, without any leaked weight: those that it needs it fits from pairs.
 
@@ -93,6 +80,7 @@ class Inversion(nn.Module):
         rules: the inverse rule of each layer.
         steps: the fits to make, in order.
         unreachable: names of layers whose weights no fit reaches.
+        is_cut: whether the walk would go on, were it not for ``depth``.
     """
 
     def __init__(
@@ -102,6 +90,7 @@ class Inversion(nn.Module):
         client_batch_size: int,
         strict: bool = True,
         stacked: bool = True,
+        depth: int | None = None,
     ) -> None:
         """Plan the fits and the walk.
 
@@ -112,6 +101,7 @@ class Inversion(nn.Module):
             strict: whether an operation without a rule is an error; else the walk ends above it.
             stacked: whether to use forward equations and priors, too: exact where gradient equations alone are not, at
                 up to a second an image on a laptop.
+            depth: the most layers whose inputs are wanted, from the output down; None: all.
 
         Raises:
             ArchitectureError: an operation has no inverse rule, and ``strict``.
@@ -121,9 +111,16 @@ class Inversion(nn.Module):
         self.rules = rules_of(architecture, strict)
         self.n_images = client_batch_size
         self._noise = noise
-        self.steps, self.unreachable = plan_fits(architecture, self.rules, client_batch_size)
-        if not stacked:
-            self.steps, self.unreachable = _carrying(architecture, self.rules, self.steps, client_batch_size), ()
+        fits = plan_fits(architecture, self.rules, client_batch_size)
+        self.steps, self.unreachable = fits if stacked else (fits[0], ())
+        everything = [step.layer for step in self.steps] + [architecture[name] for name in self.unreachable]
+        weights = {name for layer in everything for name in layer.parameters.values()}
+        whole = plan_walk(architecture, self.rules, weights, client_batch_size, stacked)
+        self.is_cut = depth is not None and depth < len(whole.solves)
+        if not stacked or self.is_cut:
+            fits = (self.steps, self.unreachable)
+            most = depth if self.is_cut else None
+            self.steps, self.unreachable = needed_fits(architecture, self.rules, fits, client_batch_size, stacked, most)
         self._stacked = stacked
         self._estimated: dict[str, str] = {}
         layers = [*(step.layer for step in self.steps), *(architecture[name] for name in self.unreachable)]
@@ -133,7 +130,7 @@ class Inversion(nn.Module):
             self.register_buffer(f"weight{number}", torch.zeros(shape, dtype=torch.float64))
             self.register_buffer(f"seen{number}", torch.ones(shape, dtype=torch.bool))
         self._found: set[str] = set()
-        self._plan = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked)
+        self._plan = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked).first(depth)
         on_the_way = [*layers, *(action.layer for action in self._plan.actions), architecture[architecture.output]]
         # Where the image is found, all gradients are compared with those that it gives.
         used = {name for layer in on_the_way for name in layer.parameters.values()}

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
 
@@ -31,6 +31,9 @@ class Do(StrEnum):
     CARRY = "carry"
 
 
+_SOLVING = (Do.SOLVE, Do.STACK, Do.BOUND)
+
+
 @dataclass(frozen=True)
 class Action:
     """``do`` at ``layer``, for its input number ``position``."""
@@ -55,6 +58,19 @@ class Plan:
     known: Mapping[str, Known]
     deltas: frozenset[str]
     obstacles: Mapping[str, str]
+
+    @property
+    def solves(self) -> tuple[Action, ...]:
+        """The actions that solve for a layer's input, from the output down."""
+        return tuple(action for action in self.actions if action.do in _SOLVING)
+
+    def first(self, depth: int | None) -> "Plan":
+        """The plan that ends with the first ``depth`` inputs, and with what they are made of; None: all."""
+        if depth is None or depth >= len(self.solves):
+            return self
+        places = [place for place, action in enumerate(self.actions) if action.do in _SOLVING]
+        down, undo = self.actions[: places[depth - 1] + 1], self.actions[places[depth - 1] + 1 : places[depth]]
+        return replace(self, actions=(*down, *(action for action in undo if action.do is Do.INVERT)))
 
 
 class NoRule(InverseRule):

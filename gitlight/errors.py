@@ -1,9 +1,13 @@
 """Errors that are the user's to mend: the command lines print them as one message, without a traceback."""
 
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+_FEW = 3
+"""Names and problems that a message has room for."""
 
 
 class GitlightError(Exception):
@@ -51,6 +55,20 @@ class RunStopped(Exception):  # noqa: N818 - nothing went wrong
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for messages of our own; its kind where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def misfit(error: RuntimeError) -> str:
+    """What `load_state_dict` found not to fit, in a line: of many names and problems, the first and how many more."""
+    problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [first_line(error)]
+    shown = [_shortened(problem) for problem in problems[:_FEW]]
+    return " ".join(shown) + (f" (and {len(problems) - _FEW} more)" if len(problems) > _FEW else "")
+
+
+def _shortened(problem: str) -> str:
+    names = re.findall(r'"[^"]+"', problem)
+    if len(names) <= _FEW:
+        return problem
+    return f"{problem.partition(names[0])[0]}{', '.join(names[:_FEW])} and {len(names) - _FEW} more."
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any], where: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gitlight.architecture import Architecture
 from gitlight.config import Config
 from gitlight.config_loading import load_config
-from gitlight.errors import CheckpointError, ConfigError, differences
+from gitlight.errors import CheckpointError, ConfigError, differences, misfit
 from gitlight.generators.base import Generator
 from gitlight.runs import checkpoint_path, load_checkpoint, run_folder
 from gitlight.training import build_generator
@@ -52,12 +52,10 @@ def load_generator_weights(generator: Generator, state: dict[str, Tensor], path:
     try:
         generator.load_state_dict(own)
     except RuntimeError as error:
-        problems = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
         raise CheckpointError(
             f"{path} does not fit the settings: they, or the version of gitlight, differ from those that the generator "
             "was trained with. Evaluate the run's folder without changing data, leaked or generator settings. "
-            f"{' '.join(problems[:2])}{more}"
+            f"{misfit(error)}"
         ) from error
 
 

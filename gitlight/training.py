@@ -26,7 +26,7 @@ from gitlight.data.datamodule import ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.decisions import with_decisions
-from gitlight.errors import CheckpointError, ConfigError, LostRankError
+from gitlight.errors import CheckpointError, ConfigError, LostRankError, misfit
 from gitlight.fitting import fit_in_closed_form
 from gitlight.generators import GENERATORS
 from gitlight.generators.base import Generator
@@ -288,7 +288,7 @@ def _checked_checkpoint(
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} is a checkpoint of a model of another shape than these settings give now: the images at data.root "
-            f"have other classes, or gitlight another version. {error}"
+            f"have other classes, or gitlight another version. {misfit(error)}"
         ) from error
     check_remaining(path, checkpoint, config.trainer)
     if isinstance(datamodule, GradientPairDataModule):

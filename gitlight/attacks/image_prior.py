@@ -14,7 +14,7 @@ from gitlight.config_loading import load_config
 from gitlight.data.datamodule import ImageDataModule, image_shape
 from gitlight.data.pair import GradientPair
 from gitlight.data.sampling import mixed_seed
-from gitlight.errors import CheckpointError, ConfigError
+from gitlight.errors import CheckpointError, ConfigError, misfit
 from gitlight.optimization import configure_optimizer
 from gitlight.runs import checkpoint_path, load_checkpoint
 from gitlight.sharding import ShardableModule
@@ -157,7 +157,7 @@ def load_image_prior(folder: Path, shape: ImageShape, device: torch.device) -> I
     try:
         prior.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit its run's config.yaml: {error}") from error
+        raise CheckpointError(f"{path} does not fit its run's config.yaml: {misfit(error)}") from error
     return prior.to(device).eval()
 
 

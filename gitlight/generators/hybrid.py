@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
-from gitlight.errors import CheckpointError, ConfigError
+from gitlight.errors import CheckpointError, ConfigError, misfit
 from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import (
     FitOn,
@@ -251,7 +251,7 @@ class HybridGenerator(Generator):
         except RuntimeError as error:
             raise CheckpointError(
                 f"generator.weights_from: {file} is of another leaked model, or of other settings of generator.name="
-                f"exact: {str(error).splitlines()[-1].strip()}"
+                f"exact: {misfit(error)}"
             ) from error
 
     def _error(self, features: FeatureValues) -> Tensor:

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture, ImageShape
 from gitlight.config import LeakedConfig, OptimizerConfig
-from gitlight.errors import ArchitectureError, CheckpointError
+from gitlight.errors import ArchitectureError, CheckpointError, misfit
 from gitlight.leaked import LEAKED_MODELS
 from gitlight.leaked.batch_norm import use_batch_statistics
 from gitlight.leaked.custom import given
@@ -176,4 +176,4 @@ def _load_weights(network: nn.Module, path: Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"leaked.weights: {path} is of another architecture: {error}") from error
+        raise CheckpointError(f"leaked.weights: {path} is of another architecture: {misfit(error)}") from error

@@ -104,9 +104,10 @@ class HybridGenerator(Generator):
         small = smallest_parameters(unexplained, architecture, settings.gradient_entries)
         self.scaling = GradientScaling(architecture, small) if small and settings.gradient_channels else None
         reached = self.walk.features[-1].result == IMAGE and settings.forward_equations
-        self._in_start = deepest_that_fit(shapes, settings.linear_start_features)
         if reached:
             self._in_start = {len(shapes) - 1: shapes[-1]}
+        else:
+            self._in_start = deepest_that_fit(shapes, settings.linear_start_features)
         n_start = sum(map(prod, self._in_start.values()))
         left = settings.linear_start_features - n_start
         averaged = unexplained
@@ -131,9 +132,14 @@ class HybridGenerator(Generator):
         self.standardisation = FeatureStandardisation(shapes)
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 
-        def build(width: int) -> nn.Module:
-            # The hidden layer grows with the convolutions, so that a budget is shared out alike.
+        hidden_per_channel = max(1, settings.gradient_hidden_size // settings.channels)
+
+        def build(size: int) -> nn.Module:
+            # The hidden layer grows with the convolutions, so that a budget is shared out alike; beside a single
+            # channel it is as small as need be.
+            width = max(1, size + 1 - hidden_per_channel)
             hidden_size = max(1, settings.gradient_hidden_size * width // settings.channels)
+            hidden_size = min(size, hidden_size) if width == 1 else hidden_size
             maps = FeatureMaps(
                 architecture.image_shape,
                 shapes,
@@ -145,10 +151,10 @@ class HybridGenerator(Generator):
             per_row = client_batch_size // self.walk.n_slots
             return Refinement(architecture.image_shape, per_row, maps, width, settings.blocks)
 
-        width = settings.channels
+        size = settings.channels + hidden_per_channel - 1
         if settings.parameters is not None:
-            width = width_for_budget(build, settings.parameters)
-        self.refinement = None if self._solved else build(width)
+            size = width_for_budget(build, settings.parameters)
+        self.refinement = None if self._solved else build(size)
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""

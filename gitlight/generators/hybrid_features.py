@@ -25,6 +25,9 @@ def deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int,
 
     If not even one fits, the deepest map is averaged down until it does.
 
+    Raises:
+        ConfigError: nor does that, averaged to one point.
+
     >>> deepest_that_fit([(12, 8, 8), (12, 8, 8), (12, 16, 16)], 4000)
     {1: (12, 8, 8), 2: (12, 16, 16)}
     >>> deepest_that_fit([(12, 56, 56)], 4000)
@@ -40,8 +43,9 @@ def deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int,
         side = isqrt(limit // shapes[-1][0])
         chosen[len(shapes) - 1] = (shapes[-1][0], min(side, shapes[-1][1]), min(side, shapes[-1][2]))
     if not chosen:
+        averaged = shapes[-1][:1] if len(shapes[-1]) == 3 else ()
         raise ConfigError(
-            f"generator.linear_start_features: {limit} is less than any feature of this leaked model has; the smallest "
-            f"has {min(map(prod, shapes))}."
+            f"generator.linear_start_features: {limit} is less than any feature of this leaked model has. Give at "
+            f"least {min(*map(prod, shapes), *averaged)}."
         )
     return chosen

@@ -200,3 +200,23 @@ def test_hybrid_takes_images_of_odd_size(size):
     generator = GENERATORS["hybrid"].load()(architecture, HybridGeneratorConfig(channels=4, blocks=1))
     gradients = {name: torch.randn(2, *p.shape) for name, p in network.named_parameters()}
     assert generator(gradients).shape == (2, 1, *size)
+
+
+def test_a_budget_holds_whatever_channels_the_settings_name():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.GELU(), nn.Conv2d(4, 4, 3, 2, 1), nn.GELU(), nn.Flatten())
+    architecture = Architecture.of(network.append(nn.Linear(36, 3)), (3, 12, 12), 3)
+    for channels in (4, 64):
+        n_parameters = n_trainable(build("hybrid", architecture, parameters=5000, channels=channels))
+        assert 3000 < n_parameters <= 5000
+
+
+@pytest.mark.parametrize("make", [nn.Sigmoid, nn.GELU])
+def test_the_smallest_linear_start_that_is_named_works(make):
+    network = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 1), make(), nn.Conv2d(6, 4, 3, 2, 1), make(), nn.Flatten())
+    architecture = Architecture.of(network.append(nn.Linear(36, 3)), (3, 12, 12), 3)
+    with pytest.raises(ConfigError, match=r"generator\.linear_start_features: 1 is less than .* at least") as raised:
+        build("hybrid", architecture, linear_start_features=1)
+    least = int(str(raised.value).rstrip(".").split()[-1])
+    build("hybrid", architecture, linear_start_features=least)
+    with pytest.raises(ConfigError, match=f"at least {least}"):
+        build("hybrid", architecture, linear_start_features=least - 1)

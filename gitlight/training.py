@@ -244,7 +244,8 @@ def _train(config: Config, network: nn.Module | None, signals: StopSignals) -> P
         datamodule = build_pairs(config, network)
         check_weights_from(config, datamodule.leaked_model)
         generator = build_generator(config, datamodule.architecture)
-        if description := generator.describe():
+        leak = describe_leak(config.gradients.updates, config.data.client_batch_size)
+        if description := generator.describe(leak):
             log.info("%s", description)
         check_perceptual(config, generator)
         module = GITModule(generator, config.optimizer, config.loss)

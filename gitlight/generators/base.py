@@ -187,8 +187,11 @@ class Generator(nn.Module, ABC):
         """
         raise NotImplementedError
 
-    def describe(self) -> str:
-        """What a user should know of this generator for this architecture, in a line; empty if nothing."""
+    def describe(self, leak: str = "gradient") -> str:
+        """What a user should know of this generator for this architecture, in a line; empty if nothing.
+
+        ``leak``: what a client shares, as `gitlight.gradients.updates.describe_leak` has it.
+        """
         return ""
 
     @property

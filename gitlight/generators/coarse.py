@@ -114,7 +114,7 @@ class CoarseGenerator(Generator):
         """The statistics of gradients and averages, and the linear start."""
         yield FitOn(_Fit(self), mirrored=self._mirrored)
 
-    def describe(self) -> str:
+    def describe(self, leak: str = "gradient") -> str:
         """The modules that the leaked model falls into."""
         start = f" from a regression on averages of {len(self._in_start)} layers" if self.ridge is not None else ""
         return f"coarse inverts {len(self._modules_down)} modules, from {self._modules_down[0].name} down{start}."

@@ -219,15 +219,17 @@ class HybridGenerator(Generator):
         if isinstance(ridge, RidgeRegression) and self.walk.n_slots > 1:
             yield FitOn(MatchedFit(self, ridge), mirrored=self._mirrored)
 
-    def describe(self) -> str:
+    def describe(self, leak: str = "gradient") -> str:
         """What the closed form reaches, and what stops it."""
-        reached = ", ".join(f"{f.name} ({'exact' if f.exact else 'estimate'})" for f in self.walk.features)
+        one = leak == "gradient"  # of an update of several steps the equations do not hold
+        reached = ", ".join(f"{f.name} ({'exact' if f.exact and one else 'estimate'})" for f in self.walk.features)
         averages = (
             f", and uses averages of the inputs of {self.averages.n_layers} layers" if self.averages.n_layers else ""
         )
         if self.walk.n_slots > 1:
             reached += f", of each of {self.walk.n_slots} images"
-        return f"hybrid inverts in closed form: {reached}; it ends there because {self.walk.end}{averages}"
+        how = "" if one else f", as if {leak} were one gradient"
+        return f"hybrid inverts in closed form{how}: {reached}; it ends there because {self.walk.end}{averages}"
 
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
         """The leaked weights that the walk has fitted."""

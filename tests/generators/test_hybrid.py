@@ -220,3 +220,13 @@ def test_the_smallest_linear_start_that_is_named_works(make):
     build("hybrid", architecture, linear_start_features=least)
     with pytest.raises(ConfigError, match=f"at least {least}"):
         build("hybrid", architecture, linear_start_features=least - 1)
+
+
+def test_hybrid_calls_nothing_exact_of_an_update(lenet_architecture):
+    generator = build("hybrid", lenet_architecture)
+    assert "input of linear (exact)" in generator.describe()
+    told = generator.describe("update(epochs=2, batch_size=1, learning_rate=0.1)")
+    assert (
+        "as if update(epochs=2, batch_size=1, learning_rate=0.1) were one gradient: input of linear (estimate)" in told
+    )
+    assert "(exact)" not in told

@@ -122,7 +122,7 @@ class ExactGenerator(Generator):
             self.inversion.keep_matched(self._trained())
             return self.layer_descent(self.inversion, shares, self._trained(detached=False))
 
-    def describe(self) -> str:
+    def describe(self, leak: str = "gradient") -> str:
         """What is reached, and what stops the walk."""
         steps = ", ".join(f"{step.layer.name} {step.way}" for step in self.inversion.steps) or "none is needed"
         if self.known.get(IMAGE) is Known.EXACT:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gitlight.errors import ArchitectureError
+from gitlight.errors import ArchitectureError, first_line
 from gitlight.exported import (
     arguments_of,
     check_traceable,
@@ -173,11 +173,11 @@ class Architecture:
             raise ArchitectureError(_untraceable(name, error)) from error
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             # What the model itself raises on a batch of one image: nearly always a shape that does not fit.
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            if "meta" in first_line or "data-dependent" in first_line or "data dependent" in first_line:
+            cause = first_line(error)
+            if "meta" in cause or "data-dependent" in cause or "data dependent" in cause:
                 raise ArchitectureError(_untraceable(name, error)) from error
             raise ArchitectureError(
-                f"{name} does not accept an image of shape {image_shape} (channels, height, width): {first_line}"
+                f"{name} does not accept an image of shape {image_shape} (channels, height, width): {cause}"
             ) from error
         shapes = {key: p.shape for key, p in model.named_parameters() if p.requires_grad or not _any_trainable(model)}
         layers, output = _layers(exported, frozenset(shapes), model)
@@ -237,10 +237,10 @@ class Architecture:
 
 
 def _untraceable(name: str, error: Exception) -> str:
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"{name} cannot be traced by torch.export: {first_line} "
-        "Models with control flow that depends on values cannot be inverted layer by layer."
+        f"{name} cannot be traced by torch.export: {first_line(error)} "
+        "Models with control flow that depends on values, or that make tensors on a device of their own and not on "
+        "their input's, cannot be inverted layer by layer."
     )
 
 

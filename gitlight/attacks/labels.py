@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from gitlight.architecture import Architecture
+from gitlight.architecture import Architecture, Layer
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
-from gitlight.generators.exact.labels import labels_of_batch
+from gitlight.generators.exact.labels import below_rescaling, labels_of_batch
 
 
 def labels_from_leak(architecture: Architecture, gradients: Gradients, client_batch_size: int) -> Tensor:
@@ -16,7 +16,8 @@ def labels_from_leak(architecture: Architecture, gradients: Gradients, client_ba
     entry is the only negative one (Zhao et al. 2020). For more, each image of a class lowers that class's entry by
     ``1/N``: the smallest entry's class is taken, ``1/N`` is added there, and so on, ``N`` times (after Wainakh et al.
     2021, whose impact of a class is ``1/N`` where the probabilities of others are small). Where there is no bias, the
-    sums over a weight gradient's rows stand for it, which have its signs where activations are not negative.
+    sums over a weight gradient's rows stand for it, which have its signs where activations are not negative. A
+    ``log_softmax`` or a constant temperature behind the layer makes no difference.
 
     Args:
         architecture: the leaked model's.
@@ -29,15 +30,16 @@ def labels_from_leak(architecture: Architecture, gradients: Gradients, client_ba
     Raises:
         ConfigError: the model does not end in a linear layer whose whole gradient leaks.
     """
-    last, names = architecture[architecture.output], _tell_labels(architecture)
+    last, factor = below_rescaling(architecture)
+    names = _tell_labels(last, architecture)
     if not names:
         raise ConfigError(
             f"attack.labels: recovered: labels are read off the gradient of a last linear layer, and the leaked model "
-            f"ends in {last.place}. Give attack.labels=optimised, or attack.labels=given."
+            f"ends in {architecture[architecture.output].place}. Give attack.labels=optimised, or attack.labels=given."
         )
     error = gradients[names[0]]
     error = error.double() if error.dim() == 2 else error.double().sum(dim=2)
-    error = torch.nan_to_num(error)
+    error = torch.nan_to_num(error) / factor
     # In units in which one image's worth is 1/N; the bias gradient has them already.
     if names[0] == last.parameters.get("weight"):
         negative = error.clamp_max(0).sum(dim=1, keepdim=True).abs().clamp_min(1e-300)
@@ -47,12 +49,11 @@ def labels_from_leak(architecture: Architecture, gradients: Gradients, client_ba
 
 def labels_leak(architecture: Architecture) -> bool:
     """Whether `labels_from_leak` can read them."""
-    return bool(_tell_labels(architecture))
+    return bool(_tell_labels(below_rescaling(architecture)[0], architecture))
 
 
-def _tell_labels(architecture: Architecture) -> list[str]:
+def _tell_labels(last: Layer, architecture: Architecture) -> list[str]:
     """The parameters of a last linear layer whose whole gradients leak, the bias first."""
-    last = architecture[architecture.output]
     names = [last.parameters[role] for role in ("bias", "weight") if role in last.parameters]
     return [name for name in names if name not in architecture.sketched] if last.kind == "linear" else []
 

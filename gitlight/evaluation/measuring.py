@@ -8,7 +8,7 @@ from gitlight.attacks.labels import in_the_order_of, labels_from_leak
 from gitlight.data.pair import GradientPair
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.generators.base import Reconstruction
-from gitlight.generators.exact.labels import labels_from_bias_gradient, output_bias
+from gitlight.generators.exact.labels import below_rescaling, labels_from_bias_gradient
 from gitlight.lpips import load_lpips
 from gitlight.metrics import SMALLEST_LPIPS_IMAGE, PerceptualDistance, match
 from gitlight.report.attacked import AttackedImages, measure, to_bytes
@@ -49,8 +49,9 @@ def _recovered_labels(pair: GradientPair, found: Tensor | None, architecture: Ar
     """
     if found is not None:
         return in_the_order_of(found.cpu(), pair.labels.cpu()).flatten()
-    bias = output_bias(architecture)
-    if bias is None or bias in architecture.sketched:
+    last, _ = below_rescaling(architecture)
+    bias = last.parameters.get("bias")
+    if bias is None or bias in architecture.sketched or last.kind != "linear" or len(last.input_shape) != 1:
         return None
     if pair.images.shape[1] == 1:
         return labels_from_bias_gradient(pair.gradients[bias]).cpu()

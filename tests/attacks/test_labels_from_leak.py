@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from gitlight.architecture import Architecture
-from gitlight.attacks.labels import in_the_order_of, labels_from_leak
+from gitlight.attacks.labels import in_the_order_of, labels_from_leak, labels_leak
 from gitlight.config import GradientsConfig
+from gitlight.data.pair import GradientPair
 from gitlight.errors import ConfigError
+from gitlight.evaluation.measuring import _recovered_labels
 from gitlight.gradients.engine import GradientEngine
 
 
@@ -56,3 +58,44 @@ def test_a_model_without_a_last_linear_layer_is_named():
 
 def test_equal_labels_are_paired_once():
     assert in_the_order_of(torch.tensor([[2, 2, 3]]), torch.tensor([[2, 2, 2]])).tolist() == [[2, 2, -1]]
+
+
+class Cooled(nn.Module):
+    """Logits over a temperature, as log-probabilities."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return (0.5 * self.network(images) / 2.0).log_softmax(dim=1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rescaled", [Cooled, lambda network: nn.Sequential(network, nn.LogSoftmax(dim=-1))])
+def test_rescaled_logits_tell_labels_as_well(bias, rescaled):
+    for per_leak in (1, 4):
+        architecture, labels, gradients = leaks(rescaled(untrained(bias)), 50, per_leak)
+        plain = leaks(untrained(bias), 50, per_leak)
+        found, wanted = (
+            labels_from_leak(architecture, gradients, per_leak),
+            labels_from_leak(plain[0], plain[2], per_leak),
+        )
+        assert (in_the_order_of(found, labels) == labels).double().mean() > 0.95
+        assert (found == wanted).double().mean() > 0.95
+        pair = GradientPair(gradients, torch.zeros(50, per_leak, 3, 8, 8), labels, torch.zeros_like(labels))
+        read = _recovered_labels(pair, None, architecture)
+        assert read is None if not bias else (read == labels.flatten()).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("after", [lambda z: -z, lambda z: z * 0.0, lambda z: z.log_softmax(0), lambda z: 1 / z])
+def test_what_does_more_than_rescale_tells_no_label(after):
+    class Ending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = untrained()
+
+        def forward(self, images):
+            return after(self.network(images))
+
+    assert not labels_leak(Architecture.of(Ending(), (3, 8, 8), 10))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gitlight.architecture import Architecture
+from gitlight.architecture import IMAGE, Architecture, Layer
 
 NO_LABEL = -1
 """What stands for the label of a leak whose bias gradient holds NaN or infinity."""
@@ -22,6 +22,38 @@ def output_bias(architecture: Architecture) -> str | None:
     """
     last = architecture[architecture.output]
     return last.parameters.get("bias") if last.kind == "linear" and len(last.input_shape) == 1 else None
+
+
+def below_rescaling(architecture: Architecture) -> tuple[Layer, float]:
+    """The layer that puts out the logits before they are only rescaled, and the factor.
+
+    The cross-entropy's own softmax leaves a ``log_softmax`` of the leaked model as it is; a temperature ``T`` makes
+    ``1/T`` of the layer's ``δ``, which keeps its signs.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2), nn.LogSoftmax(dim=1))
+    >>> layer, factor = below_rescaling(Architecture.of(model, image_shape=(3, 2, 2), n_classes=2))
+    >>> layer.name, factor
+    ('1', 1.0)
+    """
+    layer, factor = architecture[architecture.output], 1.0
+    while len(layer.inputs) == 1 and layer.inputs[0] != IMAGE and not layer.parameters and not layer.constants:
+        if layer.kind == "log_softmax" and layer.arguments["dim"] in (1, -1):
+            pass
+        elif layer.kind in ("mul", "div") and (other := _positive(layer)) is not None:
+            factor *= other if layer.kind == "mul" else 1 / other
+        else:
+            break
+        layer = architecture[layer.inputs[0]]
+    return layer, factor
+
+
+def _positive(layer: Layer) -> float | None:
+    """The number that a layer multiplies by or divides by, if it is positive."""
+    other = layer.arguments.get("other")
+    if layer.roles != ("self",) or layer.arguments.get("rounding_mode") or not isinstance(other, int | float):
+        return None
+    return float(other) if other > 0 else None
 
 
 def labels_from_bias_gradient(delta: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 FORMAT = "gitlight_format"
-VERSION = 3
+VERSION = 4
 """Of a checkpoint's format; raised when a run cannot go on from checkpoints of before."""
 WANDB_ID = "wandb_run_id"
 _WORDS = "last, previous, best, auto, or the path of a checkpoint"

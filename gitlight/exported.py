@@ -1,10 +1,11 @@
 """What is read off a graph of torch.export, and off a model that one is made of."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -43,14 +44,18 @@ def check_traceable(model: nn.Module) -> None:
             )
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A copy.
+
+    Args:
+        model: what to copy, hooks included.
+        shared: tensors that the copy has in common with it.
 
     Raises:
         ArchitectureError: there can be none.
     """
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     except Exception as error:  # whatever the user's modules raise
         raise ArchitectureError(
             f"{type(model).__name__} cannot be copied: {first_line(error).rstrip('.')}. What is computed from "

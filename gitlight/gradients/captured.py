@@ -19,6 +19,7 @@ from gitlight.architecture import ImageShape
 from gitlight.errors import first_line
 from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.layer_gradients import Call, Layout, NoRuleError
+from gitlight.gradients.precision import plain_tensor
 from gitlight.gradients.tracing import Step, trace
 
 Reduction = Callable[[Tensor], Tensor]
@@ -60,15 +61,17 @@ class CapturedGradients:
         self._names = frozenset(names)
         self._scratch = Scratch()
         self._traced = trace(network, self._names, image_shape, images.dtype, images.device)
-        tensors = {name: t.detach() for name, t in (*network.named_parameters(), *network.named_buffers())}
-        tensors = {name: t.to(images) if t.is_floating_point() else t for name, t in tensors.items()}
+        tensors = {
+            name: plain_tensor(tensor, images.dtype).to(images.device)
+            for name, tensor in (*network.named_parameters(), *network.named_buffers())
+        }
         two = images.new_zeros(2, *image_shape)
         try:
             prepared = self.prepare(tensors)
             self._find_layouts(prepared, images.new_zeros(3, *image_shape))
             trial = _Chunk(self._traced.steps, prepared, 1, None, scratch=self._scratch)
             self._backward(trial, two, torch.zeros(2, dtype=torch.int64, device=images.device), 2)
-        except NoRuleError:
+        except (NoRuleError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a rule of the user's own may raise anything
             raise NoRuleError(f"its graph does not run: {first_line(error)}") from error

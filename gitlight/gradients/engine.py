@@ -16,7 +16,7 @@ from gitlight.gradients.captured import CapturedGradients
 from gitlight.gradients.functional_gradients import FunctionalGradients
 from gitlight.gradients.layer_gradients import NoRuleError
 from gitlight.gradients.memory import MemoryModel
-from gitlight.gradients.precision import autograd_on, full_float32, plain_autograd
+from gitlight.gradients.precision import autograd_on, full_float32, plain_autograd, plain_tensor
 from gitlight.gradients.self_check import check_against_autograd
 from gitlight.gradients.sketch import Sketch
 
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _Make = Callable[[Tensor, Tensor, Gradients], None]
 """Makes the gradients of a chunk: images, labels, and the tensors to write into."""
+
+_MOST_CAPTURED = 4
+"""States of a network whose graphs are kept: two modes, client batches of one image and of several."""
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -90,10 +93,9 @@ class GradientEngine:
             method = self._method if captured is None else "captured"
             memory = MemoryModel.of(self._architecture, method, self._dtype, self._sketch)
             chunk = memory.leaks_per_chunk(images, self._settings.memory_limit_gb)
-            tensors = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
             tensors = {
-                name: value.detach().to(self._dtype) if value.is_floating_point() else value.detach()
-                for name, value in tensors.items()
+                name: plain_tensor(value, self._dtype)
+                for name, value in (*self._network.named_parameters(), *self._network.named_buffers())
             }
             shapes = self._architecture.parameter_shapes if self._sketch is None else self._sketch.shapes
             result = self._buffers.empty(
@@ -126,7 +128,7 @@ class GradientEngine:
                     captured = CapturedGradients(self._network, self._names, self._architecture.image_shape, like)
                     with full_float32():
                         check_against_autograd(captured, self._network, self._architecture, like, images_per_leak)
-                self._captured[key] = captured
+                self._keep(key, captured)
             except NoRuleError as error:
                 if self._settings.method == "captured":
                     raise ConfigError(
@@ -134,8 +136,13 @@ class GradientEngine:
                         "Give gradients.method=vmap, or auto."
                     ) from error
                 log.info("Gradients are made by %s: %s", self._method, error)
-                self._captured[key] = None
+                self._keep(key, None)
         return self._captured[key]
+
+    def _keep(self, key: Hashable, captured: CapturedGradients | None) -> None:
+        self._captured[key] = captured
+        if len(self._captured) > _MOST_CAPTURED:
+            del self._captured[next(iter(self._captured))]
 
     def _capturing(self, captured: CapturedGradients, tensors: Mapping[str, Tensor]) -> _Make:
         prepared = captured.prepare(tensors)
@@ -169,7 +176,7 @@ def _state(module: nn.Module) -> Hashable:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return id(module), module.training, sum(map(len, hooks))
+    return module, module.training, tuple(map(tuple, hooks))  # a hook's key is never used again
 
 
 def _attention(device_type: str) -> list[SDPBackend]:

@@ -52,12 +52,12 @@ class FunctionalGradients:
         """
         if self._method == "loop":
             return self._one_by_one(leaked, others, images, labels, own_weights)
-        # What a forward pass overwrites is not the caller's.
-        others, images = _copied(others), images.clone()
+        # Copies, as a forward pass may overwrite them, also one that fails.
         if self._method == "compiled":
-            return self._by_compiled(leaked, others, images, labels)
+            return self._by_compiled(leaked, _copied(others), images.clone(), labels)
         try:
-            return _over_leaks(_loss_of(self._network), own_weights)(leaked, others, images, labels)
+            over_leaks = _over_leaks(_loss_of(self._network), own_weights)
+            return over_leaks(leaked, _copied(others), images.clone(), labels)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -121,11 +121,16 @@ def gradient_by_autograd(
         labels: ``(N,)``.
     """
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in leaked.items()}
-    loss = _loss_of(network)(leaves, _copied(others), images.clone(), labels)
-    if not loss.requires_grad:
-        return {name: torch.zeros_like(parameter) for name, parameter in leaked.items()}
-    made = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, made, strict=True))
+
+    def backward(logits: Tensor) -> Gradients:
+        loss = nn.functional.cross_entropy(logits, labels)
+        if not loss.requires_grad:
+            return {name: torch.zeros_like(parameter) for name, parameter in leaked.items()}
+        made = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, made, strict=True))
+
+    result: Gradients = functional(network, backward)(leaves | _copied(others), images.clone())
+    return result
 
 
 def _loss_of(network: nn.Module) -> _Loss:

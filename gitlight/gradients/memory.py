@@ -43,7 +43,7 @@ class MemoryModel:
         entry = torch.finfo(dtype).bits // 8
         attention = sum(
             # Keys that do not depend on the image are taken to be as many as queries.
-            prod(layer.output_shape[:-1]) * max(shape[-2] for shape in (layer.output_shape, *layer.input_shapes))
+            prod(layer.output_shape[:-1]) * max(s[-2] for s in (layer.output_shape, *layer.input_shapes) if len(s) > 1)
             for layer in architecture.layers
             if layer.kind == "scaled_dot_product_attention"
         )

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -37,6 +38,12 @@ def plain_autograd(device_type: str) -> Iterator[None]:
     """`autograd_on` in `full_float32`."""
     with autograd_on(device_type), full_float32():
         yield
+
+
+def plain_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor outside any graph, of this precision if it has one; tensors made in inference mode are copied."""
+    tensor = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _set(backend: Any, precision: str) -> str:

@@ -1,6 +1,5 @@
 """The leaked network as a graph for any number of images, with every operation that uses a leaked parameter marked."""
 
-import copy
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,10 @@ from torch.export.passes import move_to_device_pass
 from torch.fx.node import map_aggregate, map_arg
 
 from gitlight.architecture import ImageShape
-from gitlight.errors import first_line
+from gitlight.errors import ArchitectureError, first_line
 from gitlight.exported import (
     arguments_of,
+    copied,
     held_tensors,
     kind_of,
     lifted_constants,
@@ -147,9 +147,15 @@ def trace(
 def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> Any:
     """The graph on the CPU, wherever the network is: for batch norm on a GPU, export bounds the number of images."""
     tensors = [*network.parameters(), *network.buffers()]
-    same = all(t.device.type == "cpu" and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
+    same = all(
+        t.device.type == "cpu" and (t.dtype == dtype or not t.is_floating_point()) and not t.is_inference()
+        for t in tensors
+    )
     # Modules are copied, as their hooks are not to see the tracing; weights only where they have another precision.
-    twin = without_hooks(copy.deepcopy(network, {id(t): t for t in tensors} if same else {}))
+    try:
+        twin = without_hooks(copied(network, tensors if same else ()))
+    except ArchitectureError as error:
+        raise NoRuleError(str(error)) from error
     if not same:
         twin = twin.to("cpu", dtype)
     images = torch.zeros(_TRACED_IMAGES, *image_shape, dtype=dtype)
@@ -324,7 +330,7 @@ def _mixes_images(node: fx.Node) -> bool:
     if name == "scaled_dot_product_attention":
         return bool(given["dropout_p"] > 0)
     trains = bool(given.get("train", given.get("training", True)))
-    return trains and given.get("p", 1) > 0
+    return trains and given.get("p", given.get("dropout", 1)) > 0
 
 
 def _place(node: fx.Node) -> str:

@@ -12,7 +12,7 @@ from gitlight.data.pair import Gradients
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients.functional_gradients import FunctionalGradients
-from gitlight.gradients.precision import plain_autograd
+from gitlight.gradients.precision import plain_autograd, plain_tensor
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -100,7 +100,7 @@ class LocalUpdates:
             images = images.clone() if images.is_inference() else images.detach()
             labels = labels.clone() if labels.is_inference() else labels
             tensors = {
-                name: value.detach().to(self._dtype) if value.is_floating_point() else value.detach()
+                name: plain_tensor(value, self._dtype)
                 for name, value in (*self._network.named_parameters(), *self._network.named_buffers())
             }
             leaked = {name: tensors.pop(name) for name in self._architecture.parameter_shapes}

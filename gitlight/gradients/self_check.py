@@ -29,6 +29,9 @@ autograd itself makes of it (docs/gradients.md)."""
 _NOISE = 1e-4
 """The same, of the largest norm: for gradients that are zero but for rounding, as of a key's bias."""
 
+_OF_LIBRARIES = "GeneratedBackwardFor_"
+"""What torch.library calls the backward pass of an operation registered with it, which a graph holds as it is."""
+
 _LARGE, _EVERY = 65536, 101
 """Of parameters with more entries one in so many is compared; no common size divides by it."""
 
@@ -94,8 +97,9 @@ def _check_no_own_backward(network: nn.Module, parameters: Gradients, others: Gr
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            kind = type(node).__name__.removesuffix("Backward")
+        kind = type(node).__name__
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not kind.startswith(_OF_LIBRARIES):
+            kind = kind.removesuffix("Backward")
             raise NoRuleError(f"a graph of torch.export does not hold the backward pass of {kind}, which autograd runs")
         nodes += [following for following, _ in node.next_functions]
 

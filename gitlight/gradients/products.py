@@ -1,11 +1,12 @@
 """Matrix products, by the library that is fastest for their size.
 
 On CPUs, PyTorch multiplies float32 matrices by MKL and convolves by oneDNN. MKL keeps to AVX2 on processors that
-are not Intel's; oneDNN uses AVX-512 wherever there is any, and is then up to twice as fast. On Intel's own it is slower
-(docs/decisions.md).
+are not Intel's; oneDNN uses AVX-512 wherever there is any, and is then up to twice as fast. On Intel's own it is
+slower, and on AMD's Zen 4, which makes two halves of each vector, no faster (docs/decisions.md).
 """
 
 import platform
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def write_products(left: Tensor, right: Tensor, out: Tensor) -> None:
     """
     if left.shape[1] == left.shape[3] == 1:  # an outer product: for this, bmm is twice as slow
         torch.mul(left[:, 0], right[:, 0], out=out)
-    elif left.shape[3] >= 32 and _by_onednn(left, 2 * left[0, 0].numel() * right.shape[3]):
+    elif left.shape[3] >= 32 and has_whole_avx512() and _by_onednn(left, 2 * left[0, 0].numel() * right.shape[3]):
         for leak in range(len(left)):
             out[leak] = _onednn(left[leak, 0], right[leak, 0].t(), None)
             for image in range(1, left.shape[1]):
@@ -90,11 +91,22 @@ def has_avx512() -> bool:
 @cache
 def is_intels() -> bool:
     """Whether this processor is one that MKL uses all vectors of."""
+    return "GenuineIntel" in _processor()
+
+
+@cache
+def has_whole_avx512() -> bool:
+    """Whether `has_avx512`, and the processor is none of AMD's before Zen 5 (family 26): these halve its vectors."""
+    family = re.search(r"cpu family\s*:\s*(\d+)", described := _processor())
+    halves = "AuthenticAMD" in described and family is not None and int(family[1]) < 26
+    return has_avx512() and not halves
+
+
+def _processor() -> str:
     try:
-        named = Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
-        named = platform.processor()
-    return "GenuineIntel" in named
+        return platform.processor()
 
 
 def _by_onednn(tensor: Tensor, work: int) -> bool:

@@ -10,6 +10,7 @@ from gitlight.gradients.products import frozen_linear, write_products
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
 def by_onednn(request, monkeypatch):
     monkeypatch.setattr(products, "has_avx512", lambda: True)
+    monkeypatch.setattr(products, "has_whole_avx512", lambda: True)
     monkeypatch.setattr(products, "is_intels", lambda: not request.param)
     return request.param
 
@@ -53,3 +54,18 @@ def test_a_frozen_linear_layer_and_its_derivative_are_those_of_float64(by_onednn
 def test_the_maker_is_read_from_the_system(monkeypatch, vendor, is_intels):
     monkeypatch.setattr(products.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
     assert products.is_intels.__wrapped__() is is_intels
+
+
+@pytest.mark.parametrize(
+    ("system", "whole"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", True),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", True),
+        ("", True),
+    ],
+)
+def test_zen_4_halves_its_vectors(monkeypatch, system, whole):
+    monkeypatch.setattr(products, "has_avx512", lambda: True)
+    monkeypatch.setattr(products.Path, "read_text", lambda path: system)
+    assert products.has_whole_avx512.__wrapped__() is whole

@@ -110,6 +110,7 @@ def _compare(made: Gradients, wanted: Gradients) -> None:
     for name, gradient in made.items():
         norm = float(wanted[name].norm())
         difference = float((gradient - wanted[name]).norm())
+        # What is not finite on either side is refused, too.
         if not difference <= _TOLERANCE[gradient.dtype] * (norm + _NOISE * largest) < torch.inf:
             raise NoRuleError(
                 f"its graph does not give autograd's gradients: of {name}, with a norm of {norm:.2g}, they differ by "

@@ -100,6 +100,11 @@ def start_errors(generator, pair):
     return found
 
 
+def band_with(level):
+    (found,) = [band for band in bands_of([0.0, 0.1]) if band[0] < level <= band[1]]
+    return found
+
+
 def test_averages_of_inverted_layers_help_the_start_and_never_harm_it(leaks):
     architecture, pair = leaks
     without, with_them = (
@@ -108,8 +113,12 @@ def test_averages_of_inverted_layers_help_the_start_and_never_harm_it(leaks):
     errors, fewer = start_errors(without, pair), start_errors(with_them, pair)
     assert fewer[0] < errors[0]
     assert fewer[-1] < errors[-1]
-    # Where they do not help, none is used; whether they do is a matter of rounding there.
-    assert fewer[1] < errors[1] * (1 + 1e-6)
+    # In between, what a processor rounds decides whether they help; where they do not, none is used.
+    regression = with_them.ridge.band(bands_of([0.0, 0.1]).index(band_with(LEVELS[1])))
+    if regression.deviation[-with_them.averages.n_entries :].isinf().all():
+        assert fewer[1] == pytest.approx(errors[1], rel=1e-6)
+    else:
+        assert fewer[1] < errors[1]
 
 
 def test_one_start_for_each_band_is_better_at_every_level_than_one_for_all(leaks):

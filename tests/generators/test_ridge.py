@@ -122,3 +122,15 @@ def test_features_count_only_where_they_help_on_the_pairs_held_out(data, which):
     ridge.solve()
     expected = by_hand(used.numpy(), outputs.numpy(), float(ridge.strength), used.numpy())
     np.testing.assert_allclose(ridge(both).numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_features_that_do_not_help_are_left_out(data):
+    features, outputs = data
+    useless = torch.randn(N, 150, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weighed, alone = RidgeRegression(N_FEATURES + 150, N_OUTPUTS, N_FEATURES), RidgeRegression(N_FEATURES, N_OUTPUTS)
+    both = torch.cat([features, useless], dim=1)
+    for regression, given in ((weighed, both), (alone, features)):
+        regression.add(given, outputs, torch.arange(N))
+        regression.solve()
+    assert weighed.deviation[N_FEATURES:].isinf().all()
+    torch.testing.assert_close(weighed(both), alone(features), rtol=1e-6, atol=1e-6)

@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 import torch
 import torchvision
+from exactness import autograd_loop
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -34,19 +35,6 @@ def randomise_norms(network):
         if getattr(module, "weight", None) is not None and "Norm" in type(module).__name__:
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
-
-
-def autograd_loop(network, images, labels):
-    """The reference: one ordinary backward pass per leak, in float64."""
-    twin = network.double()
-    parameters = {n: p for n, p in twin.named_parameters() if p.requires_grad}
-    leaks = []
-    for client_images, client_labels in zip(images.double(), labels, strict=True):
-        loss = F.cross_entropy(twin(client_images), client_labels)
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        leaks.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters.values(), strict=True)])
-    network.float()
-    return {n: torch.stack(parts) for n, parts in zip(parameters, zip(*leaks, strict=True), strict=True)}
 
 
 def check(network, client_batch_size=1, n_leaks=3, method="captured", shape=SHAPE):

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
+from exactness import autograd_loop
 
 from gitlight.architecture import Architecture
 from gitlight.config import FullyConnectedConfig, GradientsConfig, LeNetConfig
@@ -20,18 +20,6 @@ def network(request):
     if request.param == "lenet":
         return lenet(LeNetConfig(width=4), SHAPE, N_CLASSES)
     return fully_connected(FullyConnectedConfig(hidden_sizes=[20, 15], activation="tanh"), SHAPE, N_CLASSES)
-
-
-def autograd_loop(network, images, labels):
-    """The reference: one ordinary backward pass per leak, in float64."""
-    network = network.double()
-    leaks = []
-    for client_images, client_labels in zip(images.double(), labels, strict=True):
-        loss = nn.functional.cross_entropy(network(client_images), client_labels)
-        leaks.append(torch.autograd.grad(loss, list(network.parameters())))
-    network.float()
-    names = [name for name, _ in network.named_parameters()]
-    return {name: torch.stack(parts) for name, parts in zip(names, zip(*leaks, strict=True), strict=True)}
 
 
 def relative_error(found, wanted):

@@ -1,22 +1,17 @@
 """Models whose graph is not the whole of them: what the engine makes is what autograd makes, or refused by name."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from exactness import N_CLASSES, SHAPE, assert_exact, autograd_loop, engine_of, pairs
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from gitlight.architecture import Architecture
-from gitlight.config import GradientsConfig, SketchConfig, UpdatesConfig
+from gitlight.config import SketchConfig
 from gitlight.errors import ConfigError
-from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.sketch import Sketch
-from gitlight.gradients.updates import LocalUpdates
-
-SHAPE, N_CLASSES = (3, 4, 4), 5
 
 
 class Model(nn.Module):
@@ -75,35 +70,6 @@ BETWEEN = {
     "over the batch": over_the_batch,
     "one parameter as two arguments": norm_of_one_parameter,
 }
-
-
-def autograd_loop(network, images, labels):
-    twin = network.double()
-    leaks = []
-    for client_images, client_labels in zip(images.double(), labels, strict=True):
-        loss = F.cross_entropy(twin(client_images.clone()), client_labels)
-        leaks.append(torch.autograd.grad(loss, list(twin.parameters()), allow_unused=True, materialize_grads=True))
-    names = [name for name, _ in twin.named_parameters()]
-    return {n: torch.stack(parts) for n, parts in zip(names, zip(*leaks, strict=True), strict=True)}
-
-
-def pairs(client_batch_size=2):
-    torch.manual_seed(1)
-    return torch.rand(3, client_batch_size, *SHAPE), torch.randint(N_CLASSES, (3, client_batch_size))
-
-
-def engine_of(network, method="auto"):
-    settings = GradientsConfig(method=method, dtype="float64")
-    return GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), settings)
-
-
-def assert_exact(network, client_batch_size=2, method="auto"):
-    images, labels = pairs(client_batch_size)
-    before = images.clone()
-    found = engine_of(network, method)(images, labels)
-    assert torch.equal(images, before)
-    for name, wanted in autograd_loop(network, images, labels).items():
-        assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
 
 
 @pytest.mark.parametrize("client_batch_size", [1, 2])
@@ -240,81 +206,6 @@ def test_weights_that_were_made_in_inference_mode(method):
         found = engine_of(made, method)(images, labels)
     for name, wanted in autograd_loop(same, images, labels).items():
         assert torch.allclose(found[name].clone(), wanted, rtol=1e-10, atol=1e-13), name
-
-
-class Recurrent(nn.Module):
-    """Rows of an image, one after the other; vmap has no rule for it."""
-
-    def __init__(self):
-        super().__init__()
-        self.gru, self.head = nn.GRU(12, 7, batch_first=True), nn.Linear(7, N_CLASSES)
-
-    def forward(self, images):
-        images.sub_(0.5).div_(0.25)  # it is run again by the loop, which is not to see this
-        return self.head(self.gru(images.movedim(1, 2).flatten(2))[0][:, -1])
-
-
-def test_where_vmap_cannot_the_loop_does():
-    torch.manual_seed(0)
-    assert_exact(Recurrent())
-    assert_exact(Recurrent(), method="loop")
-    with pytest.raises(ConfigError, match=r"vmap does not work for this leaked model: .* gradients.method=loop"):
-        engine_of(Recurrent(), "vmap")(*pairs())
-
-
-def test_updates_fall_back_as_gradients_do():
-    torch.manual_seed(0)
-    network, (images, labels), seeds = Recurrent(), pairs(3), torch.arange(3)
-    architecture = Architecture.of(network, SHAPE, N_CLASSES)
-    made = {}
-    for method in ("auto", "loop"):
-        updates = UpdatesConfig(epochs=2, batch_size=2, learning_rate=0.1)
-        settings = GradientsConfig(method=method, dtype="float64", updates=updates)
-        made[method] = LocalUpdates(network, architecture, settings)(images, labels, seeds)
-    for name, update in made["loop"].items():
-        assert torch.allclose(made["auto"][name], update, rtol=1e-12), name
-        assert not torch.allclose(update, engine_of(network, "loop")(images, labels)[name])
-    vectorised = LocalUpdates(network, architecture, GradientsConfig(method="vmap", updates=updates))
-    with pytest.raises(ConfigError, match=r"vmap does not work for this leaked model"):
-        vectorised(images, labels, seeds)
-
-
-class Checkpointed(nn.Module):
-    """Computes its first layer again on the way back."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(48, 6), nn.Linear(6, N_CLASSES)
-
-    def forward(self, images):
-        return self.last(checkpoint(lambda x: self.first(x).tanh(), images.flatten(1), use_reentrant=False))
-
-
-@pytest.mark.parametrize("method", ["auto", "loop"])
-def test_what_is_computed_again_on_the_way_back_has_each_clients_own_weights(method):
-    torch.manual_seed(0)
-    network, (images, labels) = Checkpointed(), pairs(2)
-    settings = GradientsConfig(method=method, dtype="float64", updates=UpdatesConfig(epochs=3, learning_rate=0.5))
-    architecture = Architecture.of(network, SHAPE, N_CLASSES)
-    found = LocalUpdates(network, architecture, settings)(images, labels, torch.arange(3))
-    for number in range(3):
-        client = copy.deepcopy(network).double()
-        optimizer = torch.optim.SGD(client.parameters(), lr=0.5)
-        for _ in range(3):
-            optimizer.zero_grad()
-            F.cross_entropy(client(images[number].double()), labels[number]).backward()
-            optimizer.step()
-        for (name, before), after in zip(network.named_parameters(), client.parameters(), strict=True):
-            assert torch.allclose(found[name][number], (before - after) / 1.5, atol=1e-12), name
-    assert_exact(network, method=method)
-
-
-def test_the_models_own_error_is_raised_as_it_is():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(48, N_CLASSES))
-    engine = engine_of(network, "vmap")
-    network[1] = nn.Linear(47, N_CLASSES)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        engine(*pairs())
 
 
 def test_another_librarys_operation_is_not_taken_for_atens_of_the_same_name():

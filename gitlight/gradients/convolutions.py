@@ -3,7 +3,7 @@
 There are several exact ways to be computed; which one is fastest depends on shapes (figures in docs/decisions.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gitlight.gradients.buffers import Scratch
-from gitlight.gradients.products import has_avx512, is_intels, write_products
+from gitlight.gradients.products import has_avx512, has_whole_avx512, is_intels, write_products
 from gitlight.gradients.unfolding import pixels, windows
 
 # Channels up to which oneDNN's kernels for channels last gain, where the vectors of the others would not be full.
@@ -21,6 +21,9 @@ _FEW_CHANNELS = 48
 
 # The most channels for which, without AVX-512, grouped convolutions gain over products with the unfolded input.
 _MOST_CHANNELS_OF_AVX2 = 32
+
+# Of how many times the channels a convolution still gains, with a large kernel and with any.
+_MOST_PADDED, _MOST_PADDED_OF_ANY_KERNEL = 1.8, 1.35
 
 # Entries of an unfolded input that stay in a CPU's cache until they are multiplied.
 _CACHED_PATCHES = 600_000
@@ -85,9 +88,9 @@ def write_weight_gradient(conv: Convolution, delta: Tensor, out: Tensor) -> None
 def _onednn_kernel(conv: Convolution, delta: Tensor) -> Callable[[Convolution, Tensor, Tensor], None] | None:
     """Which of oneDNN's kernels is faster than a product with the unfolded input; None: neither.
 
-    The one for channels first wants channels in eights, to fill its vectors. The one for channels last takes any
-    number, and gains where there are few, but not over MKL's products with AVX-512. Both need positions enough to sum
-    over.
+    The one for channels first wants channels in eights, to fill its vectors; some others are padded until they do. The
+    one for channels last takes any number, and gains where there are few, but only with whole vectors of AVX-512, and
+    not over MKL's products with them. All need positions enough to sum over.
     """
     if delta.device.type != "cpu" or delta.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return None
@@ -95,13 +98,18 @@ def _onednn_kernel(conv: Convolution, delta: Tensor) -> Callable[[Convolution, T
     too_small = columns < 8 or rows * columns < max(64, n_out // 2)
     if too_small or conv.groups > 1 or isinstance(conv.padding, str):
         return None
-    in_eights = n_out % 8 == 0 and n_in % 8 == 0
-    if not has_avx512():
-        return _write_channels_first if in_eights and max(n_out, n_in) <= _MOST_CHANNELS_OF_AVX2 else None
-    if min(n_out, n_in) >= 8 and (in_eights or max(n_out, n_in) > _FEW_CHANNELS):
+    in_eights, largest = n_out % 8 == 0 and n_in % 8 == 0, max(n_out, n_in)
+    if not has_whole_avx512():
+        most = rows * columns if has_avx512() else _MOST_CHANNELS_OF_AVX2
+        if in_eights:
+            return _write_channels_first if largest <= most else None
+        padded = _in_sixteens(n_out) * _in_sixteens(n_in) / (n_out * n_in)
+        gains = padded <= (_MOST_PADDED if min(kernel) >= 5 else _MOST_PADDED_OF_ANY_KERNEL)
+        return _write_padded if gains and largest <= _FEW_CHANNELS else None
+    if min(n_out, n_in) >= 8 and (in_eights or largest > _FEW_CHANNELS):
         return _write_channels_first
     odd = not is_intels() and (n_out % 8 != 0 or (n_in % 8 != 0 and n_in > 4))
-    return _write_channels_last if odd and min(kernel) >= 5 and max(n_out, n_in) <= _FEW_CHANNELS else None
+    return _write_channels_last if odd and min(kernel) >= 5 and largest <= _FEW_CHANNELS else None
 
 
 def _write_channels_first(conv: Convolution, delta: Tensor, out: Tensor) -> None:
@@ -110,12 +118,38 @@ def _write_channels_first(conv: Convolution, delta: Tensor, out: Tensor) -> None
     out.copy_(_grouped_weight_gradient(conv, x, delta, conv.n_leaks).view_as(out))
 
 
+def _write_padded(conv: Convolution, delta: Tensor, out: Tensor) -> None:
+    """The same, with channels of zeros that fill the kernel's vectors."""
+    for x, its_delta, kept in _parts(conv, delta, out):
+        sides = (_in_whole_vectors(conv, x, "input"), _in_whole_vectors(conv, its_delta, "delta"))
+        made = _grouped_weight_gradient(conv, *sides, len(x)).unflatten(0, (len(x), -1))
+        kept.copy_(made[:, : kept.shape[1], : kept.shape[2]])
+
+
+def _in_whole_vectors(conv: Convolution, tensor: Tensor, purpose: str) -> Tensor:
+    """``(B, N, C, H, W)`` to ``(N, B · C', H, W)``, where ``C'`` is ``C`` in sixteens."""
+    n_leaks, n_images, n_channels, *size = tensor.shape
+    padded = conv.scratch.empty(purpose, (n_images, n_leaks, _in_sixteens(n_channels), *size), tensor)
+    padded[:, :, :n_channels] = tensor.transpose(0, 1)
+    padded[:, :, n_channels:] = 0
+    return padded.flatten(1, 2)
+
+
+def _in_sixteens(n_channels: int) -> int:
+    return 16 * ceil(n_channels / 16)
+
+
 def _write_channels_last(conv: Convolution, delta: Tensor, out: Tensor) -> None:
     """The same, with the leaks' channels side by side at every position."""
-    parts = (conv.per_leak(conv.input), conv.per_leak(delta), out)
-    for x, its_delta, kept in zip(*(part.split(_LEAKS_AT_ONCE) for part in parts), strict=True):
+    for x, its_delta, kept in _parts(conv, delta, out):
         sides = (_side_by_side(conv, x, "input"), _side_by_side(conv, its_delta, "delta"))
         kept.copy_(_grouped_weight_gradient(conv, *sides, len(x)).view_as(kept))
+
+
+def _parts(conv: Convolution, delta: Tensor, out: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Input ``(B, N, …)``, δ and result of as many leaks as stay in the cache."""
+    sides = (conv.per_leak(conv.input), conv.per_leak(delta), out)
+    return zip(*(side.split(_LEAKS_AT_ONCE) for side in sides), strict=True)
 
 
 def _side_by_side(conv: Convolution, tensor: Tensor, purpose: str) -> Tensor:
@@ -128,7 +162,7 @@ def _side_by_side(conv: Convolution, tensor: Tensor, purpose: str) -> Tensor:
 
 
 def _grouped_weight_gradient(conv: Convolution, x: Tensor, delta: Tensor, n_leaks: int) -> Tensor:
-    n_in, height, width = conv.weight_shape[1:]
+    n_in, (height, width) = x.shape[1] // n_leaks, conv.weight_shape[2:]
     settings = (conv.stride, conv.padding, conv.dilation, False, [0, 0], n_leaks)
     # Of the weight only the shape is read; but one in another order than the images is copied before.
     if x.is_contiguous():

@@ -65,6 +65,7 @@ class GradientEngine:
         self._sketch = sketch
         self._dtype = _DTYPES[settings.dtype]
         self._buffers = ResultBuffers()
+        self._memory_models: dict[str, MemoryModel] = {}
         self._captured: dict[Hashable, CapturedGradients | None] = {}
         self._functional_gradients = FunctionalGradients(network, self._method, falls_back=settings.method == "auto")
 
@@ -90,8 +91,7 @@ class GradientEngine:
         with plain_autograd(images.device.type):
             images = images.clone() if images.is_inference() else images.detach()
             labels = labels.clone() if labels.is_inference() else labels
-            method = self._method if captured is None else "captured"
-            memory = MemoryModel.of(self._architecture, method, self._dtype, self._sketch)
+            memory = self._memory_model(self._method if captured is None else "captured")
             chunk = memory.leaks_per_chunk(images, self._settings.memory_limit_gb)
             tensors = {
                 name: plain_tensor(value, self._dtype)
@@ -106,6 +106,11 @@ class GradientEngine:
                 part = slice(start, start + chunk)
                 make(images[part].to(self._dtype), labels[part], {name: kept[part] for name, kept in result.items()})
         return result
+
+    def _memory_model(self, method: str) -> MemoryModel:
+        if method not in self._memory_models:
+            self._memory_models[method] = MemoryModel.of(self._architecture, method, self._dtype, self._sketch)
+        return self._memory_models[method]
 
     @property
     def _method(self) -> str:

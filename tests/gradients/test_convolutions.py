@@ -11,17 +11,27 @@ from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.convolutions import Convolution, write_weight_gradient
 from gitlight.gradients.frozen_convolutions import carried_through_stride, frozen_conv2d
 
+NO_AVX512, HALVED, WHOLE, INTELS = (
+    {"has_avx512": avx512, "has_whole_avx512": whole, "is_intels": intels}
+    for avx512, whole, intels in ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
+)
 WAYS = [
-    # how, with AVX-512 or without, on Intel's or not, a shape that it is for: (input channels, output channels, kernel,
-    # stride, size)
-    (convolutions._write_channels_last, True, False, (12, 12, 5, 2, 17)),
-    (convolutions._write_channels_first, True, False, (16, 24, 3, 1, 9)),
-    (convolutions._write_channels_first, False, False, (16, 24, 3, 1, 9)),
-    (None, True, True, (12, 12, 5, 2, 17)),
-    (convolutions._write_channels_first, True, True, (16, 24, 3, 1, 9)),
-    (None, True, False, (3, 16, 3, 1, 8)),
-    (None, False, False, (12, 12, 5, 2, 17)),
-    (None, False, False, (64, 40, 3, 1, 9)),
+    # how, on what processor, a shape that it is for: (input channels, output channels, kernel, stride, size)
+    (convolutions._write_channels_last, WHOLE, (12, 12, 5, 2, 17)),
+    (convolutions._write_channels_first, WHOLE, (16, 24, 3, 1, 9)),
+    (None, WHOLE, (3, 16, 3, 1, 8)),
+    (convolutions._write_channels_first, HALVED, (16, 24, 3, 1, 9)),
+    (convolutions._write_padded, HALVED, (12, 12, 5, 2, 17)),
+    (convolutions._write_padded, HALVED, (12, 28, 5, 1, 8)),
+    (convolutions._write_padded, HALVED, (28, 32, 3, 1, 9)),
+    (None, HALVED, (12, 12, 3, 1, 9)),
+    (None, HALVED, (96, 88, 3, 1, 9)),
+    (None, HALVED, (3, 12, 5, 2, 17)),
+    (convolutions._write_channels_first, NO_AVX512, (16, 24, 3, 1, 9)),
+    (convolutions._write_padded, NO_AVX512, (12, 12, 5, 2, 17)),
+    (None, NO_AVX512, (64, 40, 3, 1, 9)),
+    (convolutions._write_channels_first, INTELS, (16, 24, 3, 1, 9)),
+    (None, INTELS, (12, 12, 5, 2, 17)),
 ]
 
 
@@ -45,12 +55,12 @@ def one_leak_at_a_time(conv, delta):
 
 
 @pytest.mark.parametrize("n_images", [1, 3])
-@pytest.mark.parametrize(("way", "avx512", "intels", "shape"), WAYS)
-def test_every_way_gives_the_gradient_of_each_leak(way, avx512, intels, shape, n_images, monkeypatch):
+@pytest.mark.parametrize(("way", "processor", "shape"), WAYS)
+def test_every_way_gives_the_gradient_of_each_leak(way, processor, shape, n_images, monkeypatch):
     monkeypatch.setattr(convolutions, "_LEAKS_AT_ONCE", 2)
     monkeypatch.setattr(convolutions, "_CACHED_PATCHES", 100_000)
-    monkeypatch.setattr(convolutions, "has_avx512", lambda: avx512)
-    monkeypatch.setattr(convolutions, "is_intels", lambda: intels)
+    for name, answer in processor.items():
+        monkeypatch.setattr(convolutions, name, lambda answer=answer: answer)
     conv, delta = random_case(shape, 5, n_images)
     assert convolutions._onednn_kernel(conv, delta) is way or not torch.backends.mkldnn.is_available()
     out = torch.empty(5, *conv.weight_shape)

@@ -21,10 +21,12 @@ from gitlight.training import build_pairs
 
 N_IMAGES = 1000
 CASES: Sequence[tuple[str, int, float]] = (
-    *(("lenet_mlp", n, 0.0) for n in (2, 4, 6, 8)),
+    *(("lenet_mlp", n, 0.0) for n in (2, 4, 6, 8, 9)),
     *(("lenet_mlp", 4, level) for level in (1e-5, 1e-4, 1e-3, 1e-2)),
-    *(("resnet20_hybrid", n, 0.0) for n in (2, 4, 6, 8)),
+    ("lenet_mlp", 8, 1e-5),
+    *(("resnet20_hybrid", n, 0.0) for n in (2, 4, 6, 8, 9)),
     *(("resnet20_hybrid", 4, level) for level in (1e-4, 1e-3, 1e-2)),
+    ("resnet20_hybrid", 8, 1e-4),
 )
 
 

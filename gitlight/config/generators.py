@@ -78,7 +78,7 @@ class HybridGeneratorConfig(GeneratorConfig):
     separate: bool | None = setting(
         None,
         "tell the images of a client batch apart by the last layer's equations, whose weights follow from gradients of "
-        "single images; null: where they are at most half as many as classes",
+        "single images; null: where they are fewer than classes, and each leak takes milliseconds",
     )
     weights_from: str | None = setting(
         None,

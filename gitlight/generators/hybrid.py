@@ -21,7 +21,7 @@ from gitlight.generators.base import (
     clamp_passing_gradients,
 )
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
-from gitlight.generators.exact.separated import SeparatedFeatures, can_separate, is_separated_well
+from gitlight.generators.exact.separated import SeparatedFeatures, can_separate
 from gitlight.generators.hybrid_features import deepest_that_fit, smallest_parameters
 from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit
 from gitlight.generators.noise_bands import BandedRegression, bands_of
@@ -84,8 +84,7 @@ class HybridGenerator(Generator):
                 "unsketched; and no batch norm by batch statistics. Give generator.separate=null."
             )
         self.walk: ClosedFormFeatures | SeparatedFeatures
-        wanted = is_separated_well(architecture, client_batch_size) if settings.separate is None else settings.separate
-        if wanted:
+        if possible if settings.separate is None else settings.separate:
             self.walk = SeparatedFeatures(architecture, settings.noise, client_batch_size)
         else:
             self.walk = ClosedFormFeatures(

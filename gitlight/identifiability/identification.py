@@ -21,7 +21,7 @@ from gitlight.generators.exact.fits import Way
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.plan import Action, Do, Known, plan_walk
 from gitlight.generators.exact.rule import OUTPUT, Estimate
-from gitlight.generators.exact.separated import is_separated_well
+from gitlight.generators.exact.separated import can_separate
 from gitlight.gradients.updates import describe_leak
 from gitlight.identifiability.drawn import DrawnLeak, draw_leaks
 from gitlight.identifiability.report import MOST_SATURATED, IdentifiabilityReport, LayerReport, Verdict
@@ -55,7 +55,7 @@ def identify(config: Config) -> IdentifiabilityReport:
         notes.append(f"{n_classes} classes are assumed; there is no folder of data.name={data.name} to count them in.")
     leak = describe_leak(config.gradients.updates, data.client_batch_size)
     if data.client_batch_size > 1:
-        apart = leak == "gradient" and is_separated_well(leaked.architecture, data.client_batch_size)
+        apart = leak == "gradient" and can_separate(leaked.architecture, data.client_batch_size)
         what = "each image's input of the last layer can mostly be found (hybrid does)" if apart else "nothing is exact"
         notes.append(
             f"All this is for one image per leak. Of the average over data.client_batch_size={data.client_batch_size} "

@@ -25,16 +25,6 @@ _MOST_IN_JACOBIAN = 1 << 19
 """Entries of one leak's Jacobian, 4 MiB: beyond, a leak takes seconds."""
 
 
-def is_separated_well(architecture: Architecture, client_batch_size: int) -> bool:
-    """Whether the images of a client batch can be told apart, by as many equations of each image alone as unknowns.
-
-    ``δ`` of an image lies in the space of the ``N`` leading left singular vectors: ``classes − 1 − N`` equations for
-    the ``N − 1`` unknowns of one image. With fewer the search, which has equations of all images at once, often fails.
-    """
-    n_classes = architecture.n_classes
-    return can_separate(architecture, client_batch_size) and 2 * client_batch_size <= n_classes
-
-
 def can_separate(architecture: Architecture, client_batch_size: int) -> bool:
     """Whether the images of a client batch can be told apart by the last layer's equations.
 

@@ -7,17 +7,20 @@ from torch import Tensor
 
 from gitlight.generators.exact.labels import labels_of_batch
 
-_STEPS = 40
+_STEPS = 200
 """Steps of a search, at most."""
 
 _ARRIVED = 1e-6
 """What the squared residual may be, in units of the directions' own sizes, for the images to be told apart."""
 
 _LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING = 1e-14, 1e-2, 1e4
-"""Of a step, over the diagonal: it falls with every step that gains and grows with every one that does not."""
+"""Of a step, over the mean of the diagonal: a third of it after each that gains, three times after one that does not."""
 
-_GAIN = 1e-3
-"""Share of the squared residual that a step gains at least, or it was the last."""
+_GAIN, _IN_A_ROW = 1e-3, 3
+"""Share of the squared residual that a step gains at least; and how many that gain less end a search."""
+
+_AHEAD = 0.1
+"""Share of a step after which its curvature is looked at."""
 
 _JITTER, _AGAIN = 0.05, (0.3, 1.0)
 """How far a start is moved at random, in units of the spread over the images; and those of leaks that need more."""
@@ -232,32 +235,51 @@ def _first_order(problem: _Problem, labels: Tensor, bias_gradient: Tensor) -> Te
 
 
 def _search(problem: _Problem, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates of a local minimum, and the sum of squares there."""
+    """Coordinates of a local minimum, and the sum of squares there.
+
+    Where images share a label, minima lie in narrow and curved valleys. Steps follow the curve by their second-order
+    term (geodesic acceleration), and are damped alike in all directions, which have one unit (Transtrum and Sethna
+    2012, arXiv 1201.5885, §3 and §4).
+    """
     found, residual = start.clone(), problem.residual(start)
     cost = torch.nan_to_num(residual.square().sum(dim=1), nan=torch.inf)
     damping = torch.full_like(cost, _FIRST_DAMPING)
+    idle = torch.zeros_like(cost)  # steps in a row that gained little
     moving = torch.arange(len(cost), device=cost.device)  # those that have not arrived
     for _ in range(_STEPS):
-        part, at, its_damping = problem.of(moving), found[moving], damping[moving]
-        jacobian = part.jacobian(at)
-        normal, right = jacobian.mT @ jacobian, jacobian.mT @ residual[moving].unsqueeze(2)
-        scale = normal.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-300)
-        scaled = normal / scale.unsqueeze(1) / scale.unsqueeze(2)
-        scaled.diagonal(dim1=1, dim2=2).add_(its_damping.unsqueeze(1))
-        step, failed = torch.linalg.solve_ex(scaled, right / scale.unsqueeze(2))
-        at = at - (step.squeeze(2) / scale).view_as(at)
-        its_residual = part.residual(at)
-        its_cost, former = its_residual.square().sum(dim=1), cost[moving]
-        better = (its_cost < former) & (failed == 0)
+        part, at, its_damping, its_residual = problem.of(moving), found[moving], damping[moving], residual[moving]
+        there, failed = _step(part, at, its_residual, its_damping)
+        new_residual = part.residual(there)
+        new_cost, former = new_residual.square().sum(dim=1), cost[moving]
+        better = (new_cost < former) & ~failed
         gained = moving[better]
-        found[gained], residual[gained], cost[gained] = at[better], its_residual[better], its_cost[better]
-        its_damping = torch.where(better, its_damping / 5, its_damping * 4)
-        damping[moving] = its_damping.clamp_min(_LEAST_DAMPING)
-        arrived = torch.where(better, former - its_cost < _GAIN * former, its_damping > _MOST_DAMPING)
-        moving = moving[~arrived]
+        found[gained], residual[gained], cost[gained] = there[better], new_residual[better], new_cost[better]
+        damping[moving] = torch.where(better, its_damping / 3, its_damping * 3).clamp_min(_LEAST_DAMPING)
+        little = former - new_cost < _GAIN * former
+        idle[moving] = torch.where(better, torch.where(little, idle[moving] + 1, 0), idle[moving])
+        moving = moving[(idle[moving] < _IN_A_ROW) & (damping[moving] <= _MOST_DAMPING)]
         if len(moving) == 0:
             break
     return found, cost
+
+
+def _step(problem: _Problem, at: Tensor, residual: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Where one step leads, ``(B, N, N)``, and whether there is none, ``(B,)``."""
+    jacobian = problem.jacobian(at)
+    normal = jacobian.mT @ jacobian
+    unit = normal.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None].clamp_min(1e-300)
+    normal = normal / unit
+    normal.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
+    factor, failed = torch.linalg.cholesky_ex(normal)
+
+    def solve(right: Tensor) -> Tensor:
+        return torch.cholesky_solve(jacobian.mT @ right / unit, factor)
+
+    residual = residual.unsqueeze(2)
+    velocity = -solve(residual)
+    ahead = problem.residual(at + _AHEAD * velocity.view_as(at)).unsqueeze(2)
+    curvature = ((ahead - residual) / _AHEAD - jacobian @ velocity) * (2 / _AHEAD)
+    return at + (velocity - solve(curvature) / 2).view_as(at), failed != 0
 
 
 def _variance(problem: _Problem, found: Tensor) -> Tensor:

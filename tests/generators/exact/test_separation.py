@@ -39,7 +39,7 @@ def errors(found, inputs, labels):
     return distances.masked_fill(other, torch.inf).min(dim=2).values
 
 
-@pytest.mark.parametrize("n_images", [2, 3, 4])
+@pytest.mark.parametrize("n_images", [2, 3, 4, 6, 8])
 def test_images_of_a_batch_are_told_apart_exactly_also_where_they_share_a_label(n_images):
     weight, bias, typical, inputs, labels, of_weight, of_bias, noise = leaks(n_images)
     found = separate(of_weight, of_bias, noise, weight, bias, typical, n_images)

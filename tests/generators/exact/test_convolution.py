@@ -30,11 +30,6 @@ def test_padding_in_words_is_that_of_pytorch(height, width, dilation, padding):
     torch.testing.assert_close(rule.forward_matrix(module.weight.detach()), forward_matrix(module, shape))
 
 
-def test_padding_by_different_widths_on_two_sides_is_named():
-    with pytest.raises(ArchitectureError, match=r"conv2d '0'.*padding='same' with an even kernel"):
-        rule_for(Architecture.of(nn.Sequential(nn.Conv2d(2, 3, 2, padding="same"), nn.ReLU()), (2, 5, 5), 1).layers[0])
-
-
 def test_a_weight_that_the_model_computes_is_named():
     module = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
     layer = Architecture.of(module, (2, 5, 5), 1).layers[-1]

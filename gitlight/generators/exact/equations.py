@@ -9,9 +9,10 @@ from gitlight.architecture import Layer
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.conservation import layer_above, share_of, summed_by_channel
 from gitlight.generators.exact.forward import forward_values
+from gitlight.generators.exact.leaks import Leaks, imbalance
 
 if TYPE_CHECKING:
-    from gitlight.generators.exact.inversion import Inversion, Leaks
+    from gitlight.generators.exact.inversion import Inversion
     from gitlight.generators.exact.walk import Found
 
 
@@ -57,7 +58,7 @@ class ConservationEquations(NamedTuple):
     weights: Tensor
 
 
-def logit_equations(leaks: "Leaks", found: "Found", layer: Layer) -> LogitEquations:
+def logit_equations(leaks: Leaks, found: "Found", layer: Layer) -> LogitEquations:
     """Of the last layer."""
     # Rounding is relative to each entry of δ, however small; only noise beyond it drowns small probabilities.
     beyond = leaks.noise > 30 * leaks.rounding
@@ -88,7 +89,7 @@ def output_equations(inversion: "Inversion", found: "Found", layer: Layer, image
     return OutputEquations(rule.patches(inputs), value, weights)
 
 
-def conservation_equations(inversion: "Inversion", leaks: "Leaks", layer: Layer) -> ConservationEquations:
+def conservation_equations(inversion: "Inversion", leaks: Leaks, layer: Layer) -> ConservationEquations:
     """By the conservation law of `gitlight.generators.exact.conservation`."""
     architecture, rules = inversion.architecture, inversion.rules
     shares = share_of(architecture, rules, layer, leaks.gradients, inversion.weights())
@@ -100,7 +101,7 @@ def conservation_equations(inversion: "Inversion", leaks: "Leaks", layer: Layer)
     # Rounding is relative to a leak's own entries, noise is not. The last layer's weight is known up to a common row;
     # its share is what δ, rounded, fails to add up to zero by.
     size = rows.norm(dim=2)
-    relative = torch.finfo(leaks.dtype).eps + inversion.imbalance(leaks.gradients)
+    relative = torch.finfo(leaks.dtype).eps + imbalance(inversion.last_delta(leaks))
     error = leaks.noise.unsqueeze(1) + relative.unsqueeze(1) * size
     weights = torch.where((size > 0) & seen, error.clamp_min(1e-150).square().reciprocal(), 0.0)
     return ConservationEquations(rows, shares, weights)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,51 +21,12 @@ from gitlight.generators.exact.fits import (
 )
 from gitlight.generators.exact.forward import computable, gradient_mismatch
 from gitlight.generators.exact.labels import labels_from_bias_gradient
+from gitlight.generators.exact.leaks import Leaks, rounded, usable_leaks
 from gitlight.generators.exact.matching import matching_fits
-from gitlight.generators.exact.noise import SUMMED, entry_size, rank_one
 from gitlight.generators.exact.plan import Do, Plan, plan_walk, rules_of
 from gitlight.generators.exact.posterior import Prior
-from gitlight.generators.exact.status import Status, screen, worsen
+from gitlight.generators.exact.status import Status, worsen
 from gitlight.generators.exact.walk import Found, walk
-
-_MOST_IMBALANCED = 0.1
-"""Share of ``δ`` that may fail to add up to zero: what rounding of a probability near one leaves."""
-
-_SURELY = 6.0
-"""Standard deviations of noise beyond which it is not noise."""
-
-
-class Leaks(NamedTuple):
-    """Leaks that can be inverted.
-
-    Attributes:
-        gradients: those that the walk uses, in float64, finite, not zero.
-        noise: ``(B,)``, standard deviation of the error of an entry.
-        which: ``(B,)``, their positions in the batch that they came from.
-        dtype: precision that they came in.
-        entry_size: ``(B,)``, root mean square of all entries.
-    """
-
-    gradients: Gradients
-    noise: Tensor
-    which: Tensor
-    dtype: torch.dtype
-    entry_size: Tensor
-
-    @property
-    def n(self) -> int:
-        """``B``, which may be zero."""
-        return len(self.which)
-
-    @property
-    def relative_noise(self) -> Tensor:
-        """``(B,)``: over the root mean square of the leak's entries."""
-        return self.noise / self.entry_size
-
-    @property
-    def rounding(self) -> Tensor:
-        """``(B,)``: the error that the precision alone leaves on an entry of typical size."""
-        return torch.finfo(self.dtype).eps * self.entry_size
 
 
 def _seen(key: str) -> str:
@@ -218,50 +178,17 @@ class Inversion(nn.Module):
 
     def usable(self, gradients: Gradients) -> Leaks:
         """The leaks that are finite and not zero, in float64, with their noise."""
-        status = screen(gradients)
-        which = (status == Status.EXACT).nonzero().squeeze(1)
-        dtype = next(iter(gradients.values())).dtype
-        if len(which) < len(status):
-            gradients = {name: gradient[which] for name, gradient in gradients.items()}
-        # Of large models a walk may use the last layer's alone: all others in double take longer than it does.
-        kept = {name: gradient.double() for name, gradient in gradients.items() if name in self._used}
-        size = entry_size(gradients)
-        return Leaks(kept, self._noise_of(kept, SUMMED * torch.finfo(dtype).eps * size, size), which, dtype, size)
+        head = self.rules[self.architecture.output]
+        last_weight = None
+        if isinstance(head, AffineRule) and head.reveals_delta() and head.weight not in self.architecture.sketched:
+            last_weight = head.weight
+        return usable_leaks(gradients, self._used, self._noise, last_weight)
 
-    def _noise_of(self, gradients: Gradients, rounding: Tensor, entry_size: Tensor) -> Tensor:
-        """``(B,)``: the given relative noise, or what the last layer's gradient shows; rounding at least."""
-        if self._noise is not None:
-            return torch.maximum(rounding, self._noise * entry_size)
-        head = self.architecture[self.architecture.output]
-        rule = self.rules[head.name]
-        if not isinstance(rule, AffineRule) or rule.reveals_delta() is None or rule.weight is None:
-            return rounding
-        if rule.weight in self.architecture.sketched:
-            return rounding
-        return torch.maximum(rounding, rank_one(gradients[rule.weight]).noise) * self.noise_factor
-
-    def imbalance(self, gradients: Gradients) -> Tensor:
-        """``(B,)``: ``|Σ δ| / Σ |δ|`` of the last layer, zero but for rounding and noise.
-
-        Where the label's probability is rounded to one, its ``δ`` is zero and the sum is not: the leaked model itself
-        went on with a ``δ`` that depends on a row common to all classes, which no fit of differences can see.
-        """
-        head = self.architecture[self.architecture.output]
-        name = self.rules[head.name].reveals_delta()
-        if name is None:
-            return next(iter(gradients.values())).new_zeros(len(next(iter(gradients.values()))))
-        delta = gradients[name]
-        return delta.sum(dim=1).abs() / delta.abs().sum(dim=1).clamp_min(1e-300)
-
-    def rounded(self, leaks: Leaks) -> Tensor:
-        """``(B,)`` bool: whether ``δ`` of the last layer fails to add up to zero by more than noise would explain."""
+    def last_delta(self, leaks: Leaks) -> Tensor:
+        """``δ`` of the last layer, ``(B, classes)``: its bias gradient, without which no fit is made."""
         name = self.rules[self.architecture.output].reveals_delta()
-        if name is None:
-            return torch.zeros_like(leaks.noise, dtype=torch.bool)
-        delta = leaks.gradients[name]
-        of_noise = leaks.noise * delta.shape[1] ** 0.5
-        beyond = delta.sum(dim=1).abs() > _SURELY * of_noise
-        return beyond & (self.imbalance(leaks.gradients) > _MOST_IMBALANCED)
+        assert name is not None
+        return leaks.gradients[name]
 
     def unseen_acts(self, layer: Layer, gradients: Gradients) -> Tensor:
         """``(B, inputs)`` bool: at which inputs of a layer weights have a gradient that no public image determined.
@@ -294,7 +221,7 @@ class Inversion(nn.Module):
             unseen = self.unseen_acts(step.layer, leaks.gradients).any(dim=1)
             found.status = worsen(found.status, unseen, Status.UNSEEN)
         if self.steps:
-            found.status = worsen(found.status, self.rounded(leaks), Status.ROUNDED)
+            found.status = worsen(found.status, rounded(self.last_delta(leaks), leaks.noise), Status.ROUNDED)
         if IMAGE in found.values and set(weights) == set(self.architecture.parameter_shapes):
             # The one check that no assumption enters: does the image give the leaked gradient?
             images = found.values[IMAGE].value.clamp(0, 1)

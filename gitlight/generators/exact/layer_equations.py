@@ -9,11 +9,12 @@ from torch import Tensor
 
 from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
 from gitlight.generators.exact.fits import FitStep, Way
+from gitlight.generators.exact.leaks import Leaks
 from gitlight.generators.exact.weights import log_probabilities_of, with_ones
 from gitlight.virtual_ranks import n_processes, sum_over_processes
 
 if TYPE_CHECKING:
-    from gitlight.generators.exact.inversion import Inversion, Leaks
+    from gitlight.generators.exact.inversion import Inversion
     from gitlight.generators.exact.walk import Found
 
 
@@ -52,7 +53,7 @@ class Walked(NamedTuple):
         images: theirs, ``(B, C, H, W)``.
     """
 
-    leaks: "Leaks"
+    leaks: Leaks
     found: "Found"
     images: Tensor
 

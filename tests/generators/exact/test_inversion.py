@@ -12,7 +12,7 @@ from gitlight.config import FullyConnectedConfig, LeNetConfig
 from gitlight.errors import ArchitectureError
 from gitlight.generators.base import FitOn
 from gitlight.generators.exact.fits import PriorFit, Way
-from gitlight.generators.exact.inversion import Inversion, Leaks
+from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.plan import Known
 from gitlight.generators.exact.posterior import Prior
 from gitlight.generators.exact.status import Status
@@ -43,15 +43,6 @@ def worst_distance(inversion, leaked):
 
 def images_of(inversion, pair):
     return inversion.find(inversion.usable(pair.gradients)).values[IMAGE].value
-
-
-def test_noise_is_not_taken_for_a_rounded_probability(lenet_architecture):
-    inversion = Inversion(lenet_architecture, None, 1)
-    name = inversion.rules[lenet_architecture.output].reveals_delta()
-    delta = torch.tensor([[0.9, -0.7, 0.1, 0.05, 0.05], [0.9, -0.7, 0.1, 0.05, 0.05], [0.5, -1.0, 0.25, 0.15, 0.1]])
-    noise = torch.tensor([0.1, 1e-6, 1e-6]).double()
-    leaks = Leaks({name: delta.double()}, noise, torch.arange(3), torch.float32, torch.ones(3).double())
-    assert inversion.rounded(leaks).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(("scale", "is_kept"), [(0.0, False), (1.0, True)])

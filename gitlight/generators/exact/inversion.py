@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,8 +107,6 @@ class Inversion(nn.Module):
                 self.register_buffer(f"{self._priors[name]}_mean", torch.zeros(size, dtype=torch.float64))
                 # In single precision: a prior need not be exact, and there are size² entries.
                 self.register_buffer(f"{self._priors[name]}_precision", torch.zeros(size, size))
-        self.noise_factor: Tensor
-        self.register_buffer("noise_factor", torch.ones((), dtype=torch.float64))
 
     @property
     def plan(self) -> Plan:
@@ -118,8 +117,9 @@ class Inversion(nn.Module):
         """The estimates that have been made so far."""
         return {name: self._buffer(key) for name, key in self._estimated.items() if name in self._found}
 
-    def _load_from_state_dict(self, *args: object) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}noise_factor", None)  # of earlier runs; it was always one
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._found = set(self._estimated)
 
     def keep(self, layer: Layer, values: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:

@@ -82,7 +82,7 @@ def matching_fits(
         ", ".join(names),
         epochs,
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), next(inversion.buffers()).device
     trained = {}
     for layer in (inversion.architecture[name] for name in names):
         for parameter in layer.parameters.values():
@@ -90,7 +90,7 @@ def matching_fits(
             spread = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.01
             drawn = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * spread
             value = start.get(parameter, drawn).clone()
-            trained[parameter] = value.to(inversion.noise_factor.device).requires_grad_()
+            trained[parameter] = value.to(device).requires_grad_()
     optimizer = torch.optim.Adam(trained.values(), lr=_LEARNING_RATE)
     for epoch in range(epochs):
         for group in optimizer.param_groups:

@@ -83,6 +83,16 @@ def test_weights_and_private_images_come_back_from_pairs_alone(make_pairs, activ
     assert found.status.tolist() == [Status.EXACT] * 3
 
 
+def test_weights_of_another_inversion_are_loaded(make_pairs):
+    leaked, pair = make_pairs(LeNetConfig(width=4), n=200)
+    inversion, again = fitted(leaked, pair), Inversion(leaked.architecture, None, 1)
+    assert again.weights() == {}
+    of_an_earlier_run = {**inversion.state_dict(), "noise_factor": torch.ones((), dtype=torch.float64)}
+    again.load_state_dict(of_an_earlier_run)
+    assert all(torch.equal(value, again.weights()[name]) for name, value in inversion.weights().items())
+    assert torch.equal(images_of(again, pair), images_of(inversion, pair))
+
+
 def test_noise_costs_quality_and_no_setting(make_pairs):
     leaked, pair = make_pairs(LeNetConfig(width=6), n=400)
     inversion = fitted(leaked, pair)

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from gitlight.architecture import ImageShape
 from gitlight.config import DataConfig
 from gitlight.data import SOURCES
-from gitlight.data.images import ImageSplits, ImageSubset, LabelledImages
+from gitlight.data.images import ImageSplits, LabelledImages
 from gitlight.data.loader import LeakLoader
-from gitlight.data.sampling import LeakSampler, mixed_seed, public_positions
-from gitlight.errors import ConfigError, DataError
+from gitlight.data.sampling import LeakSampler, mixed_seed
+from gitlight.data.splits import divided
+from gitlight.errors import ConfigError
 from gitlight.stop_signals import heed_the_parent_alone
 from gitlight.virtual_ranks import Share
 
@@ -75,28 +76,7 @@ class ImageDataModule(LightningDataModule):
         self._seed = seed
         self._train_loader: LeakLoader | None = None
         self._position = {"epoch": 0, "batches": 0}
-        public = _of_classes(loaded.train, loaded.class_names, settings.public_classes, "public_classes")
-        train, held_out = public_positions(
-            len(public), settings, has_validation=loaded.validation is not None, seed=self._seed
-        )
-        validation: LabelledImages
-        if loaded.validation is None:
-            validation = ImageSubset(public, held_out)
-        else:
-            own = _of_classes(loaded.validation, loaded.class_names, settings.public_classes, "public_classes")
-            validation = _shuffled(own, seed, settings.n_validation)
-        private = _of_classes(loaded.test, loaded.class_names, settings.private_classes, "private_classes")
-        self._splits: dict[str, LabelledImages] = {
-            "train": ImageSubset(public, train),
-            "validation": validation,
-            "test": _shuffled(private, seed),
-        }
-        for name, split in self._splits.items():
-            if len(split) < settings.client_batch_size:
-                raise DataError(
-                    f"data: the {name} images are {len(split)}, fewer than one client batch "
-                    f"(data.client_batch_size: {settings.client_batch_size})."
-                )
+        self._splits = divided(loaded, settings, seed)
 
     def split(self, name: str) -> LabelledImages:
         """The images of ``train``, ``validation`` or ``test``."""
@@ -284,22 +264,3 @@ class _Readable(Dataset[Batch]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _of_classes(
-    images: LabelledImages, class_names: tuple[str, ...], wanted: list[str] | None, key: str
-) -> LabelledImages:
-    if wanted is None:
-        return images
-    if unknown := [name for name in wanted if name not in class_names]:
-        raise ConfigError(
-            f"data.{key}: {', '.join(map(repr, unknown))} not among the classes of the data. "
-            f"Valid names: {', '.join(class_names[:50])}{', …' if len(class_names) > 50 else ''}."
-        )
-    labels = torch.tensor([class_names.index(name) for name in wanted])
-    return ImageSubset(images, torch.isin(images.labels, labels).nonzero().squeeze(1))
-
-
-def _shuffled(images: LabelledImages, seed: int, at_most: int | None = None) -> LabelledImages:
-    """In random order, so that the first few are a fair sample; sources often sort by class."""
-    return ImageSubset(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:at_most])

@@ -1,4 +1,4 @@
-"""Which images a run uses, and in which order each rank reads them."""
+"""In which order each rank reads images."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from gitlight.config import DataConfig
-from gitlight.errors import ConfigError
 
 
 def mixed_seed(purpose: str, *numbers: int) -> int:
@@ -83,30 +82,3 @@ class LeakSampler(Sampler[int]):
         batch = self._settings.batch_size
         batches = leaks[: len(leaks) // batch * batch].view(-1, self._world_size, batch // self._world_size, per_leak)
         return batches[first_batch:, self._rank].flatten()
-
-
-def public_positions(n_public: int, settings: DataConfig, has_validation: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """Divide the public images: positions to train on, and, in random order, those held out for validation.
-
-    Args:
-        n_public: number of public images.
-        settings: ``n_public_images`` (all that are used) and ``n_validation`` (of these, held out).
-        has_validation: whether the source has a validation split of its own; then none is held out.
-        seed: chooses which.
-
-    Raises:
-        ConfigError: more pairs are asked for than there are images, or validation leaves none to train on.
-    """
-    n_used = n_public if settings.n_public_images is None else settings.n_public_images
-    if n_used > n_public:
-        raise ConfigError(
-            f"data.n_public_images: {n_used} asked for, but {settings.name} has {n_public} public images "
-            "of the chosen classes. Lower it, or leave it out to use all."
-        )
-    n_held_out = 0 if has_validation else settings.n_validation
-    if n_held_out >= n_used:
-        raise ConfigError(
-            f"data.n_validation: {n_held_out} of {n_used} public images held out leaves none to train on."
-        )
-    order = torch.randperm(n_public, generator=torch.Generator().manual_seed(seed))[:n_used]
-    return order[n_held_out:].sort().values, order[:n_held_out]

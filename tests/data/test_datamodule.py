@@ -9,7 +9,7 @@ from gitlight.config import DataConfig, FullyConnectedConfig, GaussianNoiseConfi
 from gitlight.data.datamodule import ImageDataModule
 from gitlight.data.images import ImageSplits, InMemoryImages
 from gitlight.data.pair_datamodule import GradientPairDataModule
-from gitlight.errors import CheckpointError, ConfigError, DataError
+from gitlight.errors import CheckpointError, ConfigError
 from gitlight.generators.base import FitPairs
 from gitlight.leaked.model import LeakedModel
 
@@ -36,14 +36,6 @@ def pairs(data, split="train", epoch=0):
     loader = {"train": data.train_dataloader, "test": data.test_dataloader}[split]()
     loader.sampler.set_epoch(epoch)
     return [data.prepare(batch, split, epoch) for batch in loader]
-
-
-def test_public_and_private_images_never_meet(images):
-    data = module(images)
-    names = {name: set(data.split(name).identifiers) for name in ("train", "validation", "test")}
-    assert [len(names[name]) for name in names] == [50, 10, 20]
-    assert not names["train"] & names["validation"]
-    assert not (names["train"] | names["validation"]) & names["test"]
 
 
 def test_pairs_have_the_shapes_and_ranges_of_the_contract(images):
@@ -160,25 +152,9 @@ def test_private_pairs_are_as_many_as_asked_for(images, n_images, per_leak, n_le
     assert sum(len(pair) for pair in data.private_pairs(CPU, n_images)) == n_leaks
 
 
-def test_private_images_come_in_random_order_of_classes(images):
-    labels = module(images).split("test").labels
-    assert labels.tolist() != images.test.labels.tolist()
-    assert labels.sort().values.tolist() == images.test.labels.sort().values.tolist()
-
-
-def test_classes_choose_public_and_private_images(images):
-    data = module(images, public_classes=["cat", "eel"], private_classes=["dog"])
-    assert set(data.split("train").labels.tolist()) == {0, 2}
-    assert set(data.split("test").labels.tolist()) == {1}
-    with pytest.raises(ConfigError, match=r"data.public_classes: 'cow'.*cat, dog, eel"):
-        module(images, public_classes=["cow"])
-
-
 def test_batches_that_cannot_be_filled_are_named(images):
     with pytest.raises(ConfigError, match=r"data.batch_size: 64 .* only 50"):
         module(images, batch_size=64).train_dataloader()
-    with pytest.raises(DataError, match="client_batch_size: 15"):
-        module(images, client_batch_size=15)
 
 
 def test_a_checkpoint_of_another_leaked_model_is_refused(images):

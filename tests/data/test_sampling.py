@@ -1,11 +1,9 @@
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gitlight.config import DataConfig
-from gitlight.data.sampling import LeakSampler, public_positions
-from gitlight.errors import ConfigError
+from gitlight.data.sampling import LeakSampler
 
 
 def read(n_images, per_leak, batch, world, shuffle, epoch=0, seed=3):
@@ -50,19 +48,3 @@ def test_epochs_and_seeds_shuffle_differently():
     assert order() == order()
     assert order() != order(epoch=1)
     assert order() != order(seed=4)
-
-
-def test_training_and_validation_images_are_disjoint_and_counted():
-    settings = DataConfig(n_public_images=40, n_validation=15)
-    train, validation = public_positions(100, settings, has_validation=False, seed=0)
-    assert (len(train), len(validation)) == (25, 15)
-    assert not set(train.tolist()) & set(validation.tolist())
-    train, validation = public_positions(100, settings, has_validation=True, seed=0)
-    assert (len(train), len(validation)) == (40, 0)
-
-
-@pytest.mark.parametrize(("n_public", "n_validation", "key"), [(101, 5, "n_public_images"), (40, 40, "n_validation")])
-def test_numbers_that_do_not_fit_are_named(n_public, n_validation, key):
-    settings = DataConfig(n_public_images=n_public, n_validation=n_validation)
-    with pytest.raises(ConfigError, match=f"data.{key}"):
-        public_positions(100, settings, has_validation=False, seed=0)

@@ -1,6 +1,5 @@
 """`Architecture`: the structure of a leaked model without its weights. All that a generator is ever built from."""
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gitlight.errors import ArchitectureError, first_line
-from gitlight.exported import (
-    arguments_of,
-    check_traceable,
-    copied,
-    held_tensors,
-    kind_of,
-    lifted_constants,
-    module_path,
-    without_hooks,
-)
+from gitlight.exported import arguments_of, export_bare, held_tensors, kind_of, lifted_constants, module_path
 
 ImageShape = tuple[int, int, int]
 
@@ -158,28 +147,10 @@ class Architecture:
         Raises:
             ArchitectureError: ``torch.export`` cannot trace the model, or an image of this shape does not fit it.
         """
-        check_traceable(model)
-        bare = without_hooks(copied(model)).to("meta", torch.float32).eval()
-        image = torch.empty(1, *image_shape, device="meta")
-        name = type(model).__name__
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                result = bare(image)
-                if not isinstance(result, Tensor):
-                    raise ArchitectureError(f"{name} returns {type(result).__name__}, not one tensor of logits.")
-                exported = torch.export.export(bare, (image,), strict=False)
-        except (NotImplementedError, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode) as error:
-            raise ArchitectureError(_untraceable(name, error)) from error
-        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-            # What the model itself raises on a batch of one image: nearly always a shape that does not fit.
-            cause = first_line(error)
-            if "meta" in cause or "data-dependent" in cause or "data dependent" in cause:
-                raise ArchitectureError(_untraceable(name, error)) from error
-            raise ArchitectureError(
-                f"{name} does not accept an image of shape {image_shape} (channels, height, width): {cause}"
-            ) from error
-        shapes = {key: p.shape for key, p in model.named_parameters() if p.requires_grad or not _any_trainable(model)}
+        exported = export_bare(model, image_shape)
+        # A frozen leaked model (requires_grad off everywhere) still leaks the gradients of all its parameters.
+        is_frozen = not any(p.requires_grad for p in model.parameters())
+        shapes = {key: p.shape for key, p in model.named_parameters() if p.requires_grad or is_frozen}
         layers, output = _layers(exported, frozenset(shapes), model)
         return cls(layers, output, MappingProxyType(shapes), image_shape, n_classes)
 
@@ -234,19 +205,6 @@ class Architecture:
                 return layer
             before = layer.name
         return None
-
-
-def _untraceable(name: str, error: Exception) -> str:
-    return (
-        f"{name} cannot be traced by torch.export: {first_line(error)} "
-        "Models with control flow that depends on values, or that make tensors on a device of their own and not on "
-        "their input's, cannot be inverted layer by layer."
-    )
-
-
-def _any_trainable(model: nn.Module) -> bool:
-    # A frozen leaked model (requires_grad off everywhere) still leaks the gradients of all its parameters.
-    return any(p.requires_grad for p in model.parameters())
 
 
 def _layers(exported: Any, leaked: frozenset[str], model: nn.Module) -> tuple[tuple[Layer, ...], str]:

@@ -1,6 +1,7 @@
-"""What is read off a graph of torch.export, and off a model that one is made of."""
+"""A model as a graph of torch.export: how one is made without weights, and what is read off it."""
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,48 @@ _BY_HOOKS = {
     BasePruningMethod: "torch.nn.utils.prune; torch.nn.utils.prune.remove(module, name) makes it permanent",
 }
 """Hooks that compute a weight before each run, by kind: what made them, and what to do."""
+
+
+def export_bare(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    """The operations of a model, stripped of its weights, on one image in evaluation mode.
+
+    Args:
+        model: it is copied, not changed, and its hooks do not fire.
+        image_shape: ``(C, H, W)``.
+
+    Raises:
+        ArchitectureError: ``torch.export`` cannot trace the model, an image of this shape does not fit it, or it
+            returns anything but one tensor.
+    """
+    check_traceable(model)
+    bare = without_hooks(copied(model)).to("meta", torch.float32).eval()
+    image = torch.empty(1, *image_shape, device="meta")
+    name = type(model).__name__
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = bare(image)
+            if not isinstance(result, Tensor):
+                raise ArchitectureError(f"{name} returns {type(result).__name__}, not one tensor of logits.")
+            return torch.export.export(bare, (image,), strict=False)
+    except (NotImplementedError, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode) as error:
+        raise ArchitectureError(_untraceable(name, error)) from error
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        # What the model itself raises on a batch of one image: nearly always a shape that does not fit.
+        cause = first_line(error)
+        if "meta" in cause or "data-dependent" in cause or "data dependent" in cause:
+            raise ArchitectureError(_untraceable(name, error)) from error
+        raise ArchitectureError(
+            f"{name} does not accept an image of shape {image_shape} (channels, height, width): {cause}"
+        ) from error
+
+
+def _untraceable(name: str, error: Exception) -> str:
+    return (
+        f"{name} cannot be traced by torch.export: {first_line(error)} "
+        "Models with control flow that depends on values, or that make tensors on a device of their own and not on "
+        "their input's, cannot be inverted layer by layer."
+    )
 
 
 def check_traceable(model: nn.Module) -> None:

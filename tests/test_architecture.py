@@ -5,13 +5,10 @@ import pytest
 import torch
 import torchvision
 from torch import fx, nn
-from torch.nn.utils import prune
 
 from gitlight.architecture import ELEMENTWISE, IMAGE, MOVES, Architecture
-from gitlight.config import GivenConfig, LeNetConfig
-from gitlight.errors import ArchitectureError
+from gitlight.config import LeNetConfig
 from gitlight.leaked.lenet import lenet
-from gitlight.leaked.model import LeakedModel
 
 
 class Residual(nn.Module):
@@ -65,25 +62,6 @@ def test_no_weight_survives(make, size):
     held = list(everything_in(Architecture.of(make(), (3, size, size), 2)))
     assert len(held) > 50
     assert not any(isinstance(one, torch.Tensor | nn.Module | fx.Node | fx.Graph) for one in held)
-
-
-def test_the_model_itself_is_left_alone():
-    model = lenet(LeNetConfig(), (3, 32, 32), 10)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    Architecture.of(model, (3, 32, 32), 10)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert model.training
-
-
-def test_hooks_on_the_model_do_not_fire_and_stay():
-    model, fired = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), []
-    model.register_forward_hook(lambda *_: fired.append("forward"))
-    model[1].register_forward_pre_hook(lambda *_: fired.append("before"))
-    model[1].register_full_backward_hook(lambda *_: fired.append("backward"))
-    Architecture.of(model, (3, 2, 2), 2)
-    assert not fired
-    model(torch.rand(1, 3, 2, 2, requires_grad=True)).sum().backward()
-    assert fired == ["before", "forward", "backward"]
 
 
 def test_names_shapes_and_order_are_those_of_the_parameters():
@@ -229,68 +207,3 @@ def test_a_layer_of_many_inputs_takes_them_in_order():
 def test_a_name_that_no_layer_has_is_an_error():
     with pytest.raises(KeyError, match="nothing"):
         Architecture.of(Residual(), (3, 4, 4), 2)["nothing"]
-
-
-def test_an_image_that_does_not_fit_is_named():
-    with pytest.raises(ArchitectureError, match=r"Sequential .*\(3, 2, 2\)"):
-        Architecture.of(nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), (3, 2, 2), 2)
-
-
-def test_a_model_that_returns_several_tensors_is_named():
-    class Several(nn.Module):
-        def forward(self, x):
-            return x, x
-
-    with pytest.raises(ArchitectureError, match="Several returns tuple, not one tensor of logits"):
-        Architecture.of(Several(), (3, 2, 2), 2)
-
-
-def test_control_flow_on_values_is_named():
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
-
-    with pytest.raises(ArchitectureError, match=r"Branching cannot be traced"):
-        Architecture.of(Branching(), (3, 2, 2), 2)
-
-
-class WithParameter(nn.Module):
-    def __init__(self, parameter):
-        super().__init__()
-        self.layer, self.given = nn.Linear(12, 2), parameter
-
-    def forward(self, x):
-        return self.layer(x.flatten(1)) * self.given.abs()
-
-
-def with_weight_from(reparametrise):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    reparametrise(model[1])
-    return model
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (WithParameter(nn.Parameter(torch.ones(2, dtype=torch.complex64))), "'given' of WithParameter is complex"),
-        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), r"'1\.weight' of Sequential has no shape yet"),
-        (with_weight_from(nn.utils.weight_norm), r"module '1' of Sequential .*parametrizations\.weight_norm"),
-        (with_weight_from(nn.utils.spectral_norm), r"module '1' of Sequential .*parametrizations\.spectral_norm"),
-        (with_weight_from(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), r"'1' .*prune\.remove"),
-        (torch.jit.trace(Residual(), torch.rand(1, 3, 4, 4)), r"compiled by torch\.jit"),
-        (WithParameter(2 * torch.ones(2, requires_grad=True)), "WithParameter cannot be copied: Only Tensors"),
-    ],
-    ids=["complex", "lazy", "weight norm", "spectral norm", "pruned", "jit", "computed"],
-)
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:Lazy modules")
-def test_what_cannot_be_traced_is_named_with_what_to_do(model, message):
-    with pytest.raises(ArchitectureError, match=message):
-        Architecture.of(model, (3, 2, 2), 2)
-    with pytest.raises(ArchitectureError, match=message):
-        LeakedModel(GivenConfig(), (3, 2, 2), 2, network=model)
-
-
-def test_a_pruned_model_is_traced_once_its_masks_are_permanent():
-    model = with_weight_from(lambda layer: prune.l1_unstructured(layer, "weight", 0.5))
-    prune.remove(model[1], "weight")
-    assert set(Architecture.of(model, (3, 2, 2), 2).parameter_shapes) == {"1.weight", "1.bias"}

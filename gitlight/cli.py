@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gitlight.config import ChannelConfig, Config
-from gitlight.config_loading import COMPONENTS, load_config
+from gitlight.config_loading import load_config
+from gitlight.config_validation import COMPONENTS
 from gitlight.disk import FULL, cannot_write
 from gitlight.errors import ConfigError, GitlightError, LostRankError, RunStopped
 from gitlight.gradients import CHANNELS

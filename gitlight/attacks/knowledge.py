@@ -15,7 +15,7 @@ from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.iterative import IterativeAttack, Prior
 from gitlight.attacks.searches import build_search, check_image_prior
 from gitlight.config import Config, GIASConfig, MatchingConfig
-from gitlight.config_loading import component_settings
+from gitlight.config_validation import component_settings
 from gitlight.data.pair import Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import ConfigError
@@ -231,7 +231,7 @@ def _earlier_attack(settings: MatchingConfig) -> MatchingConfig | None:
                 f"{place}.{key}: the attack before starts from noise, knows what this one knows, and leaves only "
                 "its images. Leave it out."
             )
-    sources = {f"{place}.{key}": "the config" for key in settings.prior_settings}
+    sources = {f"{place}.{key}": "in the config" for key in settings.prior_settings}
     earlier = component_settings(ATTACKS, {**settings.prior_settings, "name": named}, place, sources)
     assert isinstance(earlier, MatchingConfig)
     if earlier.labels == "given" and settings.labels != "given":

@@ -26,12 +26,6 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_download(monkeypatch):
-    for module in ("gitlight.callbacks.metrics", "gitlight.evaluation.measuring"):
-        monkeypatch.setattr(f"{module}.load_lpips", lambda: None)
-
-
 @pytest.fixture
 def load(tmp_path):
     (tmp_path / "small.yaml").write_text(SMALL)

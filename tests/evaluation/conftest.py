@@ -26,11 +26,9 @@ def few_photos() -> ImageSplits:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick() -> Iterator[None]:
-    """No download of LPIPS' weights, and few photographs."""
+def _quick(without_lpips: None) -> Iterator[None]:
+    """Few photographs, and no LPIPS."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("gitlight.callbacks.metrics", "gitlight.evaluation.measuring"):
-            patch.setattr(f"{module}.load_lpips", lambda: None)
         patch.setattr("gitlight.training.load_images", lambda settings: few_photos())
         yield
 

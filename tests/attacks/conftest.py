@@ -16,8 +16,8 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_download(without_lpips):
-    pass
+def _quick(without_lpips):
+    """Every attack is evaluated without LPIPS."""
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import Fit, TinyData, TinyModule, batches
 
-import gitlight.callbacks.metrics
 from gitlight.callbacks import LearningRate, PairsProgressBar, QuietProgress, build_callbacks
 from gitlight.callbacks.checkpoints import best_checkpoint, last_checkpoint
 from gitlight.checkpoint_io import AtomicCheckpointIO
@@ -13,10 +12,7 @@ from gitlight.config import Config
 from gitlight.csv_logger import CSVFileLogger, read_rows
 from gitlight.data.pair import GradientPair
 
-
-@pytest.fixture(autouse=True)
-def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gitlight.callbacks.metrics, "load_lpips", lambda: None)
+pytestmark = pytest.mark.usefixtures("without_lpips")
 
 
 def names(config: Config) -> list[str]:

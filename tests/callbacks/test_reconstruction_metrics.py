@@ -11,10 +11,7 @@ from torch import Tensor
 import gitlight.callbacks.metrics
 from gitlight.callbacks import ReconstructionMetrics
 
-
-@pytest.fixture(autouse=True)
-def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gitlight.callbacks.metrics, "load_lpips", lambda: None)
+pytestmark = pytest.mark.usefixtures("without_lpips")
 
 
 def mean_psnr(images: list[Tensor], grey: float) -> float:

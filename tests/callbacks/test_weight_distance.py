@@ -9,13 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from tiny_run import Fit, TinyData, TinyModule, batches
 from torch import nn
 
-import gitlight.callbacks.metrics
 from gitlight.callbacks import ReconstructionMetrics, WeightDistance
 from gitlight.callbacks.checkpoints import last_checkpoint
 from gitlight.callbacks.weight_distance import weight_distances
 from gitlight.checkpoint_io import AtomicCheckpointIO
 from gitlight.csv_logger import CSVFileLogger, read_rows
 from gitlight.generators.base import ParameterEstimate
+
+pytestmark = pytest.mark.usefixtures("without_lpips")
 
 
 def test_distances_are_euclidean_norms() -> None:
@@ -60,11 +61,6 @@ def test_a_parameter_of_zeros_has_no_relative_distance() -> None:
 def test_an_estimate_of_another_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"estimate of w .*\(2,\), not \(3,\)"):
         weight_distances({"w": ParameterEstimate(torch.zeros(2))}, {"w": torch.zeros(3)})
-
-
-@pytest.fixture(autouse=True)
-def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gitlight.callbacks.metrics, "load_lpips", lambda: None)
 
 
 @pytest.fixture

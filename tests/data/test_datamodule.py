@@ -173,6 +173,7 @@ def test_images_alone_for_training_a_leaked_model(images):
     assert labels.shape == indices.shape == (10,)
 
 
+@pytest.mark.usefixtures("without_lpips")
 def test_an_image_that_a_worker_cannot_read_is_named_in_one_message(tmp_path, capsys):
     for name in ("train", "test"):
         folder = tmp_path / name / "cat"

@@ -16,7 +16,7 @@ _ARRIVED = 1e-6
 _LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING = 1e-14, 1e-2, 1e4
 """Of a step, over the mean of the diagonal: a third of it after one that gains, three times after one that does not."""
 
-_GAIN, _IN_A_ROW = 1e-3, 3
+_GAIN, _IN_A_ROW = 1e-6, 3
 """Share of the squared residual that a step gains at least; and how many that gain less end a search."""
 
 _AHEAD = 0.1

@@ -55,6 +55,16 @@ def test_images_of_a_batch_are_told_apart_exactly_also_where_they_share_a_label(
     assert apart[worst < 1e-6].min() > 0.1
 
 
+def test_a_search_does_not_end_where_images_with_one_label_begin_as_their_mean():
+    """Between two of them the squared residual has a saddle, and the first steps from it gain little."""
+    weight, bias, typical, inputs, _, _, _, noise = leaks(2, seed=3)
+    labels = torch.zeros(N_LEAKS, 2, dtype=torch.int64)
+    inputs = typical.inputs + 0.1 * (inputs - typical.inputs)  # alike, so that probabilities are, too
+    delta = torch.softmax(functional.linear(inputs, weight, bias), dim=2) - functional.one_hot(labels, N_CLASSES)
+    found = separate(delta.mT @ inputs / 2, delta.mean(dim=1), noise, weight, bias, typical, 2)
+    assert (errors(found, inputs, labels) < 1e-6).double().mean() > 0.95
+
+
 def test_stated_errors_are_those_under_noise():
     weight, bias, typical, inputs, labels, of_weight, of_bias, noise = leaks(2, relative_noise=1e-3)
     found = separate(of_weight, of_bias, noise, weight, bias, typical, 2)

@@ -46,6 +46,6 @@ def deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int,
         averaged = shapes[-1][:1] if len(shapes[-1]) == 3 else ()
         raise ConfigError(
             f"generator.linear_start_features: {limit} is less than any feature of this leaked model has. Give at "
-            f"least {min(*map(prod, shapes), *averaged)}."
+            f"least {min((*map(prod, shapes), *averaged))}."
         )
     return chosen

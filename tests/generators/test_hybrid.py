@@ -222,6 +222,23 @@ def test_the_smallest_linear_start_that_is_named_works(make):
         build("hybrid", architecture, linear_start_features=least - 1)
 
 
+class Pooled(nn.Module):
+    """Its last layer takes a vector, as the mean over positions is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 20, 3), nn.Linear(20, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def test_of_a_single_feature_the_smallest_linear_start_is_named():
+    architecture = Architecture.of(Pooled(), (3, 12, 12), 3)
+    with pytest.raises(ConfigError, match=r"generator\.linear_start_features: 10 is less than .* at least 20\."):
+        build("hybrid", architecture, linear_start_features=10)
+
+
 def test_hybrid_calls_nothing_exact_of_an_update(lenet_architecture):
     generator = build("hybrid", lenet_architecture)
     assert "input of linear (exact)" in generator.describe()

@@ -106,7 +106,7 @@ class ClosedFormFeatures(nn.Module):
             raise ArchitectureError(
                 f"hybrid starts from the bias gradient of a last linear layer, but the leaked model ends in "
                 f"{last.place} (parameters: {', '.join(last.parameters.values()) or 'none'}). "
-                "mlp needs no such layer: generator.name=mlp."
+                "coarse and mlp need no such layer: generator.name=coarse, or mlp."
             )
         self.features = features
         self.end = f"generator.exact_depth is {depth}" if self.inversion.is_cut else _end(self.inversion, architecture)

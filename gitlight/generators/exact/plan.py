@@ -84,11 +84,18 @@ class NoRule(InverseRule):
 def rules_of(architecture: Architecture, strict: bool) -> dict[str, InverseRule]:
     """Name of each layer → its rule.
 
+    What is computed from parameters alone, such as a standardised kernel, holds nothing of an image: it needs no rule.
+
     Raises:
         ArchitectureError: a layer has none, and ``strict``.
     """
     rules: dict[str, InverseRule] = {}
+    from_image = {IMAGE}
     for layer in architecture.layers:
+        if from_image.isdisjoint(layer.inputs):
+            rules[layer.name] = InverseRule(layer)
+            continue
+        from_image.add(layer.name)
         try:
             rules[layer.name] = rule_for(layer)
         except ArchitectureError:

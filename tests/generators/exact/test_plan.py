@@ -7,6 +7,7 @@ import torch
 import torchvision
 from dense import relative
 from torch import nn
+from torch.nn import functional as F
 
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.errors import ArchitectureError
@@ -220,3 +221,21 @@ def test_a_number_or_buffer_that_is_added_does_not_stop_the_walk(added):
 
 def test_a_parameter_added_to_many_entries_reveals_no_delta():
     assert_exact_is_exact(Plus(nn.Parameter(torch.rand(1, 12, 1, 1))), {"activation"})
+
+
+class StandardisedConv(nn.Conv2d):
+    """Its kernels are standardised before an image meets them (Qiao et al. 2019)."""
+
+    def forward(self, x):
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        deviation = self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / deviation, self.bias)
+
+
+def test_what_is_computed_from_parameters_alone_needs_no_rule():
+    network = nn.Sequential(StandardisedConv(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    architecture = Architecture.of(network, (3, 8, 8), 5)
+    rules = rules_of(architecture, strict=False)
+    plan = plan_walk(architecture, rules, (), 1)
+    assert {architecture[name].kind for name in rules} >= {"mean", "std", "conv2d", "linear"}
+    assert [action.layer.name for action in plan.solves] == ["3"]

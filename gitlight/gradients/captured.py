@@ -20,7 +20,8 @@ from gitlight.errors import first_line
 from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.layer_gradients import Call, Layout, NoRuleError
 from gitlight.gradients.precision import plain_tensor
-from gitlight.gradients.tracing import Step, trace
+from gitlight.gradients.steps import Step
+from gitlight.gradients.tracing import trace
 
 Reduction = Callable[[Tensor], Tensor]
 """What a gradient ``(B, *shape)`` goes through before it is kept."""
@@ -249,7 +250,8 @@ class _Chunk(_Recorder):
             return made[argument]
 
         try:
-            step.rule(Call(step.kind, values, step.layouts, self._n_leaks, destination, self._scratch), delta)
+            call = Call(step.kind, values, step.layouts, self._n_leaks, destination, self._scratch, step.operation)
+            step.rule(call, delta)
         except NoRuleError as error:
             raise NoRuleError(f"{step.place}: {error}") from error
         if left_out := sorted(set(step.names) - set(made)):

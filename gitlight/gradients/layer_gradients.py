@@ -3,11 +3,13 @@
 A rule is a function with the decorator `gradient_rule`, which takes the operation's name as `torch.export` gives it. It
 gets a `Call` and δ, and writes ``(B, *parameter.shape)`` for each parameter that leaks::
 
-    @gradient_rule("prelu")
-    def prelu(call: Call, delta: Tensor) -> None:
-        if (out := call.gradient("weight")) is not None:  # one slope a channel
-            products = (delta * call.values["self"].clamp(max=0)).flatten(2)
-            torch.sum(call.per_leak(products), dim=(1, 3), out=out)
+    @gradient_rule("rms_norm")
+    def rms_norm(call: Call, delta: Tensor) -> None:
+        if (out := call.gradient("weight")) is not None:  # normalised over the last dimension
+            normalised = F.rms_norm(call.values["input"], call.values["normalized_shape"], eps=call.values["eps"])
+            torch.sum(call.positions(delta * normalised, "output"), dim=(1, 2), out=out)
+
+Operations without a rule are differentiated by autograd, for each leak apart: `differentiated`.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vjp, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.convolutions import Convolution, write_weight_gradient
@@ -49,6 +53,7 @@ class Call:
         n_leaks: ``B``.
         destination: argument → tensor ``(B, *shape)`` to write its gradient into; None where it does not leak.
         scratch: memory for what is on the way there.
+        operation: the ATen operation.
     """
 
     kind: str
@@ -57,6 +62,7 @@ class Call:
     n_leaks: int
     destination: Callable[[str], Tensor | None]
     scratch: Scratch = field(default_factory=Scratch)
+    operation: Any = None
 
     def gradient(self, argument: str) -> Tensor | None:
         """The tensor ``(B, *shape)`` to write an argument's gradient into; None where it does not leak."""
@@ -78,6 +84,12 @@ class Call:
     def per_leak(self, tensor: Tensor) -> Tensor:
         """``(B · N, …)``, examples first, to ``(B, N, …)``."""
         return tensor.unflatten(0, (self.n_leaks, -1))
+
+    def leaks_first(self, tensor: Tensor, argument: str) -> Tensor:
+        """``tensor``, which lies as ``argument`` does, as ``(B, …)``: each leak as if no other had passed."""
+        dim, outer, inner = self.layouts[argument]
+        apart = tensor.unflatten(dim, (outer, self.n_leaks, -1, inner))
+        return apart.movedim(dim + 1, 0).flatten(dim + 1, dim + 3)
 
     def check_images_outermost(self) -> None:
         """For rules that take the leading dimension for the images'.
@@ -105,9 +117,48 @@ def gradient_rule(*kinds: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def rule_for(kind: str) -> Rule | None:
-    """The rule for an operation; None where there is none."""
-    return _RULES.get(kind)
+def rule_for(kind: str) -> Rule:
+    """The rule for an operation; `differentiated` where it has none of its own."""
+    return _RULES.get(kind, differentiated)
+
+
+def differentiated(call: Call, delta: Tensor) -> None:
+    """For any operation: autograd differentiates it, for each leak apart; vectorised where the operation can be."""
+    outs = {
+        argument: out
+        for argument, value in call.values.items()
+        if isinstance(value, Tensor) and argument not in call.layouts and (out := call.gradient(argument)) is not None
+    }
+    leaves = {argument: call.values[argument].detach() for argument in outs}
+    of_images = {name: call.leaks_first(call.values[name].detach(), name) for name in call.layouts if name != "output"}
+
+    def of_one(images: dict[str, Tensor], its_delta: Tensor) -> dict[str, Tensor]:
+        def forward(parameters: dict[str, Tensor]) -> Tensor:
+            result: Tensor = applied(call.operation, {**call.values, **images, **parameters})
+            return result
+
+        _, pull = vjp(forward, leaves)  # type: ignore[misc]  # three only with has_aux
+        made: dict[str, Tensor] = pull(its_delta)[0]
+        return made
+
+    deltas = call.leaks_first(delta, "output")
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
+        try:
+            found = vmap(of_one)(of_images, deltas)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # some overwrite what they make, which cannot be vectorised
+            parts = [of_one({name: x[b] for name, x in of_images.items()}, deltas[b]) for b in range(call.n_leaks)]
+            found = {argument: torch.stack([part[argument] for part in parts]) for argument in leaves}
+    for argument, out in outs.items():
+        out.copy_(found[argument])
+
+
+def applied(operation: Any, values: Mapping[str, Any]) -> Any:
+    """An ATen operation's result, of arguments by name."""
+    schema = operation._schema.arguments
+    positional = [values[a.name] for a in schema if not a.kwarg_only]
+    return operation(*positional, **{a.name: values[a.name] for a in schema if a.kwarg_only})
 
 
 @gradient_rule("linear")
@@ -123,8 +174,11 @@ def linear(call: Call, delta: Tensor) -> None:
 @gradient_rule("matmul")
 def matmul(call: Call, delta: Tensor) -> None:
     """``y = x W``, a matrix of parameters on the right."""
-    if (out := call.gradient("other")) is None or call.values["other"].dim() != 2:
-        raise NoRuleError("a product with parameters that are not a matrix on the right")
+    if "other" in call.layouts or call.values["other"].dim() != 2:
+        differentiated(call, delta)
+        return
+    if (out := call.gradient("other")) is None:
+        return
     x = call.positions(call.values["self"], "self")
     write_products(x.transpose(2, 3), call.positions(delta, "output"), out)
 
@@ -216,41 +270,3 @@ def _entries(call: Call, tensor: Tensor, argument: str, n_kept: int) -> Tensor:
     """``tensor`` as ``(B, N, positions, *its last n_kept dimensions)``."""
     tensor = call.examples_first(tensor, argument)
     return call.per_leak(tensor.reshape(len(tensor), -1, *tensor.shape[-n_kept:]))
-
-
-@gradient_rule("add", "sub")
-def add(call: Call, delta: Tensor) -> None:
-    """A sum with a parameter, such as a position embedding."""
-    for argument in ("self", "other"):
-        if (out := call.gradient(argument)) is not None:
-            write_broadcast(call, delta, call.values[argument].shape, out)
-            factor = call.values["alpha"] * (1 if call.kind == "add" else -1)
-            if argument == "other" and factor != 1:
-                out.mul_(factor)
-
-
-@gradient_rule("mul")
-def mul(call: Call, delta: Tensor) -> None:
-    """A product with a parameter, such as a layer's learned scale."""
-    for argument, other in (("self", "other"), ("other", "self")):
-        if (out := call.gradient(argument)) is not None:
-            write_broadcast(call, delta * call.values[other], call.values[argument].shape, out)
-
-
-@gradient_rule("expand")
-def expand(call: Call, delta: Tensor) -> None:
-    """A parameter repeated for every image, such as a class token."""
-    if (out := call.gradient("self")) is not None:
-        write_broadcast(call, delta, call.values["self"].shape, out)
-
-
-def write_broadcast(call: Call, delta: Tensor, shape: torch.Size, out: Tensor) -> None:
-    """Write the gradient of a parameter that was broadcast to the output's shape: δ summed over what was repeated."""
-    dim, outer, inner = call.layouts["output"]
-    padded = (1,) * (delta.dim() - len(shape)) + tuple(shape)
-    if outer * inner > 1 or padded[dim] != 1:
-        raise NoRuleError("a parameter that is not the same for every image")
-    repeated = [d for d in range(delta.dim()) if padded[d] == 1 and delta.shape[d] > 1 and d != dim]
-    if repeated:
-        delta = delta.sum(dim=repeated, keepdim=True)
-    torch.sum(call.per_leak(delta.movedim(dim, 0)).reshape(call.n_leaks, -1, *shape), dim=1, out=out)

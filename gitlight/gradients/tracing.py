@@ -2,14 +2,14 @@
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.passes import move_to_device_pass
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 
 from gitlight.architecture import ImageShape
 from gitlight.errors import ArchitectureError, first_line
@@ -22,76 +22,13 @@ from gitlight.exported import (
     module_path,
     without_hooks,
 )
-from gitlight.gradients.frozen_convolutions import frozen_conv2d
-from gitlight.gradients.layer_gradients import Layout, NoRuleError, Rule, rule_for
-from gitlight.gradients.products import frozen_linear
+from gitlight.gradients import broadcast_gradients  # noqa: F401  # registers its rules
+from gitlight.gradients.layer_gradients import NoRuleError, differentiated, rule_for
 from gitlight.gradients.selection import depends_on_memory, move_selections
+from gitlight.gradients.steps import FoldedNorm, Slot, Step
 
 # Any number but 0 and 1, which torch.export would take for constants.
 _TRACED_IMAGES = 7
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where an argument's value is among the tensors that a step is given."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class FoldedNorm:
-    """The batch norm that a convolution absorbs: names of its tensors in the graph; None where it has none."""
-
-    gamma: str | None
-    beta: str | None
-    mean: str
-    variance: str
-    epsilon: float
-
-
-@dataclass
-class Step:
-    """An operation that uses leaked parameters.
-
-    Attributes:
-        place: the operation and its module, for messages.
-        kind: its name, by which its rule is found.
-        operation: the ATen operation.
-        arguments: by name; a `Slot` where the value is given at run time.
-        sources: for each slot, the external tensor's name; None for what is computed from images.
-        names: argument → external tensor whose gradient is wanted.
-        norm: a batch norm folded into a convolution.
-        layouts: argument → where its examples are; found by `captured.CapturedGradients`.
-        symbolic: the same arguments' symbolic shapes.
-    """
-
-    place: str
-    kind: str
-    operation: Any
-    rule: Rule
-    arguments: dict[str, Any]
-    sources: list[str | None]
-    names: dict[str, str]
-    norm: FoldedNorm | None = None
-    symbolic: dict[str, Sequence[Any]] = field(default_factory=dict)
-    layouts: dict[str, Layout] = field(default_factory=dict)
-
-    def bind(self, tensors: Sequence[Any]) -> dict[str, Any]:
-        """The arguments with their values."""
-        bound = map_aggregate(self.arguments, lambda a: tensors[a.position] if isinstance(a, Slot) else a)
-        return dict(bound)
-
-    def apply(self, values: Mapping[str, Any]) -> Tensor:
-        """The operation's result."""
-        if self.operation == torch.ops.aten.linear.default:
-            return frozen_linear(values["input"], values["weight"], values["bias"])
-        if self.operation == torch.ops.aten.conv2d.default:
-            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-            return frozen_conv2d(*(values[name] for name in names))
-        schema = self.operation._schema.arguments
-        positional = [values[a.name] for a in schema if not a.kwarg_only]
-        result: Tensor = self.operation(*positional, **{a.name: values[a.name] for a in schema if a.kwarg_only})
-        return result
 
 
 @dataclass(frozen=True)
@@ -251,7 +188,7 @@ class _Builder:
         kind = kind_of(node) or str(operation)
         kind = f"{kind}_batch_norm" if norm is not None else kind
         rule = rule_for(kind)
-        if rule is None:
+        if rule is differentiated and not self._can_be_divided(node):
             raise NoRuleError(f"{_place(node)} uses a parameter, and there is no rule for {kind}")
         sources: list[fx.Node] = []
 
@@ -281,6 +218,18 @@ class _Builder:
         self._known[norm if norm is not None else node] = run
         self._after_step.add(run)
         self.steps.append(step)
+
+    def _can_be_divided(self, node: fx.Node) -> bool:
+        """Whether an operation can be run for the images of one leak alone.
+
+        It has one result, overwrites nothing, and takes images as tensors: none in a list, no number of them.
+        """
+        result, given, schema = node.meta["val"], arguments_of(node), getattr(node.target, "_schema", None)
+        alone = [value for value in given.values() if isinstance(value, fx.Node) and value in self._known]
+        tensors = all(isinstance(value.meta["val"], Tensor) for value in alone)
+        listed = any(source in self._known for source in node.all_input_nodes if source not in alone)
+        has_gradient = isinstance(result, Tensor) and result.is_floating_point()
+        return has_gradient and tensors and not listed and schema is not None and not schema.is_mutable
 
     def _value(self, node: fx.Node) -> fx.Node:
         if node in self._known:

@@ -182,12 +182,23 @@ def test_batches_that_a_rule_would_take_apart_wrongly_are_left_to_vmap(network, 
         made("captured")
 
 
+class Mixed(nn.Module):
+    """Takes its parameter in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixture, self.head = nn.Parameter(torch.rand(3, 2)), nn.Linear(512, N_CLASSES)
+
+    def forward(self, images):
+        return self.head(torch.einsum("bchw,cd->bdhw", images, self.mixture).flatten(1))
+
+
 @pytest.mark.parametrize(
     ("network", "named"),
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.Dropout(0.5), nn.Linear(8, 4)), "dropout '2'"),
         (nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4)), "batch_norm '1'"),
-        (nn.Sequential(nn.Flatten(), nn.PReLU(), nn.Linear(768, 4)), "prelu '1'"),
+        (Mixed(), "einsum 'einsum' uses a parameter, and there is no rule for einsum"),
     ],
 )
 def test_what_has_no_rule_is_named_and_left_to_vmap(network, named, caplog):

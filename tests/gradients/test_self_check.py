@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from gitlight.architecture import Architecture
-from gitlight.config import SketchConfig
+from gitlight.config import GradientsConfig, SketchConfig
 from gitlight.errors import ConfigError
+from gitlight.gradients import self_check
+from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.sketch import Sketch
 
 
@@ -240,3 +242,35 @@ def test_a_sketch_of_a_model_without_a_layer_that_leaks():
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, N_CLASSES))
     architecture = replace(Architecture.of(network, SHAPE, N_CLASSES), layers=())
     assert Sketch(architecture, SketchConfig(name="count", size=16)).shapes["1.weight"] == (16,)
+
+
+class PartlyWithoutGradient(nn.Module):
+    """A part of its gradients is what a graph leaves out: the share that its factor moves."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.first, self.last, self.share = nn.Linear(48, 6), nn.Linear(6, N_CLASSES), share
+
+    def forward(self, images):
+        x = self.first(images.flatten(1)).tanh()
+        with torch.no_grad():
+            factor = x.mean(1, keepdim=True)
+        return self.last(x * (1 + self.share * factor))
+
+
+@pytest.mark.parametrize(("share", "captured"), [(0.0, True), (0.05, False)])
+def test_what_differs_in_float32_is_looked_at_in_float64(share, captured, monkeypatch):
+    # As if rounding made differences that no bound of float32 covers, as a switched ReLU does.
+    monkeypatch.setitem(self_check._TOLERANCE, torch.float32, 0.0)
+    torch.manual_seed(0)
+    network, (images, labels) = PartlyWithoutGradient(share), pairs()
+    settings = GradientsConfig(method="captured")
+    engine = GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), settings)
+    if not captured:
+        with pytest.raises(ConfigError, match="its graph does not give autograd's gradients"):
+            engine(images, labels)
+        return
+    found = engine(images, labels)
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    for name, wanted in autograd_loop(network, images, labels).items():
+        torch.testing.assert_close(found[name].double(), wanted, rtol=1e-4, atol=1e-6)

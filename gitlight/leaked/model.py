@@ -1,6 +1,7 @@
 """`LeakedModel`: the model whose gradients leak."""
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,8 @@ from gitlight.leaked.batch_norm import use_batch_statistics
 from gitlight.leaked.custom import given
 from gitlight.optimization import configure_optimizer
 from gitlight.sharding import ShardableModule
+
+log = logging.getLogger(__name__)
 
 
 class LeakedModel(ShardableModule):
@@ -74,6 +77,7 @@ class LeakedModel(ShardableModule):
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self._optimizer = optimizer
         if optimizer is None:
+            _warn_of_zeros(self.network, self.architecture)
             self.freeze()
 
     @property
@@ -144,6 +148,18 @@ def _check_logits(architecture: Architecture, name: str) -> None:
             f"{name} puts out {'×'.join(map(str, found)) or 'no'} values per image, and the images have "
             f"{architecture.n_classes} classes: the leaked model must map (B, C, H, W) to logits "
             f"(B, {architecture.n_classes})."
+        )
+
+
+def _warn_of_zeros(network: nn.Module, architecture: Architecture) -> None:
+    """Say that nothing but the last layer leaks, where that has no weights to carry a gradient back with."""
+    name = architecture[architecture.output].parameters.get("weight")
+    if name is not None and not network.get_parameter(name).any():
+        log.warning(
+            "%s of the leaked model's last layer is all zeros, as torchvision starts its vision transformers: the "
+            "gradients of all other parameters are zero, and tell nothing of the images. Give trained weights "
+            "(leaked.weights), or initialise it.",
+            name,
         )
 
 

@@ -189,3 +189,13 @@ def test_parameters_that_the_user_froze_do_not_leak():
 def test_a_network_without_parameters_leaks_nothing():
     with pytest.raises(ArchitectureError, match="Sequential has no parameters, so no gradient leaks"):
         LeakedModel(GivenConfig(), SHAPE, 192, network=nn.Sequential(nn.Flatten()))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_last_layer_of_zeros_is_pointed_out(zeros, caplog):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 5))
+    if zeros:
+        nn.init.zeros_(network[3].weight)
+    LeakedModel(GivenConfig(), (3, 4, 4), 5, network=network)
+    told = "3.weight of the leaked model's last layer is all zeros" in caplog.text
+    assert told == zeros

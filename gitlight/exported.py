@@ -1,8 +1,10 @@
 """A model as a graph of torch.export: how one is made without weights, and what is read off it."""
 
 import copy
+import traceback
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from gitlight.errors import ArchitectureError, first_line
 
+_TORCH = Path(torch.__file__).parent
+
 _BY_HOOKS = {
     WeightNorm: "torch.nn.utils.weight_norm; use torch.nn.utils.parametrizations.weight_norm",
     SpectralNorm: "torch.nn.utils.spectral_norm; use torch.nn.utils.parametrizations.spectral_norm",
     BasePruningMethod: "torch.nn.utils.prune; torch.nn.utils.prune.remove(module, name) makes it permanent",
 }
 """Hooks that compute a weight before each run, by kind: what made them, and what to do."""
+
+_UNTRACEABLE = (
+    "A model whose control flow depends on values, that takes values out of tensors (.item(), .tolist(), .numpy(), "
+    "printing), or that makes tensors on a device of its own and not on its input's, cannot be inverted layer by "
+    "layer. Compute with tensors alone, as torch.where does."
+)
 
 
 def export_bare(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
@@ -43,24 +53,38 @@ def export_bare(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.ex
             if not isinstance(result, Tensor):
                 raise ArchitectureError(f"{name} returns {type(result).__name__}, not one tensor of logits.")
             return torch.export.export(bare, (image,), strict=False)
-    except (NotImplementedError, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode) as error:
-        raise ArchitectureError(_untraceable(name, error)) from error
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        # What the model itself raises on a batch of one image: nearly always a shape that does not fit.
-        cause = first_line(error)
-        if "meta" in cause or "data-dependent" in cause or "data dependent" in cause:
-            raise ArchitectureError(_untraceable(name, error)) from error
+    except ArchitectureError:
+        raise
+    except Exception as error:  # whatever the user's modules and torch.export raise
+        cause = _failure_of(error)
         raise ArchitectureError(
-            f"{name} does not accept an image of shape {image_shape} (channels, height, width): {cause}"
+            f"{name} cannot be traced by torch.export: {cause} {_UNTRACEABLE}"
+            if _runs_on(model, image_shape)
+            else f"{name} does not accept an image of shape {image_shape} (channels, height, width): {cause}"
         ) from error
 
 
-def _untraceable(name: str, error: Exception) -> str:
-    return (
-        f"{name} cannot be traced by torch.export: {first_line(error)} "
-        "Models with control flow that depends on values, or that make tensors on a device of their own and not on "
-        "their input's, cannot be inverted layer by layer."
-    )
+def _failure_of(error: Exception) -> str:
+    """A sentence on what a model's code raised, and in which line of it."""
+    cause = first_line(error).rstrip(".")
+    if not isinstance(error, RuntimeError | ValueError):
+        cause = f"{type(error).__name__}: {cause}"  # which says little without it, as a KeyError's
+    libraries = (str(_TORCH), str(Path(__file__).parent))
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(libraries)]
+    return f"{cause} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})." if frames else f"{cause}."
+
+
+def _runs_on(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Whether a model, in evaluation mode, takes an image that has values; a copy of it is run."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    image = torch.zeros(1, *image_shape, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            without_hooks(copied(model)).eval()(image)
+    except Exception:  # whatever the user's modules raise
+        return False
+    return True
 
 
 def check_traceable(model: nn.Module) -> None:

@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,13 +46,59 @@ def test_a_model_that_returns_several_tensors_is_named():
         export_bare(Several(), (3, 2, 2))
 
 
-def test_control_flow_on_values_is_named():
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
+class Doing(nn.Module):
+    """Does something with its input on the way."""
 
-    with pytest.raises(ArchitectureError, match=r"Branching cannot be traced"):
-        export_bare(Branching(), (3, 2, 2))
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.what = nn.Linear(12, 2), what
+
+    def forward(self, x):
+        self.what(x)
+        return self.layer(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda x: x.numpy(),
+        lambda x: np.asarray(x),
+        lambda x: x.tolist(),
+        lambda x: x.sum().item(),
+        lambda x: 1 if x.sum() > 0 else 2,
+        lambda x: f"{x.mean():.3f}",
+        lambda x: x[x > 0],
+        lambda x: x.data_ptr(),
+        lambda x: torch.zeros(1, device="cpu") + x,
+    ],
+    ids=["numpy", "asarray", "tolist", "item", "branch", "format", "mask", "pointer", "device"],
+)
+def test_a_model_that_needs_values_is_named_with_the_line_and_what_to_do(what):
+    line = what.__code__.co_firstlineno
+    with pytest.raises(ArchitectureError) as raised:
+        export_bare(Doing(what), (3, 2, 2))
+    message = str(raised.value)
+    assert message.startswith("Doing cannot be traced by torch.export: ")
+    assert f"(test_exported.py, line {line}). A model whose control flow depends on values" in message
+    assert message.endswith("Compute with tensors alone, as torch.where does.")
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        (lambda x: x.nothing, "AttributeError: 'Tensor' object has no attribute 'nothing'"),
+        (lambda x: {}[3], "KeyError: 3"),
+        (lambda x: x @ torch.zeros(5, 5, device=x.device), "mat1 and mat2|same reduction dim"),
+    ],
+    ids=["attribute", "key", "shape"],
+)
+def test_a_model_that_fails_on_every_image_is_told_how(what, cause):
+    with pytest.raises(ArchitectureError) as raised:
+        export_bare(Doing(what), (3, 2, 2))
+    message = str(raised.value)
+    assert message.startswith("Doing does not accept an image of shape (3, 2, 2) (channels, height, width): ")
+    assert re.search(cause, message)
+    assert message.endswith(f"(test_exported.py, line {what.__code__.co_firstlineno}).")
 
 
 class WithParameter(nn.Module):

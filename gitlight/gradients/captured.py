@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from gitlight.architecture import ImageShape
 from gitlight.errors import first_line
 from gitlight.gradients.buffers import Scratch
+from gitlight.gradients.labels import cross_entropy
 from gitlight.gradients.layer_gradients import Call, Layout, NoRuleError
 from gitlight.gradients.precision import plain_tensor
 from gitlight.gradients.steps import Step
@@ -129,7 +130,7 @@ class CapturedGradients:
 
     def _backward(self, chunk: "_Chunk", images: Tensor, labels: Tensor, per_leak: int) -> None:
         logits = self._traced.body(chunk, images, chunk.prepared.externals)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / per_leak
+        loss = cross_entropy(logits, labels, reduction="sum") / per_leak
         # Hooks hold the chunk: if it held tensors in turn, all would stay until Python looks for cycles.
         starts, chunk.starts = chunk.starts, []
         if starts:

@@ -14,6 +14,7 @@ from gitlight.errors import ConfigError
 from gitlight.gradients.buffers import ResultBuffers, keep_freed_memory
 from gitlight.gradients.captured import CapturedGradients
 from gitlight.gradients.functional_gradients import FunctionalGradients
+from gitlight.gradients.labels import check_labels
 from gitlight.gradients.layer_gradients import NoRuleError
 from gitlight.gradients.memory import MemoryModel
 from gitlight.gradients.precision import autograd_on, full_float32, plain_autograd, plain_tensor
@@ -74,7 +75,7 @@ class GradientEngine:
 
         Args:
             images: ``(B, N, C, H, W)`` in [0, 1].
-            labels: ``(B, N)`` int64.
+            labels: ``(B, N)`` int64, in ``range(n_classes)``.
 
         Returns:
             Parameter name → ``(B, *parameter.shape)``, or ``(B, size)`` where it is sketched; of the precision
@@ -83,7 +84,9 @@ class GradientEngine:
         Raises:
             ConfigError: one leak alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method`` names a
                 method that does not fit the model, as ``captured`` where an operation has no rule.
+            DataError: labels are of another shape, or, on the CPU, no classes of the model.
         """
+        check_labels(images, labels, self._architecture.n_classes)
         if images.device.type == "cpu":
             keep_freed_memory()
         captured = self._captured_gradients(images)

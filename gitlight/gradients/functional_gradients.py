@@ -10,6 +10,7 @@ from torch.func import grad, vmap
 from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError, first_line
 from gitlight.gradients.functional import functional
+from gitlight.gradients.labels import cross_entropy
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def gradient_by_autograd(
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in leaked.items()}
 
     def backward(logits: Tensor) -> Gradients:
-        loss = nn.functional.cross_entropy(logits, labels)
+        loss = cross_entropy(logits, labels)
         if not loss.requires_grad:
             return {name: torch.zeros_like(parameter) for name, parameter in leaked.items()}
         made = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -137,7 +138,7 @@ def _loss_of(network: nn.Module) -> _Loss:
     forward = functional(network)
 
     def loss(leaked: Gradients, others: Gradients, images: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(forward(leaked | others, images), labels)
+        return cross_entropy(forward(leaked | others, images), labels)
 
     return loss
 

@@ -12,6 +12,7 @@ from gitlight.data.pair import Gradients
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients.functional_gradients import FunctionalGradients
+from gitlight.gradients.labels import check_labels
 from gitlight.gradients.precision import plain_autograd, plain_tensor
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -82,7 +83,7 @@ class LocalUpdates:
 
         Args:
             images: ``(B, N, C, H, W)`` in [0, 1].
-            labels: ``(B, N)`` int64.
+            labels: ``(B, N)`` int64, in ``range(n_classes)``.
             seeds: ``(B,)`` int64, which fix the order of each client's images, whatever batch it is computed in.
 
         Returns:
@@ -91,7 +92,9 @@ class LocalUpdates:
         Raises:
             ConfigError: one client alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method=vmap``
                 and the model cannot be vectorised.
+            DataError: labels are of another shape, or, on the CPU, no classes of the model.
         """
+        check_labels(images, labels, self._architecture.n_classes)
         chunk = self._clients_per_chunk(len(images), images.shape[1])
         orders = torch.stack([self._order(seed, images.shape[1]) for seed in seeds.tolist()]).to(images.device)
         # For the fused kernels of attention vmap has no rule.

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from gitlight.disk import cannot_write
-from gitlight.errors import CheckpointError, first_line
+from gitlight.errors import CheckpointError, UnwrittenError, first_line
 from gitlight.runs import LAST, previous_path
 
 
@@ -44,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             storage_options: part of Lightning's signature; not used.
 
         Raises:
-            CheckpointError: the file cannot be written, as on a full disk; those that were there are as they were.
+            UnwrittenError: the file cannot be written, as on a full disk; those that were there are as they were.
         """
         target = Path(path)
         # A fixed name: what a killed run leaves behind is overwritten by the next save, not added to.
@@ -64,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
             _former_of(target).unlink(missing_ok=True)
             if _of_writing(error):
-                raise CheckpointError(_cannot_write(target, error)) from error
+                raise UnwrittenError(_cannot_write(target, error)) from error
             raise
         _sync_folder(target.parent)
 

@@ -11,12 +11,19 @@ from typing import Any
 from gitlight.config import ChannelConfig, Config
 from gitlight.config_loading import load_config
 from gitlight.config_validation import COMPONENTS
-from gitlight.disk import FULL, cannot_write
-from gitlight.errors import ConfigError, GitlightError, LostRankError, RunStopped
+from gitlight.disk import FULL, cannot_write, say_last
+from gitlight.errors import (
+    ConfigError,
+    DatabaseError,
+    GitlightError,
+    LostRankError,
+    RunStopped,
+    UnwrittenError,
+)
 from gitlight.gradients import CHANNELS
 from gitlight.registry import Registry
 from gitlight.stop_signals import ignore_stop_signals
-from gitlight.sweep.trial import end_with_the_sweep
+from gitlight.sweep.trial import INTERRUPTED, end_with_the_sweep, trial_from_environment
 
 USER_ERROR = 2
 """Exit code for mistakes in what the user gave."""
@@ -136,8 +143,8 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         command(config)
     except GitlightError as error:
         # From a process that reads images an error arrives with that process's traceback before it.
-        print(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}", file=sys.stderr)
-        return USER_ERROR
+        say_last(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}")
+        return _exit_code_of_surroundings() if isinstance(error, UnwrittenError | DatabaseError) else USER_ERROR
     except LostRankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -152,8 +159,8 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         if error.errno not in FULL:
             raise
         said = cannot_write(Path(error.filename or str(config and config.output_dir)), error)
-        print(f"error: {said}. Make room. A training goes on with trainer.resume=auto.", file=sys.stderr)
-        return USER_ERROR
+        say_last(f"error: {said}. Make room. A training goes on with trainer.resume=auto.")
+        return _exit_code_of_surroundings()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -170,6 +177,11 @@ _NO_NEWS = (
     r".*The number of training batches .* is smaller than the logging interval",
     r".*Please add the following callbacks: \['PruneTrial'\]",  # a sweep's trial, continued outside of it
 )
+
+
+def _exit_code_of_surroundings() -> int:
+    """Of a run that nothing is wrong with: a sweep is to keep the trial."""
+    return USER_ERROR if trial_from_environment() is None else INTERRUPTED
 
 
 def _is_first_process() -> bool:

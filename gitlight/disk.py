@@ -1,10 +1,12 @@
 """Folders and files that cannot be written: found early if possible, and named with the reason and the room left."""
 
 import errno
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gitlight.errors import ConfigError, first_line
@@ -30,8 +32,31 @@ def cannot_write(path: Path, error: BaseException) -> str:
         free = f"{shutil.disk_usage(path.parent).free / 1e9:.3g} GB are free there"
     except OSError:
         free = "its folder is not there"
-    reason = getattr(error, "strerror", None) or first_line(error)
-    return f"{path} cannot be written ({reason}); {free}"
+    return f"{path} cannot be written ({_reason(error)}); {free}"
+
+
+def _reason(error: BaseException) -> str:
+    """What the system says, also where PyTorch's writer only says that a file is shorter than it should be."""
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.strerror:
+            return one.strerror
+        one = one.__context__
+    return first_line(error)
+
+
+def say_last(message: str) -> None:
+    """Print a process's last words on standard error, also where that is a file on a full disk.
+
+    What cannot be written is dropped: Python would end with an exit code of its own, 120, as it fails to write it.
+    """
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def check_writable(key: str, folder: Path) -> None:

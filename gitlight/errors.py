@@ -30,6 +30,14 @@ class CheckpointError(GitlightError):
     """A checkpoint or a run folder is missing, damaged, or belongs to another set-up."""
 
 
+class UnwrittenError(CheckpointError):
+    """A checkpoint cannot be written, as on a full disk; those that were there are as they were."""
+
+
+class DatabaseError(GitlightError):
+    """A sweep's database cannot be read or written."""
+
+
 class LostRankError(Exception):
     """A process of a run on several was lost, so that the others cannot go on; not the user's mistake."""
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gitlight.cli import evaluate_command, settings_help, train_command
-from gitlight.errors import LostRankError, RunStopped
+from gitlight.errors import CheckpointError, DatabaseError, LostRankError, RunStopped, UnwrittenError
+from gitlight.sweep.trial import INTERRUPTED, SweepTrial
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -103,6 +104,26 @@ def test_how_a_run_ends_shows_in_its_exit_code(monkeypatch, capsys, error, code,
     monkeypatch.setattr("gitlight.cli._train", end)
     assert train_command([], DEMO) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "metrics.csv"), INTERRUPTED),
+        (UnwrittenError("last.ckpt cannot be written"), INTERRUPTED),
+        (DatabaseError("The sweep's database failed"), INTERRUPTED),
+        (CheckpointError("last.ckpt is damaged"), 2),
+    ],
+)
+def test_a_trial_tells_its_sweep_that_its_settings_are_not_to_blame(monkeypatch, error, code):
+    def end(config):
+        raise error
+
+    monkeypatch.setattr("gitlight.cli._train", end)
+    monkeypatch.setattr("gitlight.cli.end_with_the_sweep", lambda: None)
+    for name, value in SweepTrial("sqlite://", "mine", 3).environment().items():
+        monkeypatch.setenv(name, value)
+    assert train_command([], DEMO) == code
 
 
 @pytest.mark.usefixtures("signals_as_before")

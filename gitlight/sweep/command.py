@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from filelock import FileLock, Timeout
 
-from gitlight.disk import FULL, cannot_write, check_writable
+from gitlight.disk import FULL, cannot_write, check_writable, say_last
 from gitlight.errors import ConfigError, GitlightError
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class _Parser(argparse.ArgumentParser):
 def sweep_command(arguments: Sequence[str]) -> int:
     """``python -m gitlight.sweep``; returns the exit code.
 
-    0: all trials are done; 1: all of them failed; 2: a mistake in what was given; 128 and the signal's number: a signal
-    interrupted it.
+    0: all trials are done; 1: all of them failed; 2: a mistake in what was given, or a full disk; 128 and the signal's
+    number: a signal interrupted it.
     """
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
@@ -68,13 +68,13 @@ def sweep_command(arguments: Sequence[str]) -> int:
                 raise ConfigError(f"--{name}: {value}: expected 1 or more.")
         return _sweep(options.file, options.trials, options.workers, options.storage)
     except GitlightError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_last(f"error: {error}")
         return USER_ERROR
     except OSError as error:
         if error.errno not in FULL:
             raise
         said = cannot_write(Path(error.filename or SWEEPS), error)
-        print(f"error: {said}. Make room; the same command goes on with the sweep.", file=sys.stderr)
+        say_last(f"error: {said}. Make room; the same command goes on with the sweep.")
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -84,6 +84,7 @@ def sweep_command(arguments: Sequence[str]) -> int:
 def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None) -> int:
     from optuna.trial import TrialState
 
+    from gitlight.sweep.database import naming_database
     from gitlight.sweep.processes import SweepInterruptedError
     from gitlight.sweep.report import write_report
     from gitlight.sweep.running import Runner
@@ -96,8 +97,8 @@ def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None)
     folder = SWEEPS / specification.name
     check_writable("sweep", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, specification.name, shared=storage_url is not None):
-        url = storage_url or f"sqlite:///{(folder / 'study.db').absolute()}"
+    url = storage_url or f"sqlite:///{(folder / 'study.db').absolute()}"
+    with _alone(folder, specification.name, shared=storage_url is not None), naming_database(url):
         storage = open_storage(url, shared=storage_url is not None)
         study = open_study(specification, storage)
         interruption = None
@@ -106,10 +107,10 @@ def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None)
         except SweepInterruptedError as signalled:
             interruption = signalled
         print(f"\n{write_report(specification, study, folder)}", flush=True)
+        states = {trial.state for trial in by_place(study.get_trials(deepcopy=False)).values()}
     if interruption is not None:
         print(f"interrupted by {interruption}; the same command goes on with the sweep", file=sys.stderr)
         return 128 + interruption.signal_number
-    states = {trial.state for trial in by_place(study.get_trials(deepcopy=False)).values()}
     return 1 if states == {TrialState.FAIL} else 0
 
 

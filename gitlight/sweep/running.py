@@ -16,6 +16,7 @@ from filelock import FileLock
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
+from gitlight.errors import GitlightError
 from gitlight.sweep.processes import STOPPED, TrialProcesses, signals_as_exceptions, trial_environment
 from gitlight.sweep.specification import Specification
 from gitlight.sweep.study import (
@@ -36,10 +37,14 @@ from gitlight.sweep.study import (
     trial_id,
     trial_of,
 )
-from gitlight.sweep.trial import SweepTrial
+from gitlight.sweep.trial import INTERRUPTED, SweepTrial
 
 STOP_SECONDS = 2.0
 """How much later than a trial the sweep may be told to end, for the trial to count as ended with it."""
+
+
+class SurroundingsError(GitlightError):
+    """A trial could not write to its disk or database, and the next one could not either."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,12 @@ class Runner:
     def run(self, workers: int) -> None:
         """Run trials until the sweep has all.
 
+        All trials' processes are gone when it ends, however it ends.
+
         Raises:
-            SweepInterruptedError: SIGINT or SIGTERM came; all trials' processes are gone.
+            SweepInterruptedError: SIGINT or SIGTERM came.
+            SurroundingsError: a trial says that its disk is full, or its database lost.
+            OSError, SQLAlchemyError, StorageInternalError: the same befell the sweep.
         """
         with FileLock(self._folder / ".taking_over.lock"):
             self._interrupted = self._take_over()
@@ -118,6 +127,12 @@ class Runner:
                 self._processes.wait_for_end(STOP_SECONDS)
             if exit_code is None or self._processes.ended:
                 return  # it stays a running trial, which the sweep takes up again when it goes on
+            if exit_code == INTERRUPTED:
+                log = log_path(self._folder, job.place)
+                raise SurroundingsError(
+                    f"trial {job.place} could not go on: {_last_error(log)} After that, the same command goes on with "
+                    "the sweep."
+                )
             with self._choosing:
                 ended = conclude(self._study, self._storage, job.number, self._specification.metric, exit_code)
             self._say_end(job.place, ended)
@@ -205,6 +220,12 @@ class Runner:
 def log_path(folder: Path, place: int) -> Path:
     """Where the output of a trial's process goes."""
     return folder / f"trial-{place:04d}.log"
+
+
+def _last_error(log: Path) -> str:
+    """What a trial said in the end, if its log had room for it."""
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    return said[-1].removeprefix("error: ") if said else f"its disk is full, or its database lost; see {log}."
 
 
 def state_name(trial: FrozenTrial) -> str:

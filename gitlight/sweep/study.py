@@ -14,10 +14,10 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPE
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from gitlight.errors import ConfigError, differences
+from gitlight.sweep.database import full_disk, shown_url
 from gitlight.sweep.specification import EarlyTermination, Specification
 
 SPECIFICATION, TERMINATION, METRIC = "specification", "early_termination", "metric"
@@ -62,6 +62,7 @@ def open_storage(url: str, shared: bool) -> RDBStorage:
 
     Raises:
         ConfigError: it cannot be opened.
+        OSError: it cannot be made, as the disk is full.
     """
     options: dict[str, Any] = {}
     if url.startswith("sqlite"):
@@ -80,19 +81,13 @@ def open_storage(url: str, shared: bool) -> RDBStorage:
             time.sleep(1)
             return RDBStorage(url, **options)
     except (SQLAlchemyError, ImportError, ValueError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
+        if full := full_disk(url, error):
+            raise full from error
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"--storage: {shown_url(url)} cannot be opened: {reason} Expected SQLAlchemy's URL of a database that is "
             "there, such as postgresql://user:password@host/name or sqlite:///file.db."
         ) from error
-
-
-def shown_url(url: str) -> str:
-    """The URL without its password."""
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return repr(url)
 
 
 def open_study(specification: Specification, storage: RDBStorage) -> optuna.Study:

@@ -10,6 +10,12 @@ from pathlib import Path
 STORAGE, STUDY, NUMBER = "GITLIGHT_SWEEP_STORAGE", "GITLIGHT_SWEEP_STUDY", "GITLIGHT_SWEEP_TRIAL"
 """Environment variables that a sweep sets for its trials."""
 
+INTERRUPTED = 75
+"""Exit code (sysexits' EX_TEMPFAIL) of a trial's process that a full disk or a lost database ended.
+
+Its settings may be good: the sweep ends as well, and goes on with the trial later.
+"""
+
 
 @dataclass(frozen=True)
 class SweepTrial:

@@ -158,6 +158,34 @@ def test_trials_that_fail_are_shown_and_do_not_stop_a_sweep(sweep: Sweeping) -> 
     assert sweep.states() == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
+NO_ROOM = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[-1].removeprefix("output_dir="))
+if not pathlib.Path("room").exists():
+    folder.mkdir()
+    print("error: last.ckpt cannot be written (No space left on device). Make room.")
+    sys.exit(75)
+sys.argv[0] = QUICK
+exec(pathlib.Path(QUICK).read_text())
+"""
+
+
+def test_a_full_disk_ends_a_sweep_and_none_of_its_trials(sweep: Sweeping, tmp_path: Path) -> None:
+    program = tmp_path / "no_room.py"
+    program.write_text(NO_ROOM.replace("QUICK", repr(str(QUICK))))
+    sweep.write(program, quick(RATES[:3]))
+    output = sweep("--workers", "2", code=2)
+    assert output.splitlines()[-1] in [
+        f"error: trial {place} could not go on: last.ckpt cannot be written (No space left on device). Make room. "
+        "After that, the same command goes on with the sweep."
+        for place in (0, 1)
+    ]
+    assert set(sweep.states()) == {"RUNNING"}
+    (tmp_path / "room").touch()
+    sweep("--workers", "2")
+    assert_each_ran_once(sweep, 3, n_epochs=4)
+
+
 def test_a_sweep_runs_once_at_a_time_unless_its_database_is_shared(sweep: Sweeping) -> None:
     sweep.write(QUICK, quick([0.1, 60]))
     process = sweep.start("--workers", "2")

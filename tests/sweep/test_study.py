@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 from sweep_files import write_sweep
 
 from gitlight.errors import ConfigError
+from gitlight.sweep.database import shown_url
 from gitlight.sweep.running import Runner
 from gitlight.sweep.specification import EarlyTermination, Specification, load_specification
 from gitlight.sweep.study import (
@@ -25,7 +26,6 @@ from gitlight.sweep.study import (
     open_storage,
     open_study,
     place_of,
-    shown_url,
     suggest,
     trial_id,
     trial_of,

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import largest_file
 from sweep_files import write_sweep
 
 from gitlight.sweep.command import sweep_command
@@ -75,3 +76,26 @@ def test_a_grid_has_as_many_trials_as_combinations_and_not_more(
     assert "1 trial: 1 failed" in capsys.readouterr().out
     assert sweep_command([file, "--trials", "9"]) == 1
     assert "2 trials: 2 failed" in capsys.readouterr().out
+
+
+def test_a_database_that_cannot_grow_ends_a_sweep_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    nothing = tmp_path / "nothing.py"
+    nothing.write_text("")
+    # The database keeps all choices with every trial: more than a page.
+    choices = ", ".join(f"{letter}{'x' * 2000}" for letter in "abc")
+    parameters = f"{{logging.project: {{values: [{choices}]}}}}"
+    file = str(write_sweep(tmp_path, program=str(nothing), method="grid", parameters=parameters))
+    assert sweep_command([file, "--trials", "1"]) == 1
+    database = tmp_path / "runs" / "sweeps" / "my_sweep" / "study.db"
+    capsys.readouterr()
+    with largest_file(database.stat().st_size):
+        assert sweep_command([file, "--workers", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {database} cannot be written (File too large); ")
+    assert error.endswith("Make room; the same command goes on with the sweep.\n")
+    assert len(error.splitlines()) == 1
+    assert sweep_command([file]) == 1
+    assert "3 trials: 3 failed" in capsys.readouterr().out

@@ -60,7 +60,7 @@ def build_callbacks(config: Config, output_dir: Path, signals: StopSignals | Non
     return [
         *_averaging(config),
         *_reconstruction_callbacks(config, output_dir),
-        *_sweep_callbacks(),
+        *_sweep_callbacks(config),
         *([] if config.trainer.max_time is None else [MaxTime(config.trainer.max_time)]),
         LearningRate(),
         RunSettings(config),
@@ -94,11 +94,11 @@ def _reconstruction_callbacks(config: Config, output_dir: Path) -> list[Callback
     return seen if config.task == "image_prior" else [*seen, WeightDistance(output_dir), Throughput()]
 
 
-def _sweep_callbacks() -> list[Callback]:
+def _sweep_callbacks(config: Config) -> list[Callback]:
     trial = trial_from_environment()
     if trial is None:
         return []
     # Optuna is loaded by trials alone.
     from gitlight.callbacks.prune_trial import PruneTrial
 
-    return [PruneTrial(trial)]
+    return [PruneTrial(trial, config)]

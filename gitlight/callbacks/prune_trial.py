@@ -7,7 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from optuna.storages import RDBStorage
 
+from gitlight.config import Config
 from gitlight.errors import ConfigError
+from gitlight.sweep.database import naming_database
+from gitlight.sweep.metrics import check_metric
 from gitlight.sweep.study import FINISHED, METRIC, PRUNED_AFTER, load_study, open_storage, trial_of
 from gitlight.sweep.trial import SweepTrial
 
@@ -19,10 +22,12 @@ class PruneTrial(Callback):
 
     Args:
         trial: which trial this run is.
+        config: the run's, which says what it logs.
     """
 
-    def __init__(self, trial: SweepTrial) -> None:
+    def __init__(self, trial: SweepTrial, config: Config) -> None:
         self._which = trial
+        self._config = config
         self._validations = 0
         self._metric = ""
         self._trial: optuna.Trial | None = None
@@ -37,24 +42,35 @@ class PruneTrial(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the study."""
-        storage: RDBStorage = open_storage(self._which.storage, shared=False)
-        study = load_study(storage, self._which.study)
-        self._metric = study.user_attrs[METRIC]
-        self._trial = trial_of(study, storage, self._which.number)
+        """Open the study.
+
+        Raises:
+            ConfigError: the run does not log the sweep's metric.
+            OSError, DatabaseError: the study cannot be read or written, now or later.
+        """
+        with naming_database(self._which.storage):
+            storage: RDBStorage = open_storage(self._which.storage, shared=False)
+            study = load_study(storage, self._which.study)
+            self._metric = study.user_attrs[METRIC]
+            self._trial = trial_of(study, storage, self._which.number)
+        leaked = getattr(getattr(pl_module, "generator", None), "architecture", None)
+        names = None if leaked is None else leaked.parameter_shapes
+        check_metric(self._metric, self._config, f"(of the sweep {self._which.study})", names)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, ask, and stop if so told.
 
         Raises:
-            ConfigError: the run does not log the sweep's metric.
+            ConfigError: the run does not log the sweep's metric after all.
         """
         if trainer.sanity_checking:
             return
         self._validations += 1
         stop = False
         if self._trial is not None:
-            stop = self._report(self._trial, {name: float(value) for name, value in trainer.callback_metrics.items()})
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            with naming_database(self._which.storage):
+                stop = self._report(self._trial, metrics)
         if trainer.strategy.broadcast(stop):
             trainer.should_stop = True
 
@@ -62,7 +78,8 @@ class PruneTrial(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that training came to its end, and not the process alone."""
         if self._trial is not None:
-            self._trial.set_user_attr(FINISHED, True)
+            with naming_database(self._which.storage):
+                self._trial.set_user_attr(FINISHED, True)
 
     def _report(self, trial: optuna.Trial, metrics: dict[str, float]) -> bool:
         if self._metric not in metrics:

@@ -1,7 +1,8 @@
-"""Which metrics ``train.py`` logs, so that a sweep over another name ends before its first trial."""
+"""Which metrics a training logs, so that a sweep over another name ends before anything is trained."""
 
-from pathlib import Path
+from collections.abc import Iterable
 
+from gitlight.config import Config
 from gitlight.errors import ConfigError
 from gitlight.registry import did_you_mean
 
@@ -13,25 +14,62 @@ VALIDATED = {
 }
 """Task → what a run logs at a validation; ``val/lpips`` only where its network's weights are."""
 
-_OTHERS = ("train/", "throughput/", "weight_distance/")
+TRAINED = {
+    "generator": ("train/loss", "throughput/pairs_per_second", "throughput/share_making_pairs"),
+    "leaked": ("train/loss", "train/accuracy"),
+    "image_prior": ("train/loss",),
+}
+"""Task → what it logs while it trains, and a sweep may look at, too."""
+
+_DISTANCE = "weight_distance/"
+ESTIMATING = ("exact", "hybrid")
+"""Generators that estimate the leaked parameters, and log ``weight_distance/``."""
+
+_SMALLEST_FOR_LPIPS = 31
 
 
-def check_metric(metric: str, task: str, program: str, file: Path) -> None:
-    """Refuse a metric that no run of a task logs.
+def check_metric(metric: str, config: Config, where: str, parameters: Iterable[str] | None = None) -> None:
+    """Refuse a metric that no run of a config logs.
 
     Args:
         metric: its name.
-        task: the config's.
-        program: the script of the sweep; what another than ``train.py`` logs is not known here.
-        file: the sweep file, for the message.
+        config: the run's.
+        where: who gives the name, for the message: ``(in sweep.yaml)``.
+        parameters: names of the leaked model's, as far as they are known already.
 
     Raises:
         ConfigError: there is no such metric.
     """
-    known = VALIDATED[task]
-    if Path(program).name != "train.py" or metric in known or metric.startswith(_OTHERS):
-        return
-    raise ConfigError(
-        f"metric.name: {metric} (in {file}) is not logged by a run of task={task}.{did_you_mean(metric, known)} "
-        f"At a validation it logs: {', '.join(known)}."
-    )
+    if metric.startswith(_DISTANCE) and config.task == "generator" and config.generator.name in ESTIMATING:
+        name = metric.removeprefix(_DISTANCE).removesuffix("_relative")
+        if parameters is None or name in (known := ("total", *parameters)):
+            return
+        near = did_you_mean(name, known)
+        raise ConfigError(
+            f"metric.name: {metric} {where}: the leaked model has no parameter {name}.{near} {_DISTANCE}total is the "
+            "distance over all of them."
+        )
+    known = VALIDATED[config.task]
+    if metric not in (*known, *TRAINED[config.task]):
+        near = did_you_mean(metric, (*known, *TRAINED[config.task]))
+        raise ConfigError(
+            f"metric.name: {metric} {where} is not logged by a run of task={config.task}"
+            f"{f' with generator.name={config.generator.name}' if metric.startswith(_DISTANCE) else ''}.{near} "
+            f"At a validation it logs: {', '.join(known)}."
+        )
+    if metric == "val/lpips":
+        _check_lpips(config, where)
+
+
+def _check_lpips(config: Config, where: str) -> None:
+    if config.data.image_size < _SMALLEST_FOR_LPIPS:
+        raise ConfigError(
+            f"metric.name: val/lpips {where} needs images of at least {_SMALLEST_FOR_LPIPS} × {_SMALLEST_FOR_LPIPS} "
+            f"pixels, and these have data.image_size={config.data.image_size}. Give val/ssim or val/psnr."
+        )
+    from gitlight.lpips import lpips_network  # imports torch
+
+    try:
+        lpips_network()
+    except ConfigError as error:
+        raise ConfigError(f"metric.name: val/lpips {where} is not logged here: {error}") from error

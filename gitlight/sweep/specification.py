@@ -146,6 +146,11 @@ def load_specification(path: str | Path) -> Specification:
         raise ConfigError(
             f"program: {program!r} (in {file}): expected a script that is there, seen from here: train.py."
         )
+    if Path(program).name == "evaluate.py":
+        raise ConfigError(
+            f"program: {program} (in {file}): an evaluation logs no metric that trials could be compared by. Give "
+            "train.py, and evaluate the best trials' folders."
+        )
     specification = Specification(
         file=file,
         method=_method(content.get("method"), file),
@@ -283,4 +288,5 @@ def _check_settings(specification: Specification) -> None:
                 f"command: {' '.join(after)} (in {specification.file}) stands after {ARGUMENTS} and sets what the "
                 f"sweep varies, {' '.join(varied)}. Write it before, or leave it out."
             )
-        check_metric(specification.metric, config.task, specification.program, specification.file)
+        if Path(specification.program).name == "train.py":  # a training within another program looks by itself
+            check_metric(specification.metric, config, f"(in {specification.file})")

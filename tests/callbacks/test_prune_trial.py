@@ -24,14 +24,14 @@ def study(tmp_path: Path) -> optuna.Study:
         study_name="mine",
         direction="maximize",
     )
-    study.set_user_attr(METRIC, "val/quality")
+    study.set_user_attr(METRIC, "val/psnr")
     study.set_user_attr(TERMINATION, [2, 2])
     return study
 
 
 def callback(study: optuna.Study, folder: Path) -> PruneTrial:
     number = study.ask().number
-    return PruneTrial(SweepTrial(f"sqlite:///{folder / 'study.db'}", "mine", number))
+    return PruneTrial(SweepTrial(f"sqlite:///{folder / 'study.db'}", "mine", number), Config())
 
 
 class Quality(TinyModule):
@@ -42,7 +42,7 @@ class Quality(TinyModule):
         self.first = first
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/quality", torch.tensor(self.first - self.current_epoch))
+        self.log("val/psnr", torch.tensor(self.first - self.current_epoch))
 
 
 class KilledError(Exception):
@@ -80,19 +80,32 @@ def test_a_trial_that_is_worse_is_stopped_at_the_rung(study: optuna.Study, fit: 
 
 def test_a_killed_trial_counts_its_validations_on(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
     trial = SweepTrial(f"sqlite:///{tmp_path / 'study.db'}", "mine", study.ask().number)
-    mortal = MortalTrial(trial)
+    mortal = MortalTrial(trial, Config())
     mortal.last_epoch = 1
     with pytest.raises(KilledError):
         fit([mortal, last_checkpoint(tmp_path)], Quality(5.0), max_epochs=4)
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 4.0}
     assert FINISHED not in study.trials[0].user_attrs
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
-    fit([MortalTrial(trial), last_checkpoint(tmp_path)], Quality(5.0), max_epochs=4, ckpt_path=str(checkpoint))
+    fit(
+        [MortalTrial(trial, Config()), last_checkpoint(tmp_path)], Quality(5.0), max_epochs=4, ckpt_path=str(checkpoint)
+    )
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}
 
 
-def test_a_metric_that_is_not_logged_is_named(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"metric\.name: val/quality is not logged by this run.*val/loss"):
+def test_a_metric_that_no_run_logs_is_named_before_training(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
+    study.set_user_attr(METRIC, "val/pnsr")
+    module = TinyModule()
+    before = [parameter.clone() for parameter in module.parameters()]
+    with pytest.raises(
+        ConfigError, match=r"metric\.name: val/pnsr \(of the sweep mine\) is not .*Did you mean val/psnr"
+    ):
+        fit([callback(study, tmp_path)], module, max_epochs=1)
+    assert all(map(torch.equal, module.parameters(), before))
+
+
+def test_a_metric_that_is_not_logged_after_all_is_named(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"metric\.name: val/psnr is not logged by this run.*val/loss"):
         fit([callback(study, tmp_path)], TinyModule(), max_epochs=1)
 
 

@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def test_a_process_whose_output_is_on_a_full_disk_keeps_its_exit_code() -> None:
     code = (
         "import sys; from gitlight.disk import say_last; sys.stdout.write('x'); say_last('error: full'); sys.exit(75)"
     )
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full, check=False)
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full, env=environment, check=False)
     assert ended.returncode == 75

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -98,7 +99,9 @@ def _train(config: Config) -> None:
         "leaked": "python train.py CONFIG leaked.weights={}",
         "image_prior": "python evaluate.py CONFIG attack=gias attack.image_prior={}",
     }
-    logging.getLogger(__name__).info("run folder: %s; next: %s", folder, uses[config.task].format(folder))
+    logging.getLogger(__name__).info(
+        "run folder: %s; next: %s", folder, uses[config.task].format(shlex.quote(str(folder)))
+    )
 
 
 def _evaluate(config: Config) -> None:

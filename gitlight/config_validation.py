@@ -137,6 +137,8 @@ def _check_keys(values: Values, schema: Any, prefix: str, sources: Mapping[str, 
                     f"{place}.{dataclasses.fields(inner)[0].name}."
                 )
             _check_keys(value, inner, f"{place}.", sources)
+        elif isinstance(value, dict) and not isinstance(inner, dict) and fields[str(key)].type is not Any:
+            raise ConfigError(_wrong_type(place, value, fields[str(key)], sources))
 
 
 def _wrong_type(key: str, value: Any, field: dataclasses.Field[Any] | None, sources: Mapping[str, str]) -> str:
@@ -192,10 +194,9 @@ def _field_of(schema: Any, key: str) -> dataclasses.Field[Any] | None:
 
 def _source(key: str, sources: Mapping[str, str]) -> str:
     """Where a key was set, in words; a section by the first of its keys, an entry of a list by the list."""
-    for place in (key, key.split("[")[0]):
-        if place in sources:
-            return sources[place]
-    return next((source for place, source in sources.items() if place.startswith(f"{key}.")), "in the defaults")
+    # What is below a key has replaced what was there.
+    below = (place for place in sources if place.startswith(f"{key}."))
+    return next((sources[place] for place in (*below, key, key.split("[")[0]) if place in sources), "in the defaults")
 
 
 def flattened(values: Values, prefix: str = "") -> Values:

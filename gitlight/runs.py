@@ -54,6 +54,10 @@ def checkpoint_to_resume(config: Config) -> Path | None:
         return None
     path = checkpoint_path(run_folder(config), named) if named in ("last", "best") else Path(named).expanduser()
     path = last if named == "auto" else path
+    if path.is_dir():
+        raise CheckpointError(
+            f"trainer.resume: {named} is a folder. Give {_WORDS}: of a run in it, {checkpoint_path(path, 'last')}."
+        )
     if not path.is_file():
         raise CheckpointError(
             f"trainer.resume: {named}: {path} does not exist. Give {_WORDS}; leave trainer.resume out to start "

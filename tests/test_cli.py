@@ -1,4 +1,5 @@
 import errno
+import shlex
 import signal
 import subprocess
 import sys
@@ -134,3 +135,10 @@ def test_what_ends_by_a_signal_keeps_its_exit_code_through_another(monkeypatch):
     monkeypatch.setattr("gitlight.cli._train", end)
     assert train_command([], DEMO) == 128 + signal.SIGUSR1
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [signal.SIG_IGN] * 2
+
+
+def test_what_to_do_next_can_be_copied_whatever_the_folder_is_called(monkeypatch, capsys):
+    monkeypatch.setattr("gitlight.training.train", lambda config: Path("runs/it's a run"))
+    assert train_command([], DEMO) == 0
+    (words,) = (line.partition("next: ")[2] for line in capsys.readouterr().out.splitlines() if "next: " in line)
+    assert shlex.split(words) == ["python", "evaluate.py", "runs/it's a run"]

@@ -91,3 +91,16 @@ def test_a_bad_value_in_a_file_names_the_file(config_file):
 def test_mistakes_about_what_leaks_are_named(config_file, override, words):
     with pytest.raises(ConfigError, match=words):
         load_config(config_file("seed: 0"), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output_dir=runs/a: b", r"output_dir: {'runs/a': 'b'} \(on the command line\) is not text or null"),
+        ("trainer.max_epochs={a: 1}", r"trainer\.max_epochs: {'a': 1} \(on the command line\) is not a whole number"),
+        ("data.public_classes={a: 1}", r"data\.public_classes: {'a': 1} .* is not a list or null"),
+    ],
+)
+def test_settings_below_one_that_has_none_are_named_with_it(config_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file("trainer: {max_epochs: 3}"), [override])

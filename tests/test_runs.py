@@ -43,6 +43,12 @@ def test_auto_is_the_last_checkpoint_or_a_fresh_run(folder: Path) -> None:
     assert resume(folder, "auto") == folder / "last.ckpt"
 
 
+def test_a_folder_is_told_from_its_checkpoint(folder: Path) -> None:
+    run = folder.parent
+    with pytest.raises(CheckpointError, match=r"is a folder\. Give last, .*: of a run in it, .*checkpoints.last\.ckpt"):
+        resume(folder, str(run))
+
+
 def test_previous_is_the_newest_before_the_last_that_can_be_read(folder: Path) -> None:
     for name in ("last", "last-1", "last-2"):
         save(folder / f"{name}.ckpt")

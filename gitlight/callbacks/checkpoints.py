@@ -64,12 +64,13 @@ class _MovableCheckpoint(ModelCheckpoint):
         def here(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
-        # A checkpoint of another run, continued in a new folder, has left its best checkpoint behind.
+        # A checkpoint of another run, continued in a new folder, has left its best checkpoint behind: forgotten.
         if Path(here(state_dict["best_model_path"])).is_file():
             paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path")}
             scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
-            state_dict = {**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
+            super().load_state_dict({**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath})
+        elif state_dict["dirpath"] == self.dirpath:
+            super().load_state_dict(state_dict)
 
 
 class _LastCheckpoint(_MovableCheckpoint):

@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,10 @@ def test_a_run_that_goes_on_in_a_new_folder_has_its_own_best(fit: Fit, tmp_path:
     data = TinyData(batches(4, 4), batches(3))
     fit(build_callbacks(Config(), tmp_path / "a"), GettingWorse(), data, max_epochs=2)
     old = str(tmp_path / "a" / "checkpoints" / "last.ckpt")
-    with pytest.warns(UserWarning, match="dirpath has changed"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The dirpath has changed")
         fit(build_callbacks(Config(), tmp_path / "b"), GettingWorse(), data, max_epochs=4, ckpt_path=old)
+    assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "b" / "checkpoints" / "best.ckpt")["epoch"] == 2
 
 

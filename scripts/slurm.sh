@@ -27,8 +27,7 @@ trap : TERM USR1
 # does not take them over from sbatch.
 status=0
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python train.py "$1" trainer.resume=auto "${@:2}" \
-    trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" \
-    trainer.strategy="${STRATEGY:-ddp}" || status=$?
+    trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" || status=$?
 # Stopped with a checkpoint: 138 by the warning, 143 by SIGTERM. After a pre-emption SLURM puts a job back by itself, but
 # not one that has ended within the grace time, which would have failed.
 if [ "$status" -eq 138 ]; then

@@ -23,4 +23,4 @@ exec python -m torch.distributed.run \
     --nnodes="$machines" --node-rank="${MACHINE:-0}" --nproc-per-node="$processes" \
     --master-addr="${MASTER_ADDR:-localhost}" --master-port="${MASTER_PORT:-29400}" \
     "$(dirname "$0")/../train.py" "$@" \
-    trainer.devices="$processes" trainer.num_nodes="$machines" trainer.strategy="${STRATEGY:-ddp}"
+    trainer.devices="$processes" trainer.num_nodes="$machines"

@@ -54,6 +54,19 @@ def test_torchrun_on_one_machine(tmp_path, of_one_process):
     assert losses(tmp_path / "run") == pytest.approx(of_one_process, rel=1e-5)
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
+def test_what_is_asked_for_is_what_is_started(tmp_path, script):
+    for name in ("python", "srun"):  # say what they are given; the number of GPUs is asked for first
+        (tmp_path / name).write_text('#!/bin/sh\n[ "$1" = -c ] && echo 0 && exit\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    settings = ["a config.yaml", "trainer.strategy=fsdp", "output_dir=runs/a b"]
+    process = start(f"scripts/{script}", *settings, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NUM_NODES="2")
+    output, _ = process.communicate(timeout=60)
+    given = output.splitlines()
+    assert [word for word in given if word in settings] == settings
+    assert [word for word in given if word.startswith("trainer.strategy=")] == ["trainer.strategy=fsdp"]
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces with a cable between them; names and the first one's address."""

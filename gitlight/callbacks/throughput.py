@@ -67,8 +67,12 @@ class Throughput(Callback):
         """Stop counting."""
         self._stop_counting()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock: a run that goes on within an epoch does not start that epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock anew."""
         self._epoch = _Tally()
         self._window = _Tally()
         self._set_marks(trainer)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import gitlight.callbacks.throughput
 from gitlight.callbacks import Throughput
+from gitlight.callbacks.checkpoints import last_checkpoint
 from gitlight.csv_logger import CSVFileLogger, read_rows
 from gitlight.data.pair import GradientPair
 
@@ -63,6 +64,19 @@ def test_accumulated_batches_count_once_each(fit: Fit, clock: FakeClock) -> None
     data = TinyData(batches(4, 4, 4, 4), batches(3))
     trainer = fit([Throughput()], TimedModule(clock), data, accumulate_grad_batches=2, log_every_n_steps=1)
     assert float(trainer.callback_metrics["throughput/pairs_per_second"]) == 8.0
+
+
+def test_a_run_that_goes_on_within_an_epoch_counts_from_there(fit: Fit, tmp_path: Path, clock: FakeClock) -> None:
+    data = TinyData(batches(4, 4, 4, 4), batches(3))
+    fit([Throughput(), last_checkpoint(tmp_path)], TimedModule(clock), data, max_steps=2)
+    clock.now += 1000.0  # until somebody starts it again
+    logger = CSVFileLogger(tmp_path / "metrics.csv", None)
+    fit(
+        [Throughput()], TimedModule(clock), data, str(tmp_path / "checkpoints" / "last.ckpt"),
+        max_epochs=1, logger=[logger],
+    )  # fmt: skip
+    rates = [row["throughput/pairs_per_second"] for row in read_rows(tmp_path / "metrics.csv")]
+    assert {float(rate) for rate in rates if rate} == {8.0}
 
 
 def test_a_real_clock_runs(fit: Fit) -> None:

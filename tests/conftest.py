@@ -1,5 +1,8 @@
 import pytest
 
+# As a module with doctests it would be imported under the name that the folders' own have.
+collect_ignore = ["conftest.py"]
+
 
 @pytest.fixture(scope="module")
 def without_lpips():

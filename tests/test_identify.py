@@ -97,7 +97,12 @@ def test_several_images_per_leak_are_noted():
 
 @pytest.mark.parametrize(
     ("client_batch_size", "updates", "found"),
-    [(4, UpdatesConfig(), True), (8, UpdatesConfig(), False), (4, UpdatesConfig(epochs=2), False)],
+    [
+        (4, UpdatesConfig(), True),
+        (9, UpdatesConfig(), True),
+        (10, UpdatesConfig(), False),
+        (4, UpdatesConfig(epochs=2), False),
+    ],
 )
 def test_it_is_said_where_images_of_an_average_can_be_told_apart(client_batch_size, updates, found):
     data = DataConfig(name="cifar10", image_size=8, client_batch_size=client_batch_size)

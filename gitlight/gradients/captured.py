@@ -100,7 +100,7 @@ class CapturedGradients:
             if name not in traced.held and isinstance(value, Tensor) and value.requires_grad
         }
         externals = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
-        folded = {n: _fold(step, externals) for n, step in enumerate(traced.steps) if step.norm is not None}
+        folded = {n: step.folded(externals) for n, step in enumerate(traced.steps) if step.norm is not None}
         return Prepared(externals, folded, roots, leaves)
 
     def __call__(
@@ -143,24 +143,6 @@ class CapturedGradients:
         logits = self._traced.body(_Probe(self._traced.steps, prepared), images, prepared.externals)
         if logits[[0, 2]].isnan().any():
             raise NoRuleError("its output ties images together")
-
-
-def _fold(step: Step, externals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    norm = step.norm
-    assert norm is not None
-    weight, bias = (externals.get(_source(step, name)) for name in ("weight", "bias"))
-    assert weight is not None
-    mean, rstd = externals[norm.mean], (externals[norm.variance] + norm.epsilon).rsqrt()
-    scale = rstd if norm.gamma is None else rstd * externals[norm.gamma]
-    shift = -mean if bias is None else bias - mean
-    folded_bias = shift * scale if norm.beta is None else torch.addcmul(externals[norm.beta], shift, scale)
-    values = {"conv_weight": weight, "scale": scale, "rstd": rstd, "shift": shift}
-    return values | {"weight": weight * scale.view(-1, 1, 1, 1), "bias": folded_bias}
-
-
-def _source(step: Step, argument: str) -> str:
-    slot = step.arguments[argument]
-    return (step.sources[slot.position] or "") if slot is not None else ""
 
 
 class _Recorder:

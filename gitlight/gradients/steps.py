@@ -72,3 +72,24 @@ class Step:
             return frozen_conv2d(*(values[name] for name in names))
         result: Tensor = applied(self.operation, values)
         return result
+
+    def folded(self, externals: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a convolution's rule and result need once it has absorbed its norm.
+
+        Args:
+            externals: the graph's tensors by name, detached.
+        """
+        norm = self.norm
+        assert norm is not None
+        weight, bias = (externals.get(self._source(name)) for name in ("weight", "bias"))
+        assert weight is not None
+        mean, rstd = externals[norm.mean], (externals[norm.variance] + norm.epsilon).rsqrt()
+        scale = rstd if norm.gamma is None else rstd * externals[norm.gamma]
+        shift = -mean if bias is None else bias - mean
+        folded_bias = shift * scale if norm.beta is None else torch.addcmul(externals[norm.beta], shift, scale)
+        values = {"conv_weight": weight, "scale": scale, "rstd": rstd, "shift": shift}
+        return values | {"weight": weight * scale.view(-1, 1, 1, 1), "bias": folded_bias}
+
+    def _source(self, argument: str) -> str:
+        slot = self.arguments[argument]
+        return (self.sources[slot.position] or "") if slot is not None else ""

@@ -9,6 +9,15 @@ from sweep_files import write_sweep
 from gitlight.sweep.command import sweep_command
 
 
+@pytest.fixture
+def nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A program whose trials end before they train, in the folder that the sweep is run from."""
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "nothing.py"
+    program.write_text("")
+    return program
+
+
 def test_help_loads_neither_torch_nor_optuna() -> None:
     code = (
         "import sys, runpy; sys.argv = ['sweep', '--help']\n"
@@ -50,11 +59,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_a_changed_file_is_one_line_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    nothing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    nothing = tmp_path / "nothing.py"
-    nothing.write_text("")
     assert sweep_command([str(write_sweep(tmp_path, program=str(nothing))), "--trials", "1"]) == 1
     assert "trial 0: failed: ended before its training did" in capsys.readouterr().out
     changed = write_sweep(tmp_path, program=str(nothing), parameters="{generator.blocks: {values: [1, 2]}}")
@@ -66,11 +72,8 @@ def test_a_changed_file_is_one_line_and_exit_code_2(
 
 
 def test_a_grid_has_as_many_trials_as_combinations_and_not_more(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    nothing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    nothing = tmp_path / "nothing.py"
-    nothing.write_text("")
     file = str(write_sweep(tmp_path, program=str(nothing), method="grid"))
     assert sweep_command([file, "--trials", "1"]) == 1
     assert "1 trial: 1 failed" in capsys.readouterr().out
@@ -79,11 +82,8 @@ def test_a_grid_has_as_many_trials_as_combinations_and_not_more(
 
 
 def test_a_database_that_cannot_grow_ends_a_sweep_with_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    nothing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    nothing = tmp_path / "nothing.py"
-    nothing.write_text("")
     # The database keeps all choices with every trial: more than a page.
     choices = ", ".join(f"{letter}{'x' * 2000}" for letter in "abc")
     parameters = f"{{logging.project: {{values: [{choices}]}}}}"

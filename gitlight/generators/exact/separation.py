@@ -239,7 +239,7 @@ def _search(problem: _Problem, start: Tensor) -> tuple[Tensor, Tensor]:
 
     Where images share a label, minima lie in narrow and curved valleys. Steps follow the curve by their second-order
     term (geodesic acceleration), and are damped alike in all directions, which have one unit (Transtrum and Sethna
-    2012, arXiv 1201.5885, §3 and §4).
+    2012, arXiv 1201.5885).
     """
     found, residual = start.clone(), problem.residual(start)
     cost = torch.nan_to_num(residual.square().sum(dim=1), nan=torch.inf)

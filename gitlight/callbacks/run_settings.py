@@ -31,6 +31,8 @@ _FREE = (
     "gradients.method",
     "leaked.weights",
 )
+# That a run is the same for every number of processes holds of all its parts, or not of the run.
+_KEPT = "trainer.virtual_ranks"
 
 
 class RunSettings(Callback):
@@ -72,6 +74,8 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], config: Config) -> N
             f"{VERSION}. Continue the run with the version that began it, or start a new run, without trainer.resume."
         )
     now = _deciding(config)
+    if _KEPT not in saved:  # of a run that did not keep it, and may have had any
+        del now[_KEPT]
     # A setting that came after the run began had its default's effect there.
     if changed := differences({**_defaults(config, now), **saved}, now, "there"):
         raise CheckpointError(
@@ -105,7 +109,7 @@ def check_remaining(path: Path, checkpoint: dict[str, Any], settings: TrainerCon
 
 
 def _deciding(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in dotted(config).items() if not key.startswith(_FREE)}
+    return {key: value for key, value in dotted(config).items() if key == _KEPT or not key.startswith(_FREE)}
 
 
 def _defaults(config: Config, keys: Iterable[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from gitlight.callbacks.run_settings import STATE_KEY, RunSettings, check_resumable
-from gitlight.config import Config, LossConfig, MLPGeneratorConfig
+from gitlight.config import Config, LossConfig, MLPGeneratorConfig, TrainerConfig
 from gitlight.errors import CheckpointError
 from gitlight.runs import FORMAT, VERSION
 
@@ -33,3 +33,21 @@ def test_a_setting_that_came_after_the_run_began_has_its_default():
         check_resumable(Path("last.ckpt"), checkpoint("loss."), changed)
     with pytest.raises(CheckpointError, match=r"\(generator.hidden_size: 3000 there, 8 now\)"):
         check_resumable(Path("last.ckpt"), checkpoint("generator.hidden_size"), CONFIG)
+
+
+@pytest.mark.parametrize(("began", "now"), [(8, None), (8, 4), (None, 8)])
+def test_virtual_ranks_are_those_that_the_run_began_with(began, now):
+    def of(count):
+        return replace(CONFIG, trainer=TrainerConfig(virtual_ranks=count))
+
+    saved = checkpoint("nothing")
+    saved["callbacks"][STATE_KEY] = RunSettings(of(began)).state_dict()
+    check_resumable(Path("last.ckpt"), saved, of(began))
+    with pytest.raises(CheckpointError, match=rf"other settings \(trainer.virtual_ranks: {began} there, {now} now\)"):
+        check_resumable(Path("last.ckpt"), saved, of(now))
+
+
+def test_a_checkpoint_from_before_virtual_ranks_were_kept_goes_on_with_any():
+    for count in (None, 8):
+        trainer = TrainerConfig(virtual_ranks=count)
+        check_resumable(Path("last.ckpt"), checkpoint("trainer."), replace(CONFIG, trainer=trainer))

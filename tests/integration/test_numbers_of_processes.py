@@ -29,6 +29,9 @@ def weights_of(run):
     return load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
 
 
+SHORT = ["data.n_public_images=48", "trainer.max_epochs=2"]  # six steps
+
+
 def assert_same(run, other):
     ours, theirs = weights_of(run), weights_of(other)
     assert ours.keys() == theirs.keys()
@@ -72,3 +75,22 @@ def test_a_run_goes_on_in_another_number_of_processes_as_if_nothing_had_been(com
     assert train(*settings, "trainer.max_epochs=3", "trainer.resume=last", run) == 0
     command("train.py", *settings, "trainer.max_epochs=5", "trainer.devices=2", "trainer.resume=last", run)
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_with_virtual_ranks_does_not_go_on_without_them(train, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        "generator: {name: mlp, hidden_size: 32}\noptimizer: {schedule: constant, warmup_fraction: 0}\n"
+    )
+    settings = ["run.yaml", *(one for one in SMALL if not one.startswith("data.n_public")), *SHORT]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(*settings, "trainer.virtual_ranks=2", f"output_dir={whole}") == 0
+    assert train(*settings, "trainer.virtual_ranks=2", "trainer.max_steps=4", f"output_dir={parts}") == 0
+    before = (parts / "config.yaml").read_bytes()
+    capsys.readouterr()
+    assert train(*settings, "trainer.resume=auto", f"output_dir={parts}") == 2
+    assert "(trainer.virtual_ranks: 2 there, None now). A run goes on with its own" in capsys.readouterr().err
+    assert (parts / "config.yaml").read_bytes() == before
+    assert train(str(parts), "trainer.resume=auto", "trainer.max_steps=-1") == 0
+    assert load_checkpoint(parts / "checkpoints" / "last.ckpt")["global_step"] == 6
+    ours, theirs = weights_of(whole), weights_of(parts)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

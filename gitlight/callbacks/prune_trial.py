@@ -1,5 +1,6 @@
 """`PruneTrial`: a sweep's trial reports its metric at each validation, and ends where it is not worth going on."""
 
+import math
 from typing import Any
 
 import optuna
@@ -57,6 +58,11 @@ class PruneTrial(Callback):
         names = None if leaked is None else leaked.parameter_shapes
         check_metric(self._metric, self._config, f"(of the sweep {self._which.study})", names)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go no further where it was told to stop, and was killed before it could say that it had."""
+        if trainer.strategy.broadcast(self._trial is not None and self._was_told_to_stop(self._trial)):
+            trainer.should_stop = True
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, ask, and stop if so told.
 
@@ -90,10 +96,17 @@ class PruneTrial(Callback):
         # A trial that was killed after its report and before its checkpoint does that epoch again.
         if self._validations not in study_reports(trial):
             trial.report(metrics[self._metric], self._validations)
+        if self._was_told_to_stop(trial):
+            return True
         if not trial.should_prune():
             return False
         trial.set_user_attr(PRUNED_AFTER, self._validations)
         return True
+
+    def _was_told_to_stop(self, trial: optuna.Trial) -> bool:
+        """By now, or by a process that was killed: the pruner counts each of its judgements, and makes none twice."""
+        with naming_database(self._which.storage):
+            return bool(trial.user_attrs.get(PRUNED_AFTER, math.inf) <= self._validations)
 
 
 def study_reports(trial: optuna.Trial) -> dict[int, float]:

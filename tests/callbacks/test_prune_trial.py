@@ -50,9 +50,15 @@ class KilledError(Exception):
 
 
 class MortalTrial(PruneTrial):
-    """Dies after its report in an epoch, before that epoch's checkpoint."""
+    """Dies after its report in an epoch, before that epoch's checkpoint; or after all, before it can say so."""
 
     last_epoch = 99
+    cannot_say_its_end = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.cannot_say_its_end:
+            raise KilledError
+        super().on_fit_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -91,6 +97,28 @@ def test_a_killed_trial_counts_its_validations_on(study: optuna.Study, fit: Fit,
         [MortalTrial(trial, Config()), last_checkpoint(tmp_path)], Quality(5.0), max_epochs=4, ckpt_path=str(checkpoint)
     )
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_trial_that_was_judged_and_then_killed_does_not_go_on(
+    study: optuna.Study, fit: Fit, tmp_path: Path, saved: bool
+) -> None:
+    fit([callback(study, tmp_path)], Quality(5.0), max_epochs=4)
+    trial = SweepTrial(f"sqlite:///{tmp_path / 'study.db'}", "mine", study.ask().number)
+    mortal = MortalTrial(trial, Config())
+    mortal.last_epoch, mortal.cannot_say_its_end = (99, True) if saved else (1, False)
+    with pytest.raises(KilledError):
+        fit([mortal, last_checkpoint(tmp_path)], Quality(2.0), max_epochs=4)
+    assert study.trials[1].user_attrs == {PRUNED_AFTER: 2}
+    trainer = fit(
+        [MortalTrial(trial, Config()), last_checkpoint(tmp_path)],
+        Quality(2.0),
+        max_epochs=4,
+        ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"),
+    )
+    assert trainer.current_epoch == 2
+    assert study.trials[1].intermediate_values == {1: 2.0, 2: 1.0}
+    assert study.trials[1].user_attrs == {PRUNED_AFTER: 2, FINISHED: True}
 
 
 def test_a_metric_that_no_run_logs_is_named_before_training(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from gitlight.config import Config
 from gitlight.errors import ConfigError
 from gitlight.sweep.database import naming_database
 from gitlight.sweep.metrics import check_metric
-from gitlight.sweep.study import FINISHED, METRIC, PRUNED_AFTER, load_study, open_storage, trial_of
+from gitlight.sweep.study import FINISHED, METRIC, PRUNED_AFTER, connect, load_study, trial_of
 from gitlight.sweep.trial import SweepTrial
 
 
@@ -50,7 +50,7 @@ class PruneTrial(Callback):
             OSError, DatabaseError: the study cannot be read or written, now or later.
         """
         with naming_database(self._which.storage):
-            storage: RDBStorage = open_storage(self._which.storage, shared=False)
+            storage: RDBStorage = connect(self._which.storage, shared=False)
             study = load_study(storage, self._which.study)
             self._metric = study.user_attrs[METRIC]
             self._trial = trial_of(study, storage, self._which.number)

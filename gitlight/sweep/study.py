@@ -54,7 +54,7 @@ def quieten_optuna() -> None:
 
 
 def open_storage(url: str, shared: bool) -> RDBStorage:
-    """The database of studies.
+    """The database of studies, that a user names.
 
     Args:
         url: SQLAlchemy's.
@@ -64,6 +64,20 @@ def open_storage(url: str, shared: bool) -> RDBStorage:
         ConfigError: it cannot be opened.
         OSError: it cannot be made, as the disk is full.
     """
+    try:
+        return connect(url, shared)
+    except (SQLAlchemyError, ImportError, ValueError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
+        if full := full_disk(url, error):
+            raise full from error
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--storage: {shown_url(url)} cannot be opened: {reason} Expected SQLAlchemy's URL of a database that is "
+            "there, such as postgresql://user:password@host/name or sqlite:///file.db."
+        ) from error
+
+
+def connect(url: str, shared: bool) -> RDBStorage:
+    """The same for a trial, whose sweep has opened it before; errors are SQLAlchemy's and Optuna's."""
     options: dict[str, Any] = {}
     if url.startswith("sqlite"):
         options["engine_kwargs"] = {"connect_args": {"timeout": _SQLITE_PATIENCE}}
@@ -74,20 +88,11 @@ def open_storage(url: str, shared: bool) -> RDBStorage:
             max_retry=MOST_RETRIES, inherit_intermediate_values=True
         )
     try:
-        try:
-            return RDBStorage(url, **options)
-        except SQLAlchemyError:
-            # Two that make the tables of a new database at once are in each other's way; a second later they are there.
-            time.sleep(1)
-            return RDBStorage(url, **options)
-    except (SQLAlchemyError, ImportError, ValueError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
-        if full := full_disk(url, error):
-            raise full from error
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"--storage: {shown_url(url)} cannot be opened: {reason} Expected SQLAlchemy's URL of a database that is "
-            "there, such as postgresql://user:password@host/name or sqlite:///file.db."
-        ) from error
+        return RDBStorage(url, **options)
+    except SQLAlchemyError:
+        # Two that make the tables of a new database at once are in each other's way; a second later they are there.
+        time.sleep(1)
+        return RDBStorage(url, **options)
 
 
 def open_study(specification: Specification, storage: RDBStorage) -> optuna.Study:

@@ -11,7 +11,7 @@ from gitlight.callbacks import build_callbacks
 from gitlight.callbacks.checkpoints import last_checkpoint
 from gitlight.callbacks.prune_trial import PruneTrial
 from gitlight.config import Config
-from gitlight.errors import ConfigError
+from gitlight.errors import ConfigError, DatabaseError
 from gitlight.sweep.study import FINISHED, METRIC, PRUNED_AFTER, TERMINATION, open_storage
 from gitlight.sweep.trial import SweepTrial
 
@@ -135,6 +135,12 @@ def test_a_metric_that_no_run_logs_is_named_before_training(study: optuna.Study,
 def test_a_metric_that_is_not_logged_after_all_is_named(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"metric\.name: val/psnr is not logged by this run.*val/loss"):
         fit([callback(study, tmp_path)], TinyModule(), max_epochs=1)
+
+
+def test_a_database_that_cannot_be_opened_is_no_fault_of_the_trial(fit: Fit, tmp_path: Path) -> None:
+    lost = SweepTrial(f"sqlite:///{tmp_path}/gone/study.db", "mine", 0)
+    with pytest.raises(DatabaseError, match=r"gone/study\.db failed: unable to open database file\. Once it works"):
+        fit([PruneTrial(lost, Config())], TinyModule(), max_epochs=1)
 
 
 def test_only_trials_of_a_sweep_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

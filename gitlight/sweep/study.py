@@ -79,6 +79,7 @@ def open_storage(url: str, shared: bool) -> RDBStorage:
 def connect(url: str, shared: bool) -> RDBStorage:
     """The same for a trial, whose sweep has opened it before; errors are SQLAlchemy's and Optuna's."""
     options: dict[str, Any] = {}
+    template = url.replace("{", "{{").replace("}", "}}")  # Optuna fills it in
     if url.startswith("sqlite"):
         options["engine_kwargs"] = {"connect_args": {"timeout": _SQLITE_PATIENCE}}
     if shared:
@@ -88,11 +89,11 @@ def connect(url: str, shared: bool) -> RDBStorage:
             max_retry=MOST_RETRIES, inherit_intermediate_values=True
         )
     try:
-        return RDBStorage(url, **options)
+        return RDBStorage(template, **options)
     except SQLAlchemyError:
         # Two that make the tables of a new database at once are in each other's way; a second later they are there.
         time.sleep(1)
-        return RDBStorage(url, **options)
+        return RDBStorage(template, **options)
 
 
 def open_study(specification: Specification, storage: RDBStorage) -> optuna.Study:

@@ -45,3 +45,12 @@ def test_a_database_that_is_gone_is_named_without_its_password() -> None:
         naming_database("postgresql://me:secret@host/name"),
     ):
         raise StorageInternalError("An exception is raised during the commit.") from lost
+
+
+def test_a_folder_may_have_braces_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "{width}"
+    folder.mkdir()
+    url = f"sqlite:///{folder / 'study.db'}"
+    storage = open_storage(url, shared=False)
+    assert (folder / "study.db").is_file()
+    assert storage.url == url, "for the trials"

@@ -4,30 +4,24 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from optuna.distributions import distribution_to_json
 
-from gitlight.config_loading import load_config
 from gitlight.errors import ConfigError
 from gitlight.registry import did_you_mean
-from gitlight.sweep.metrics import check_metric
-from gitlight.sweep.parameters import Space, extreme_values, grid_values, parse_parameters
+from gitlight.sweep.parameters import Space, grid_values, parse_parameters
+from gitlight.sweep.settings import ARGUMENTS, COMMAND, checked_settings
 
 METHODS = ("grid", "random", "bayes")
 
-ARGUMENTS = "${args_no_hyphens}"
 _MACROS = ("${env}", "${interpreter}", "${program}", ARGUMENTS)
 _KEYS = ("program", "command", "method", "metric", "parameters", "early_terminate", "run_cap")
 _MEANINGLESS_HERE = ("name", "description", "project", "entity")
 """Keys that only W&B's site has a use for."""
-
-_OF_THE_SWEEP = ("output_dir", "trainer.resume")
-
-_COMMAND = "[${env}, ${interpreter}, ${program}, configs/lenet_hybrid.yaml, ${args_no_hyphens}]"
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,7 @@ class Specification:
         run_cap: trials at most; None: no limit.
         command: a trial's command, with W&B's macros.
         program: what ``${program}`` stands for.
+        settings: what all trials have in common, by dotted names, in JSON: of the command and the config in it.
     """
 
     file: Path
@@ -68,6 +63,7 @@ class Specification:
     run_cap: int | None
     command: tuple[str, ...]
     program: str
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -163,8 +159,7 @@ def load_specification(path: str | Path) -> Specification:
         program=program,
     )
     _check_grid(specification)
-    _check_settings(specification)
-    return specification
+    return replace(specification, settings=checked_settings(specification))
 
 
 def _method(given: Any, file: Path) -> str:
@@ -194,7 +189,7 @@ def _command(given: Any, file: Path) -> tuple[str, ...]:
     if not isinstance(given, list) or not given:
         raise ConfigError(
             f"command: {given!r} (in {file}): expected a list. W&B's default passes --key=value, which train.py "
-            f"does not read; give {_COMMAND}."
+            f"does not read; give {COMMAND}."
         )
     for item in given:
         if not isinstance(item, str):
@@ -205,7 +200,7 @@ def _command(given: Any, file: Path) -> tuple[str, ...]:
             raise ConfigError(f"command: {item} (in {file}) is not supported. Supported: {', '.join(_MACROS)}.")
     for needed in ("${program}", ARGUMENTS):
         if command.count(needed) != 1:
-            raise ConfigError(f"command: expected {needed} once (in {file}), as in {_COMMAND}.")
+            raise ConfigError(f"command: expected {needed} once (in {file}), as in {COMMAND}.")
     return command
 
 
@@ -255,38 +250,3 @@ def _check_grid(specification: Specification) -> None:
                 f"parameters.{name} (in {specification.file}) has no end of values, and method: grid tries all. "
                 "Give values: […], or q_uniform; or use method: random."
             )
-
-
-def _check_settings(specification: Specification) -> None:
-    """Every parameter is a setting of the config with all its bounds or choices, and the metric one of the task's."""
-    if own := [name for name in specification.space if name in _OF_THE_SWEEP]:
-        raise ConfigError(
-            f"parameters.{own[0]} (in {specification.file}): the sweep gives each trial its own; leave it out."
-        )
-    items = specification.command[specification.command.index("${program}") + 1 :]
-    named = [item for item in items if item != ARGUMENTS and "=" not in item]
-    if not named:
-        raise ConfigError(f"command (in {specification.file}): expected a config file in it, as in {_COMMAND}.")
-    fixed = [item for item in items if "=" in item]
-    after = [item for item in items[items.index(ARGUMENTS) :] if "=" in item]
-    first = {name: extreme_values(distribution)[0] for name, distribution in specification.space.items()}
-    trials = [first] + [
-        {**first, name: value}
-        for name, distribution in specification.space.items()
-        for value in extreme_values(distribution)[1:]
-    ]
-    for trial in trials:
-        try:
-            varied = [f"{name}={value}" for name, value in trial.items()]
-            config = load_config(named[0], [*fixed, *varied])
-            overridden = load_config(named[0], [*fixed, *varied, *after]) != config
-        except ConfigError as error:
-            message = str(error).replace("on the command line", f"from {specification.file}")
-            raise ConfigError(f"{specification.file}: {named[0]} does not accept its parameters: {message}") from error
-        if overridden:
-            raise ConfigError(
-                f"command: {' '.join(after)} (in {specification.file}) stands after {ARGUMENTS} and sets what the "
-                f"sweep varies, {' '.join(varied)}. Write it before, or leave it out."
-            )
-        if Path(specification.program).name == "train.py":  # a training within another program looks by itself
-            check_metric(specification.metric, config, f"(in {specification.file})")

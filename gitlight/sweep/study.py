@@ -20,8 +20,8 @@ from gitlight.errors import ConfigError, differences
 from gitlight.sweep.database import full_disk, shown_url
 from gitlight.sweep.specification import EarlyTermination, Specification
 
-SPECIFICATION, TERMINATION, METRIC = "specification", "early_termination", "metric"
-"""Attributes of a study: `Specification.fixed`, what makes its pruner, and what its trials report."""
+SPECIFICATION, SETTINGS, TERMINATION, METRIC = "specification", "settings", "early_termination", "metric"
+"""Attributes of a study: `Specification.fixed` and its ``settings``, what makes its pruner, what its trials report."""
 
 PLACE, OWNER, SURPLUS = "place", "owner", "surplus"
 """Attributes of a trial that its sweep sets: `place_of`; the host and process that run it; too many by now."""
@@ -100,7 +100,7 @@ def open_study(specification: Specification, storage: RDBStorage) -> optuna.Stud
     """The sweep's study, made if there is none.
 
     Raises:
-        ConfigError: the one that is there began with another sweep file.
+        ConfigError: the one that is there began with another sweep file, or other settings in its config.
     """
     study = optuna.create_study(
         storage=storage,
@@ -115,6 +115,7 @@ def open_study(specification: Specification, storage: RDBStorage) -> optuna.Stud
         termination = specification.early_terminate
         study.set_user_attr(TERMINATION, None if termination is None else [termination.first, termination.eta])
         study.set_user_attr(METRIC, specification.metric)
+        study.set_user_attr(SETTINGS, dict(specification.settings))
         study.set_user_attr(SPECIFICATION, now)
         return study
     # The place of a trial says which combination it has, or which random numbers are for which parameter.
@@ -123,6 +124,15 @@ def open_study(specification: Specification, storage: RDBStorage) -> optuna.Stud
             f"{specification.file} is not the file that the sweep {specification.name} began with "
             f"({changed}). A sweep goes on as it began: undo the change, or give the changed file another "
             f"name, which starts another sweep."
+        )
+    # None of a sweep that began before they were kept; settings come and go with versions of gitlight, too.
+    former = study.user_attrs.get(SETTINGS, {})
+    settings = {name: value for name, value in specification.settings.items() if name in former}
+    if changed := differences({name: former[name] for name in settings}, settings, "then"):
+        raise ConfigError(
+            f"{specification.file}: the config of its trials is not what it was when the sweep {specification.name} "
+            f"began ({changed}), and they could not be compared. Undo the change; or give the sweep file another name, "
+            "which starts another sweep."
         )
     return study
 

@@ -18,6 +18,7 @@ from gitlight.sweep.study import (
     PLACE,
     PRUNED_AFTER,
     REASON,
+    SETTINGS,
     best_value,
     by_place,
     conclude,
@@ -69,6 +70,28 @@ def test_a_changed_file_does_not_go_on_with_a_study(sweep: Open, changes: dict[s
     with pytest.raises(ConfigError, match="undo the change, or give the changed file another name") as raised:
         sweep(**changes)
     assert named in str(raised.value)
+
+
+def test_a_changed_config_does_not_go_on_with_a_study(sweep: Open, tmp_path: Path) -> None:
+    def config(settings: str) -> dict[str, str]:
+        (tmp_path / "base.yaml").write_text(settings)
+        path = tmp_path / "config.yaml"
+        path.write_text("base: base.yaml\ngenerator: {name: hybrid}\n")
+        return {"command": f'["${{interpreter}}", "${{program}}", {path}, "${{args_no_hyphens}}"]'}
+
+    sweep(**config("trainer: {max_epochs: 3}\n"))
+    sweep(**config("trainer: {max_epochs: 3, devices: 2}\ndata: {num_workers: 1}\ngenerator: {channels: 16}\n"))
+    with pytest.raises(ConfigError, match="Undo the change; or give the sweep file another name") as raised:
+        sweep(**config("trainer: {max_epochs: 5}\n"))
+    assert "the sweep my_sweep began (trainer.max_epochs: 3 then, 5 now)" in str(raised.value)
+
+
+def test_a_sweep_from_before_its_config_was_kept_goes_on(sweep: Open, tmp_path: Path) -> None:
+    specification, study, storage = sweep()
+    study.set_user_attr(SETTINGS, {"seed": specification.settings["seed"], "of_another_version": "1"})
+    open_study(specification, storage)
+    study.set_user_attr(SETTINGS, {})
+    open_study(specification, storage)
 
 
 def test_reordered_parameters_do_not_go_on_with_a_study(sweep: Open) -> None:

@@ -84,7 +84,7 @@ def sweep_command(arguments: Sequence[str]) -> int:
 def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None) -> int:
     from optuna.trial import TrialState
 
-    from gitlight.sweep.database import naming_database
+    from gitlight.sweep.database import naming_database, url_of_file
     from gitlight.sweep.processes import SweepInterruptedError
     from gitlight.sweep.report import write_report
     from gitlight.sweep.running import Runner
@@ -97,7 +97,7 @@ def _sweep(file: str, trials: int | None, workers: int, storage_url: str | None)
     folder = SWEEPS / specification.name
     check_writable("sweep", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    url = storage_url or f"sqlite:///{(folder / 'study.db').absolute()}"
+    url = storage_url or url_of_file(folder / "study.db")
     with _alone(folder, specification.name, shared=storage_url is not None), naming_database(url):
         storage = open_storage(url, shared=storage_url is not None)
         study = open_study(specification, storage)

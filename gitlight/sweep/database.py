@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from optuna.exceptions import StorageInternalError
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from gitlight.disk import FULL
@@ -72,6 +72,11 @@ def _why_no_growth(file: Path) -> int | None:
     except OSError as error:
         return error.errno
     return None
+
+
+def url_of_file(file: Path) -> str:
+    """SQLAlchemy's URL of an SQLite file, whose path may have signs that mean something in a URL."""
+    return URL.create("sqlite", database=str(file.absolute())).render_as_string()
 
 
 def shown_url(url: str) -> str:

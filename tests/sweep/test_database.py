@@ -8,7 +8,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
 from gitlight.errors import DatabaseError
-from gitlight.sweep.database import naming_database
+from gitlight.sweep.database import naming_database, url_of_file
 from gitlight.sweep.study import open_storage
 
 
@@ -47,10 +47,19 @@ def test_a_database_that_is_gone_is_named_without_its_password() -> None:
         raise StorageInternalError("An exception is raised during the commit.") from lost
 
 
-def test_a_folder_may_have_braces_in_its_name(tmp_path: Path) -> None:
-    folder = tmp_path / "{width}"
+@pytest.mark.parametrize("name", ["{width}", "my%20sweeps", "which?", "#1", "50 %"])
+def test_a_folder_may_have_signs_of_urls_in_its_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
     folder.mkdir()
-    url = f"sqlite:///{folder / 'study.db'}"
+    url = url_of_file(folder / "study.db")
     storage = open_storage(url, shared=False)
     assert (folder / "study.db").is_file()
-    assert storage.url == url, "for the trials"
+    study = optuna.create_study(storage=storage, study_name="mine")
+    of_a_trial = open_storage(str(storage.url), shared=False)
+    assert optuna.load_study(storage=of_a_trial, study_name="mine").study_name == study.study_name
+
+
+def test_a_url_may_have_braces(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/{{width}}.db"
+    assert open_storage(url, shared=False).url == url
+    assert (tmp_path / "{width}.db").is_file()

@@ -67,6 +67,19 @@ def test_what_is_asked_for_is_what_is_started(tmp_path, script):
     assert [word for word in given if word.startswith("trainer.strategy=")] == ["trainer.strategy=fsdp"]
 
 
+@pytest.mark.parametrize(("starts", "begins_afresh"), [({}, True), ({"SLURM_RESTART_COUNT": "1"}, False)])
+def test_a_job_begins_afresh_once(tmp_path, starts, begins_afresh):
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = start("scripts/slurm.sh", "config.yaml", "trainer.resume=null", "output_dir=run", PATH=path, **starts)
+    given = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 0, given
+    assert "output_dir=run" in given
+    resume = [word for word in given if word.startswith("trainer.resume=")]
+    assert resume == ["trainer.resume=auto", *(["trainer.resume=null"] if begins_afresh else [])]
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces with a cable between them; names and the first one's address."""

@@ -62,10 +62,13 @@ class Throughput(Callback):
         if self._flops_per_pair is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
+            if _makes_pairs(trainer):
+                # Those of virtual ranks are made within the step.
+                trainer.datamodule.clock.counter, trainer.datamodule.clock.flops = self._counter, 0  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop counting."""
-        self._stop_counting()
+        self._stop_counting(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock: a run that goes on within an epoch does not start that epoch."""
@@ -87,7 +90,7 @@ class Throughput(Callback):
     ) -> None:
         """Count one batch, and report where a report is due."""
         if self._counter is not None:
-            self._flops_per_pair = self._stop_counting() / len(batch)
+            self._flops_per_pair = self._stop_counting(trainer) / len(batch)
         seconds, making = time.perf_counter() - self._mark, _seconds_making(trainer) - self._making_mark
         for tally in (self._window, self._epoch):
             tally.add(len(batch) * trainer.world_size, seconds, making)
@@ -114,11 +117,15 @@ class Throughput(Callback):
             if _makes_pairs(trainer):
                 pl_module.log(SHARE_MAKING_PAIRS, self._epoch.share_making, sync_dist=True)
 
-    def _stop_counting(self) -> int:
+    def _stop_counting(self, trainer: Trainer) -> int:
+        """FLOPs of the step, without those of making pairs."""
         if self._counter is None:
             return 0
         self._counter.__exit__(None, None, None)
         counted, self._counter = self._counter.get_total_flops(), None
+        if _makes_pairs(trainer):
+            trainer.datamodule.clock.counter = None  # type: ignore[attr-defined]
+            counted -= trainer.datamodule.clock.flops  # type: ignore[attr-defined]
         return counted
 
     def _flops(self, trainer: Trainer, tally: "_Tally") -> dict[str, float]:

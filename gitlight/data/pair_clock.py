@@ -1,4 +1,4 @@
-"""How long making pairs takes, on the device that makes them."""
+"""How long making pairs takes, on the device that makes them, and how many operations."""
 
 import time
 from collections import deque
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class PairClock:
-    """Adds up the seconds spent inside `running`.
+    """Adds up the seconds spent inside `running`, and the FLOPs while they are counted.
 
     On a GPU these are the device's own seconds, by events. Nothing waits for the device: `seconds` has those that it is
     done with.
@@ -19,15 +20,22 @@ class PairClock:
     ...     _ = torch.ones(3) + 1
     >>> clock.seconds > 0
     True
+
+    Attributes:
+        counter: counts operations at the moment; None: nothing does.
+        flops: that were counted inside.
     """
 
     def __init__(self) -> None:
+        self.counter: FlopCounterMode | None = None
+        self.flops = 0
         self._seconds = 0.0
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
         """Count what happens on ``device`` within."""
+        before = self._counted
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -38,6 +46,11 @@ class PairClock:
             began = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - began
+        self.flops += self._counted - before
+
+    @property
+    def _counted(self) -> int:
+        return 0 if self.counter is None else self.counter.get_total_flops()
 
     @property
     def seconds(self) -> float:

@@ -94,3 +94,16 @@ def test_a_run_with_virtual_ranks_does_not_go_on_without_them(train, tmp_path, c
     assert load_checkpoint(parts / "checkpoints" / "last.ckpt")["global_step"] == 6
     ours, theirs = weights_of(whole), weights_of(parts)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_operations_of_a_step_are_the_generators_with_virtual_ranks_too(train, tmp_path):
+    (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 32}\n")
+    counted = []
+    for count in ("null", "2"):
+        run = tmp_path / count
+        assert (
+            train("run.yaml", *SMALL, "trainer.max_steps=1", f"trainer.virtual_ranks={count}", f"output_dir={run}") == 0
+        )
+        callbacks = load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"]
+        counted.append(callbacks["Throughput"]["flops_per_pair"])
+    assert counted[0] == counted[1] > 0

@@ -88,7 +88,8 @@ def draw_grid(images: Tensor, reconstructions: Tensor, path: Path, captions: Seq
     Args:
         images: the truth, ``(K, C, H, W)`` in [0, 1], grey (``C = 1``) or colour.
         reconstructions: ``(K, C, H, W)``; clamped to [0, 1].
-        path: the file to write; missing folders are made.
+        path: the file to write; missing folders are made. At any moment the file there is the old one or the new one,
+            whole.
         captions: one short text for each image, drawn below its reconstruction.
 
     Raises:
@@ -136,8 +137,10 @@ def draw_grid(images: Tensor, reconstructions: Tensor, path: Path, captions: Seq
             draw.text(below, captions[i], fill=INK, font=font, anchor="ma")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
     with writing(path):
-        canvas.save(path)
+        canvas.save(partial, "PNG")
+        partial.replace(path)
 
 
 def _picture(image: Tensor, scale: int) -> Image.Image:

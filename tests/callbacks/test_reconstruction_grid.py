@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,26 @@ def test_grey_images_and_many_rows(tmp_path: Path) -> None:
 
 def test_diverged_reconstructions_are_drawn(tmp_path: Path) -> None:
     draw_grid(torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan), tmp_path / "grid.png")
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, path = torch.rand(2, 3, 8, 8), tmp_path / "grid.png"
+    draw_grid(images, images, path)
+    before = path.read_bytes()
+    save = Image.Image.save
+
+    def full(image: Image.Image, file: Path, *more: Any) -> None:
+        save(image, file, *more)
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        draw_grid(images, 0 * images, path)
+    assert raised.value.filename == str(path)
+    assert path.read_bytes() == before
 
 
 def test_captions_must_be_as_many_as_images(tmp_path: Path) -> None:

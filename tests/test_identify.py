@@ -8,7 +8,7 @@ import pytest
 
 import gitlight
 from gitlight.cli import identify_command
-from gitlight.config import Config, DataConfig, FullyConnectedConfig, GradientsConfig, UpdatesConfig
+from gitlight.config import Config, DataConfig, FullyConnectedConfig, GradientsConfig, LeNetConfig, UpdatesConfig
 from gitlight.data import SOURCES
 from gitlight.data.classes import count_classes
 from gitlight.data.faces import CLASS_NAMES
@@ -107,7 +107,14 @@ def test_several_images_per_leak_are_noted():
 def test_it_is_said_where_images_of_an_average_can_be_told_apart(client_batch_size, updates, found):
     data = DataConfig(name="cifar10", image_size=8, client_batch_size=client_batch_size)
     report = gitlight.identify(Config(data=data, gradients=GradientsConfig(updates=updates)))
-    assert found == any("each image's input of the last layer can mostly be found" in note for note in report.notes)
+    assert found == any("each one's input of linear" in note for note in report.notes)
+
+
+def test_it_is_said_where_each_image_of_an_average_can_be_found():
+    data = DataConfig(name="cifar10", image_size=8, client_batch_size=4)
+    for settings, found in ((FullyConnectedConfig(activation="tanh"), True), (LeNetConfig(), False)):
+        report = gitlight.identify(Config(data=data, leaked=settings))
+        assert found == any("each one can mostly be found" in note for note in report.notes)
 
 
 def test_updates_of_several_steps_are_noted():

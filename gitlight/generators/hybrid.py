@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import HybridGeneratorConfig
 from gitlight.data.pair import Gradients
-from gitlight.errors import CheckpointError, ConfigError, misfit
+from gitlight.errors import ConfigError
 from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import (
     FitOn,
@@ -23,14 +23,13 @@ from gitlight.generators.base import (
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
 from gitlight.generators.exact.separated import SeparatedFeatures, can_separate
 from gitlight.generators.hybrid_features import deepest_that_fit, smallest_parameters
-from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit
+from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit, take_weights
 from gitlight.generators.noise_bands import BandedRegression, bands_of
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
-from gitlight.runs import checkpoint_path, load_checkpoint
 
 
 class HybridGenerator(Generator):
@@ -44,11 +43,11 @@ class HybridGenerator(Generator):
        noisy the leak, and maps made from the gradients of the layers that the walk does not reach; it adds what the
        start misses.
 
-    With ``N > 1`` images per leak the last layer's equations tell them apart where they can (`SeparatedFeatures`), and
-    all three stages are of one image each, but for what no equation divides among the images. Elsewhere the features
-    are ``δ``-weighted averages, the start is the mean image, and the refinement learns to tell the ``N`` images apart.
-    Of sketched gradients the walk makes nothing, and the refinement
-    what it can; the last layer's must be whole.
+    With ``N > 1`` images per leak the last layer's equations tell them apart where they can, and those of the layers
+    below are solved for all images at once (`SeparatedFeatures`): all three stages are of one image each, but for what
+    no equation divides among the images. Elsewhere the features are ``δ``-weighted averages, the start is the mean
+    image, and the refinement learns to tell the ``N`` images apart. Of sketched gradients the walk makes nothing, and
+    the refinement what it can; the last layer's must be whole.
     """
 
     accepts_sketches = True
@@ -85,7 +84,7 @@ class HybridGenerator(Generator):
             )
         self.walk: ClosedFormFeatures | SeparatedFeatures
         if possible if settings.separate is None else settings.separate:
-            self.walk = SeparatedFeatures(architecture, settings.noise, client_batch_size)
+            self.walk = SeparatedFeatures(architecture, settings.noise, client_batch_size, settings.exact_depth)
         else:
             self.walk = ClosedFormFeatures(
                 architecture, settings.noise, settings.exact_depth, client_batch_size, settings.forward_equations
@@ -93,7 +92,8 @@ class HybridGenerator(Generator):
         n_image = prod(architecture.image_shape)
         shapes = [feature.shape for feature in self.walk.features]
         # What gradient equations alone give exactly needs no more; what rests on forward equations, noise may reach.
-        self._solved = self.walk.reaches_the_image and not settings.forward_equations
+        # A client batch is told apart most of the time only.
+        self._solved = self.walk.reaches_the_image and not settings.forward_equations and client_batch_size == 1
         # With one image per leak even a least-norm estimate holds all that its layer's equations say; with more, an
         # average of the inputs holds a fraction of it.
         explained = {feature.layer for feature in self.walk.features if feature.exact or client_batch_size == 1}
@@ -103,6 +103,7 @@ class HybridGenerator(Generator):
         small = smallest_parameters(unexplained, architecture, settings.gradient_entries)
         self.scaling = GradientScaling(architecture, small) if small and settings.gradient_channels else None
         reached = self.walk.features[-1].result == IMAGE and settings.forward_equations
+        reached = reached or (self.walk.reaches_the_image and not self._solved)
         if reached:
             self._in_start = {len(shapes) - 1: shapes[-1]}
         else:
@@ -160,10 +161,10 @@ class HybridGenerator(Generator):
         return self._images_and_error(gradients)[0]
 
     def _images_and_error(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
-        """What `forward` gives; and the start's error, of all leaks, ``()``, or of each, ``(B, 1, 1, 1, 1)``."""
+        """What `forward` gives; and the start's error, as `_error` gives it."""
         features, averages, start = self.closed_form(gradients)
         if self.refinement is None:
-            return start.unsqueeze(1).clamp(0, 1), start.new_zeros(())
+            return start.clamp(0, 1).view(-1, *self.image_shape), start.new_zeros(())
         seen = [self.averages.standardise(averages)]
         if self.scaling is not None:
             seen.append(self._of_each_slot(self.scaling(gradients)))
@@ -199,7 +200,8 @@ class HybridGenerator(Generator):
     def fits(self) -> Iterator[PairFit]:
         """The leaked weights that the walk needs, then everything that stands on its features."""
         if self._weights_from is not None:
-            self._take_weights(Path(self._weights_from))
+            assert isinstance(self.walk, ClosedFormFeatures)  # weights_from goes with one image per leak
+            take_weights(self.walk.inversion, Path(self._weights_from))
         else:
             for fit in self.walk.fits():
                 yield FitOn(fit, noise=self._bands[0]) if self._bands else fit
@@ -234,39 +236,15 @@ class HybridGenerator(Generator):
         """The leaked weights that the walk has fitted."""
         return self.walk.estimated_parameters()
 
-    def _take_weights(self, path: Path) -> None:
-        """The fitted weights and priors of a run of `exact`, whose walk is the same."""
-        file = checkpoint_path(path, "last") if path.is_dir() else path
-        if not file.is_file():
-            raise CheckpointError(
-                f"generator.weights_from: {file} does not exist; give a run's folder or a checkpoint."
-            )
-        prefix = "generator.inversion."
-        state = {
-            name.removeprefix(prefix): value
-            for name, value in load_checkpoint(file)["state_dict"].items()
-            if name.startswith(prefix)
-        }
-        if not state:
-            raise CheckpointError(f"generator.weights_from: {file} holds no weights that generator.name=exact fitted.")
-        assert isinstance(self.walk, ClosedFormFeatures)  # weights_from goes with one image per leak
-        inversion = self.walk.inversion
-        if inversion.is_cut:  # exact fits what is below generator.exact_depth, too, after all else
-            state = {name: value for name, value in state.items() if name in inversion.state_dict()}
-        try:
-            inversion.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"generator.weights_from: {file} is of another leaked model, or of other settings of generator.name="
-                f"exact: {misfit(error)}"
-            ) from error
-
     def _error(self, features: FeatureValues) -> Tensor:
-        """The start's error, of all leaks, ``()``, or of each, ``(B, 1, 1, 1, 1)``."""
+        """The start's error, of all leaks, ``()``, or of each, ``(B · slots, 1, 1, 1, 1)``."""
         assert self.ridge is not None
         if isinstance(self.ridge, BandedRegression):
             # As in `AsItIs`: below one thousandth of a grey level there is nothing to learn, nor to divide by.
             return self.ridge.errors(features.levels[:, 0]).clamp_min(1e-6).float().view(-1, 1, 1, 1, 1)
+        if isinstance(self.ridge, AsItIs) and self.walk.n_slots > 1:
+            # Of images that are told apart and of those that are not, as stated: what is exact stays so.
+            return (10 ** features.levels[:, -1]).clamp(1e-6, 1.0).float().view(-1, 1, 1, 1, 1)
         return self.ridge.error.float()
 
     def closed_form(self, gradients: Gradients) -> tuple[FeatureValues, Tensor, Tensor]:

@@ -1,14 +1,18 @@
 """The closed-form parts of Hybrid-GIT that pairs are needed for, and their fits."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from gitlight.data.pair import Gradients
+from gitlight.errors import CheckpointError, misfit
+from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.metrics import match
+from gitlight.runs import checkpoint_path, load_checkpoint
 
 if TYPE_CHECKING:
     from gitlight.generators.hybrid import HybridGenerator
@@ -164,3 +168,35 @@ class MatchedFit:
     def finish(self) -> None:
         """Solve everything."""
         self._ridge.solve()
+
+
+def take_weights(inversion: Inversion, path: Path) -> None:
+    """Load the fitted weights and priors of a run of `exact`, whose walk is the same.
+
+    Args:
+        inversion: to load them into.
+        path: the run's folder, or a checkpoint.
+
+    Raises:
+        CheckpointError: there is no such file, or it does not fit.
+    """
+    file = checkpoint_path(path, "last") if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"generator.weights_from: {file} does not exist; give a run's folder or a checkpoint.")
+    prefix = "generator.inversion."
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in load_checkpoint(file)["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    if not state:
+        raise CheckpointError(f"generator.weights_from: {file} holds no weights that generator.name=exact fitted.")
+    if inversion.is_cut:  # exact fits what is below generator.exact_depth, too, after all else
+        state = {name: value for name, value in state.items() if name in inversion.state_dict()}
+    try:
+        inversion.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"generator.weights_from: {file} is of another leaked model, or of other settings of generator.name="
+            f"exact: {misfit(error)}"
+        ) from error

@@ -12,16 +12,17 @@ from statistics import median
 
 import torch
 
-from gitlight.architecture import IMAGE, Layer
+from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.config import Config
 from gitlight.data.classes import count_classes
 from gitlight.generators.exact.activations import SigmoidRule, TanhRule
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.fits import Way
 from gitlight.generators.exact.inversion import Inversion
-from gitlight.generators.exact.plan import Action, Do, Known, plan_walk
+from gitlight.generators.exact.plan import Action, plan_walk
 from gitlight.generators.exact.rule import OUTPUT, Estimate
-from gitlight.generators.exact.separated import can_separate
+from gitlight.generators.exact.separated import SeparatedFeatures, can_separate
+from gitlight.generators.exact.solvability import Do, Known
 from gitlight.gradients.updates import describe_leak
 from gitlight.identifiability.drawn import DrawnLeak, draw_leaks
 from gitlight.identifiability.report import MOST_SATURATED, IdentifiabilityReport, LayerReport, Verdict
@@ -55,11 +56,9 @@ def identify(config: Config) -> IdentifiabilityReport:
         notes.append(f"{n_classes} classes are assumed; there is no folder of data.name={data.name} to count them in.")
     leak = describe_leak(config.gradients.updates, data.client_batch_size)
     if data.client_batch_size > 1:
-        apart = leak == "gradient" and can_separate(leaked.architecture, data.client_batch_size)
-        what = "each image's input of the last layer can mostly be found (hybrid does)" if apart else "nothing is exact"
         notes.append(
             f"All this is for one image per leak. Of the average over data.client_batch_size={data.client_batch_size} "
-            f"images {what}."
+            f"images {_of_client_batches(leaked.architecture, leak, data.client_batch_size)}."
         )
     if leak != "gradient":
         notes.append(f"All this is for gradients. Of updates of several local steps, {leak}, nothing is exact.")
@@ -82,6 +81,17 @@ def identify(config: Config) -> IdentifiabilityReport:
         saturated=saturated,
         notes=tuple(notes),
     )
+
+
+def _of_client_batches(architecture: Architecture, leak: str, n_images: int) -> str:
+    """In words, what is found of each image of a client batch."""
+    if leak != "gradient" or not can_separate(architecture, n_images):
+        return "nothing is exact"
+    features = SeparatedFeatures(architecture, None, n_images).features
+    if features[-1].result == IMAGE and features[-1].exact:
+        return "each one can mostly be found (hybrid does)"
+    found = ", ".join(f"{feature.name}{'' if feature.exact else ' (an estimate)'}" for feature in features)
+    return f"each one's {found} can mostly be found (hybrid does)"
 
 
 def layer_reports(inversion: Inversion, leaks: list[DrawnLeak]) -> Iterator[LayerReport]:

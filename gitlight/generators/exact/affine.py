@@ -136,6 +136,23 @@ class AffineRule(InverseRule, ABC):
         """The inverse of `columns`."""
 
     @abstractmethod
+    def matrix(self, block: int, delta: Tensor, basis: Tensor) -> Tensor:
+        """``K(δ)`` of one block, its rows that meet it alone, times ``basis``; for one group.
+
+        Args:
+            block: its number.
+            delta: ``(B, *output_shape)``.
+            basis: ``(column_size, m)``.
+
+        Returns:
+            ``(B, equations, m)``, output by output.
+        """
+
+    @abstractmethod
+    def equations(self, block: int, weight_gradient: Tensor) -> Tensor:
+        """The right side that goes with `matrix`: ``(B, *weight.shape)`` to ``(B, equations, columns)``."""
+
+    @abstractmethod
     def right(self, delta: Tensor, weight_gradient: Tensor) -> Tensor:
         """``Kᵀ g``: ``(B, *output_shape)`` and ``(B, *weight.shape)`` to ``(B, *input_shape)``."""
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 from gitlight.architecture import Layer
 from gitlight.errors import ArchitectureError
 from gitlight.generators.exact.affine import AffineRule
-from gitlight.generators.exact.convolution_geometry import ConvolutionGeometry
+from gitlight.generators.exact.convolution_geometry import ConvolutionGeometry, Tap
 from gitlight.generators.exact.rule import register_rule
 
 _MOST_ZEROS = 4
@@ -124,6 +124,29 @@ class ConvolutionRule(AffineRule):
             return fold(columns.squeeze(1), geometry.input_size, geometry.kernel, stride=geometry.stride)
         split = columns.reshape(len(columns), self.groups, *geometry.phases, columns.shape[2], *geometry.phase_size)
         return split.permute(0, 1, 4, 5, 2, 6, 3).reshape(-1, *self.layer.input_shape)
+
+    @override
+    def matrix(self, block: int, delta: Tensor, basis: Tensor) -> Tensor:
+        if self._patchwise:
+            return delta.flatten(2) @ basis
+        # What each output position sees, by each kernel position, of a channel that is one of the basis.
+        placed = basis.view(*self._geometry.phase_size, -1)
+        taps = self._taps_of(block)
+        seen = basis.new_zeros(*self._geometry.output_size, len(taps), basis.shape[1])
+        for number, tap in enumerate(taps):
+            seen[*tap.outputs, number] = placed[tap.of_phase]
+        return (delta.flatten(2) @ seen.flatten(2).flatten(0, 1)).view(len(delta), -1, basis.shape[1])
+
+    @override
+    def equations(self, block: int, weight_gradient: Tensor) -> Tensor:
+        if self._patchwise:
+            return weight_gradient.flatten(2)
+        taps = self._taps_of(block)
+        rows, columns = [tap.row for tap in taps], [tap.column for tap in taps]
+        return weight_gradient[..., rows, columns].transpose(2, 3).flatten(1, 2)
+
+    def _taps_of(self, block: int) -> list[Tap]:
+        return [tap for tap in self._taps if tap.phase == divmod(block, self._geometry.phases[1])]
 
     @override
     def right(self, delta: Tensor, weight_gradient: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from gitlight.architecture import IMAGE, Architecture
 from gitlight.data.pair import Gradients
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.differentiable import solve_differentiably
-from gitlight.generators.exact.plan import Do, Plan
+from gitlight.generators.exact.plan import Plan
 from gitlight.generators.exact.rule import Estimate, InverseRule, Weights
+from gitlight.generators.exact.solvability import Do
 from gitlight.generators.exact.walk import bounds_of
 
 _INSIDE = 1e-3

@@ -1,6 +1,6 @@
 """What a learned generator gets of the closed form: activations, by gradient equations alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,8 +13,9 @@ from gitlight.errors import ArchitectureError
 from gitlight.generators.base import PairFit, ParameterEstimate
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.moves import MoveRule
-from gitlight.generators.exact.plan import Do, Known
-from gitlight.generators.exact.rule import InverseRule
+from gitlight.generators.exact.plan import Plan
+from gitlight.generators.exact.rule import Estimate, InverseRule
+from gitlight.generators.exact.solvability import Do, Known
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ClosedFormFeatures(nn.Module):
         self.inversion = Inversion(
             architecture, noise, client_batch_size, strict=False, stacked=forward_equations, depth=depth
         )
-        features = _features(self.inversion, architecture)
+        features = features_of(self.inversion.plan, self.inversion.rules, architecture)
         if not features:
             last = architecture[architecture.output]
             if sketched := [name for name in last.parameters.values() if name in architecture.sketched]:
@@ -109,7 +110,11 @@ class ClosedFormFeatures(nn.Module):
                 "coarse and mlp need no such layer: generator.name=coarse, or mlp."
             )
         self.features = features
-        self.end = f"generator.exact_depth is {depth}" if self.inversion.is_cut else _end(self.inversion, architecture)
+        self.end = (
+            f"generator.exact_depth is {depth}"
+            if self.inversion.is_cut
+            else end_of(self.inversion.plan, self.inversion.rules, architecture)
+        )
 
     @property
     def reaches_the_image(self) -> bool:
@@ -129,8 +134,7 @@ class ClosedFormFeatures(nn.Module):
                 estimate = found.values[feature.result]
                 value = torch.nan_to_num(estimate.value, posinf=0.0, neginf=0.0)
                 whole = whole.index_copy(0, leaks.which, value.reshape(-1, *feature.shape))
-                # The median: an entry that is not known at all says nothing of the others.
-                level = estimate.variance.expand_as(estimate.value).flatten(1).median(dim=1).values.sqrt()
+                level = deviation_of(estimate)
             features.append(whole)
             levels.append(level)
         logarithms = torch.stack(levels, dim=1).clamp_min(1e-300).log10().clamp(*LEVELS)
@@ -146,14 +150,20 @@ class ClosedFormFeatures(nn.Module):
         return self.inversion.estimated_parameters()
 
 
-def _features(inversion: Inversion, architecture: Architecture) -> tuple[Feature, ...]:
-    plan = inversion.plan
+def deviation_of(estimate: Estimate) -> Tensor:
+    """``(B,)``: the median of the entries' standard deviations; one that is not known says nothing of the others."""
+    entries = estimate.variance.expand_as(estimate.value).flatten(1)
+    return entries.contiguous().median(dim=1).values.sqrt()  # PyTorch's is wrong for expanded tensors
+
+
+def features_of(plan: Plan, rules: Mapping[str, InverseRule], architecture: Architecture) -> tuple[Feature, ...]:
+    """What a walk gives of each layer that it solves for: its input, or what that is made of."""
     undone = {action.layer.name: action.layer.inputs[0] for action in plan.actions if action.do is Do.INVERT}
     found = []
     for action in plan.solves:
         name = action.layer.inputs[0]
         how_well = plan.known[name]
-        while name in undone and _carries_over(inversion.rules[name], how_well):
+        while name in undone and _carries_over(rules[name], how_well):
             name = undone[name]
         shape = architecture.image_shape if name == IMAGE else architecture[name].output_shape
         found.append(Feature(action.layer.name, name, tuple(shape), how_well is Known.EXACT))
@@ -169,15 +179,14 @@ def _carries_over(rule: InverseRule, how_well: Known) -> bool:
     return rule.complete if isinstance(rule, MoveRule) else how_well is not Known.ESTIMATE
 
 
-def _end(inversion: Inversion, architecture: Architecture) -> str:
+def end_of(plan: Plan, rules: Mapping[str, InverseRule], architecture: Architecture) -> str:
     """In words, why there are no more features."""
-    plan = inversion.plan
     if plan.known.get(IMAGE) is Known.EXACT:
         return "the image is reached"
     for layer in reversed(architecture.layers):
         if layer.name in plan.obstacles:
             return plan.obstacles[layer.name]
-        rule = inversion.rules[layer.name]
+        rule = rules[layer.name]
         if layer.inputs and plan.known.get(layer.inputs[0]) is Known.ESTIMATE and rule.loses and layer.parameters:
             return f"the input of {layer.name!r} is not determined: {rule.loses}"
     return "the first layer is reached"

@@ -1,8 +1,9 @@
 """Which leaked weights can be fitted from pairs, in which order, and the fits themselves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,13 +14,17 @@ from gitlight.data.pair import Gradients
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.conservation import conserved
 from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
-from gitlight.generators.exact.forward import computable, forward_values
-from gitlight.generators.exact.plan import Do, Known, plan_walk
+from gitlight.generators.exact.forward import computable
+from gitlight.generators.exact.plan import plan_walk
 from gitlight.generators.exact.rule import InverseRule
+from gitlight.generators.exact.solvability import Do, Known
 from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit, solve_all
 
 if TYPE_CHECKING:
     from gitlight.generators.exact.inversion import Inversion
+
+_LARGEST_SUMS = 1 << 25
+"""Entries of the triangular factors that a layer's weight is fitted from, 256 MiB."""
 
 
 class Way(StrEnum):
@@ -40,14 +45,16 @@ class FitStep:
 
 
 def plan_fits(
-    architecture: Architecture, rules: Mapping[str, InverseRule], n_images: int
+    architecture: Architecture, rules: Mapping[str, InverseRule], n_images: int, every_weight: bool = False
 ) -> tuple[tuple[FitStep, ...], tuple[str, ...]]:
     """The fits to make, in order; and the names of layers whose weights the walk needs and nothing reaches.
 
-    None where the image is found without any weight. Of a layer with a parameter that does not leak there is none:
-    nothing tells its value.
+    None where the image is found without any weight, but for ``every_weight``. Of a layer with a parameter that does
+    not leak there is none: nothing tells its value.
     """
-    if n_images > 1 or plan_walk(architecture, rules, (), 1).known.get(IMAGE) is Known.EXACT:
+    if n_images > 1:
+        return (), ()
+    if not every_weight and plan_walk(architecture, rules, (), 1).known.get(IMAGE) is Known.EXACT:
         return (), ()
     steps: list[FitStep] = []
     fitted: set[str] = set()
@@ -72,7 +79,8 @@ def plan_fits(
         return tuple(steps), ()
     while remaining:
         known = plan_walk(architecture, rules, fitted, 1, stacked=False).known
-        step = _next_step(remaining, rules, known, remaining[0].inputs[0] in computable(architecture, fitted))
+        from_below = remaining[0].inputs[0] in computable(architecture, fitted)
+        step = _next_step(remaining, rules, known, from_below, lowest_first=not every_weight)
         if step is None:
             break
         take(step.way, step.layer)
@@ -90,6 +98,7 @@ def needed_fits(
     n_images: int,
     stacked: bool,
     depth: int | None,
+    separated: int | None = None,
 ) -> tuple[tuple[FitStep, ...], tuple[str, ...]]:
     """Of what `plan_fits` gives, as much as a walk gains from; each fit may need those before it.
 
@@ -100,12 +109,18 @@ def needed_fits(
         n_images: images per leak.
         stacked: whether the walk uses forward equations.
         depth: the most layers whose inputs are wanted; None: all.
+        separated: images of a client batch that the walk takes apart; None: it is that of single images.
     """
     steps, unreachable = fits
     layers = [*(step.layer for step in steps), *(architecture[name] for name in unreachable)]
 
     def found(count: int) -> object:
         weights = {name for layer in layers[:count] for name in layer.parameters.values()}
+        if separated is not None:
+            plan = plan_walk(architecture, rules, weights, separated, stacked=False, separated=True).first(depth)
+            ends = [(action.layer.name, plan.known[action.layer.inputs[0]]) for action in plan.solves]
+            from_single = known_of_single_images(architecture, rules, weights)
+            return ends, [action.layer.inputs[0] in from_single for action in plan.solves]
         plan = plan_walk(architecture, rules, weights, n_images, stacked)
         if depth is None:
             return plan.known
@@ -114,13 +129,25 @@ def needed_fits(
         return plan.actions, [(plan.known[name], do is Do.SOLVE or name in from_images) for do, name in inputs]
 
     # Forward equations make more of the last layer's input, too.
-    least = 1 if stacked and steps else 0
+    least = 1 if (stacked or separated) and steps else 0
     wanted = found(len(layers))
     return next(((steps[:count], ()) for count in range(least, len(steps) + 1) if found(count) == wanted), fits)
 
 
+def known_of_single_images(
+    architecture: Architecture, rules: Mapping[str, InverseRule], weights: Collection[str]
+) -> set[str]:
+    """Results that are known of public images, with these weights: exactly from their gradients, or computed."""
+    known = plan_walk(architecture, rules, weights, 1, stacked=False).known
+    return computable(architecture, weights) | {name for name, how in known.items() if how is Known.EXACT}
+
+
 def _next_step(
-    remaining: Sequence[Layer], rules: Mapping[str, InverseRule], known: Mapping[str, Known], from_below: bool
+    remaining: Sequence[Layer],
+    rules: Mapping[str, InverseRule],
+    known: Mapping[str, Known],
+    from_below: bool,
+    lowest_first: bool,
 ) -> FitStep | None:
     """The next fit that can be made.
 
@@ -129,9 +156,11 @@ def _next_step(
         rules: of all layers.
         known: what a walk with the weights fitted so far finds.
         from_below: whether the input of the lowest of them follows from the public images.
+        lowest_first: whether that one is tried before those above it, whose inputs may then be computed; or after them,
+            where it may be left out: of a first linear layer there are as many weights as pixels for each output.
     """
     lowest = remaining[0]
-    for layer in (lowest, *reversed(remaining)):
+    for layer in (lowest, *reversed(remaining)) if lowest_first else (*reversed(remaining[1:]), lowest):
         rule = rules[layer.name]
         assert isinstance(rule, AffineRule)
         if layer.name not in known or known[layer.name] is Known.PARTLY or rule.groups != 1:
@@ -141,6 +170,16 @@ def _next_step(
         if known[layer.name] is Known.EXACT and known.get(layer.inputs[0]) is Known.EXACT:
             return FitStep(Way.FROM_ABOVE, layer)
     return None
+
+
+def affordable(step: FitStep, rule: InverseRule) -> bool:
+    """Whether the sums that a fit is made from are of a size that can be kept."""
+    assert isinstance(rule, AffineRule)
+    shape = rule.layer.weight_shape
+    n_outputs, n_inputs = shape[0], 1 + prod(shape[1:])
+    if step.way in (Way.LOGITS, Way.CONSERVED):
+        return n_outputs * n_inputs**2 <= _LARGEST_SUMS
+    return (n_inputs + n_outputs) ** 2 <= _LARGEST_SUMS
 
 
 class HeadFit:
@@ -228,44 +267,3 @@ class ConservationFit:
         values = {"weight": rows[:, :n_weights], "bias": rows[:, -1]}
         seen = {"weight": determined[:, :n_weights], "bias": determined[:, -1]}
         self._inversion.keep(self._layer, values, seen)
-
-
-class PriorFit:
-    """The `PairFit` of what public images say of each solved layer's input: mean and covariance.
-
-    The inputs are computed from the images with the fitted weights; no gradient is used.
-    """
-
-    def __init__(self, inversion: "Inversion", names: Sequence[str]) -> None:
-        self._inversion, self._names = inversion, names
-        self._sums: dict[str, list[Tensor]] = {}
-
-    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
-        """Add a batch of images."""
-        inversion = self._inversion
-        values = forward_values(inversion.architecture, images.flatten(0, 1), inversion.weights())
-        for name in self._names:
-            flat = values[name].flatten(1)
-            if name not in self._sums:
-                size = flat.shape[1]
-                self._sums[name] = [flat.new_zeros(size), flat.new_zeros(size, size), flat.new_zeros(())]
-            total, products, count = self._sums[name]
-            total += flat.sum(dim=0)
-            products.addmm_(flat.T, flat)
-            count += len(flat)
-
-    def sums(self) -> Sequence[Tensor]:
-        """What is added up over devices."""
-        return [total for name in self._names for total in self._sums[name]]
-
-    def finish(self) -> None:
-        """Keep means and precisions."""
-        for name in self._names:
-            total, products, count = self._sums.pop(name)
-            mean = total / count
-            covariance = products / count - torch.outer(mean, mean)
-            if not covariance.diagonal().mean() > 1e-12 * products.diagonal().mean() / count:
-                continue  # weights that no pair determined make a constant of it, of which rounding alone would be left
-            # Fewer images than dimensions leave directions without any variance, in which a new image still may vary.
-            covariance.diagonal().add_(0.01 * covariance.diagonal().mean() + 1e-300)
-            self._inversion.keep_prior(name, mean, torch.linalg.inv(covariance))

@@ -17,7 +17,8 @@ from gitlight.generators.exact.generator_fits import FallbackFit, SecondFit
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.layer_descent import LayerDescent
 from gitlight.generators.exact.noise import rank_one
-from gitlight.generators.exact.plan import Do, Known, plan_walk
+from gitlight.generators.exact.plan import plan_walk
+from gitlight.generators.exact.solvability import Do, Known
 from gitlight.generators.exact.status import Status, screen, worsen
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.gradients.precision import full_float32

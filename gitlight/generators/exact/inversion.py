@@ -1,6 +1,7 @@
 """`Inversion`: closed-form inversion of one architecture: its weights' estimates, priors, and the walk."""
 
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -13,10 +14,11 @@ from gitlight.generators.base import PairFit, ParameterEstimate
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.fits import (
     ConservationFit,
+    FitStep,
     HeadFit,
     OutputFit,
-    PriorFit,
     Way,
+    affordable,
     needed_fits,
     plan_fits,
 )
@@ -24,8 +26,10 @@ from gitlight.generators.exact.forward import computable, gradient_mismatch
 from gitlight.generators.exact.labels import labels_from_bias_gradient
 from gitlight.generators.exact.leaks import Leaks, rounded, usable_leaks
 from gitlight.generators.exact.matching import matching_fits
-from gitlight.generators.exact.plan import Do, Plan, plan_walk, rules_of
+from gitlight.generators.exact.plan import Plan, plan_walk, rules_of
 from gitlight.generators.exact.posterior import Prior
+from gitlight.generators.exact.prior_fit import PriorFit
+from gitlight.generators.exact.solvability import Do
 from gitlight.generators.exact.status import Status, worsen
 from gitlight.generators.exact.walk import Found, walk
 
@@ -42,6 +46,7 @@ class Inversion(nn.Module):
         steps: the fits to make, in order.
         unreachable: names of layers whose weights no fit reaches.
         is_cut: whether the walk would go on, were it not for ``depth``.
+        separated_plan: that of client batches, where ``separated`` is given.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Inversion(nn.Module):
         strict: bool = True,
         stacked: bool = True,
         depth: int | None = None,
+        separated: int | None = None,
     ) -> None:
         """Plan the fits and the walk.
 
@@ -63,6 +69,7 @@ class Inversion(nn.Module):
             stacked: whether to use forward equations and priors, too: exact where gradient equations alone are not, at
                 up to a second an image on a laptop.
             depth: the most layers whose inputs are wanted, from the output down; None: all.
+            separated: images of a client batch that a walk takes apart with these weights, which single images give.
 
         Raises:
             ArchitectureError: an operation has no inverse rule, and ``strict``.
@@ -72,16 +79,20 @@ class Inversion(nn.Module):
         self.rules = rules_of(architecture, strict)
         self.n_images = client_batch_size
         self._noise = noise
-        fits = plan_fits(architecture, self.rules, client_batch_size)
+        fits = plan_fits(architecture, self.rules, client_batch_size, every_weight=separated is not None)
         self.steps, self.unreachable = fits if stacked else (fits[0], ())
+        if separated is not None:
+            self.steps = tuple(takewhile(lambda step: affordable(step, self.rules[step.layer.name]), self.steps))
         everything = [step.layer for step in self.steps] + [architecture[name] for name in self.unreachable]
         weights = {name for layer in everything for name in layer.parameters.values()}
         whole = plan_walk(architecture, self.rules, weights, client_batch_size, stacked)
         self.is_cut = depth is not None and depth < len(whole.solves)
         if not stacked or self.is_cut:
             fits = (self.steps, self.unreachable)
-            most = depth if self.is_cut else None
-            self.steps, self.unreachable = needed_fits(architecture, self.rules, fits, client_batch_size, stacked, most)
+            most = depth if self.is_cut or separated else None
+            self.steps, self.unreachable = needed_fits(
+                architecture, self.rules, fits, client_batch_size, stacked, most, separated
+            )
         self._stacked = stacked
         self._estimated: dict[str, str] = {}
         layers = [*(step.layer for step in self.steps), *(architecture[name] for name in self.unreachable)]
@@ -91,6 +102,11 @@ class Inversion(nn.Module):
             self.register_buffer(f"weight{number}", torch.zeros(shape, dtype=torch.float64))
             self.register_buffer(f"seen{number}", torch.ones(shape, dtype=torch.bool))
         self._found: set[str] = set()
+        self.separated_plan: Plan | None = None
+        if separated is not None:
+            apart = plan_walk(architecture, self.rules, set(self._estimated), separated, stacked=False, separated=True)
+            depth = min(depth or len(apart.solves), len(apart.solves))
+            self.separated_plan = apart.first(depth)
         self._plan = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked).first(depth)
         on_the_way = [*layers, *(action.layer for action in self._plan.actions), architecture[architecture.output]]
         # Where the image is found, all gradients are compared with those that it gives.
@@ -160,16 +176,17 @@ class Inversion(nn.Module):
             start: parameter name → value that gradient matching starts from.
         """
         for step in self.steps:
-            if step.way is Way.LOGITS:
-                yield HeadFit(self, step.layer)
-            elif step.way is Way.CONSERVED:
-                yield ConservationFit(self, step.layer)
-            else:
-                yield OutputFit(self, step)
+            yield self.fit_of(step)
         if self.unreachable:
             yield from matching_fits(self, self.unreachable, matching_epochs, 0, start)
         if self._priors:
             yield PriorFit(self, list(self._priors))
+
+    def fit_of(self, step: FitStep) -> PairFit:
+        """One of ``steps``, when those before it are finished."""
+        if step.way is Way.LOGITS:
+            return HeadFit(self, step.layer)
+        return ConservationFit(self, step.layer) if step.way is Way.CONSERVED else OutputFit(self, step)
 
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
         """The fitted weights; the last layer's up to a row common to all classes."""

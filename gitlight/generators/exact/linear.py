@@ -52,6 +52,14 @@ class LinearRule(AffineRule):
         return columns.squeeze(1).transpose(1, 2).reshape(-1, *self.layer.input_shape)
 
     @override
+    def matrix(self, block: int, delta: Tensor, basis: Tensor) -> Tensor:
+        return self._tokens(delta).transpose(1, 2) @ basis
+
+    @override
+    def equations(self, block: int, weight_gradient: Tensor) -> Tensor:
+        return weight_gradient
+
+    @override
     def right(self, delta: Tensor, weight_gradient: Tensor) -> Tensor:
         return (self._tokens(delta) @ weight_gradient).view(-1, *self.layer.input_shape)
 

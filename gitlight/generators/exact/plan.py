@@ -3,33 +3,15 @@
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from math import prod
 
 from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.errors import ArchitectureError
-from gitlight.generators.exact.affine import LARGEST_STACKED, AffineRule
+from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.forward import computable
+from gitlight.generators.exact.joint import solved_jointly
 from gitlight.generators.exact.rule import NOTHING, OUTPUT, InverseRule, rule_for
-
-
-class Known(StrEnum):
-    """How well the equations tell a result of the leaked model."""
-
-    EXACT = "exact"
-    PARTLY = "partly"
-    ESTIMATE = "estimate"
-
-
-class Do(StrEnum):
-    """One step of the walk."""
-
-    REVEAL = "reveal"
-    SOLVE = "solve"
-    STACK = "stack"
-    BOUND = "bound"
-    INVERT = "invert"
-    CARRY = "carry"
-
+from gitlight.generators.exact.solvability import Do, Known, how_to_solve, how_well_jointly, produced_by_relu
 
 _SOLVING = (Do.SOLVE, Do.STACK, Do.BOUND)
 
@@ -66,9 +48,9 @@ class Plan:
 
     def first(self, depth: int | None) -> "Plan":
         """The plan that ends with the first ``depth`` inputs, and with what they are made of; None: all."""
-        if depth is None or depth >= len(self.solves):
+        if depth is None or depth > len(self.solves) or not self.solves:
             return self
-        places = [place for place, action in enumerate(self.actions) if action.do in _SOLVING]
+        places = [place for place, action in enumerate(self.actions) if action.do in _SOLVING] + [len(self.actions)]
         down, undo = self.actions[: places[depth - 1] + 1], self.actions[places[depth - 1] + 1 : places[depth]]
         return replace(self, actions=(*down, *(action for action in undo if action.do is Do.INVERT)))
 
@@ -112,6 +94,7 @@ def plan_walk(
     n_images: int,
     stacked: bool = True,
     through_estimates: bool = False,
+    separated: bool = False,
 ) -> Plan:
     """Plan the walk.
 
@@ -119,13 +102,16 @@ def plan_walk(
         architecture: the leaked model's.
         rules: of all its layers.
         weights: names of the parameters that are known, or will be.
-        n_images: images per leak. With more than one nothing is carried down: an average of ``δ ⊗ a`` is not
-            ``δ ⊗ a`` of averages.
+        n_images: images per leak. With more than one that are not ``separated``, nothing is carried down: an average of
+            ``δ ⊗ a`` is not ``δ ⊗ a`` of averages.
         stacked: whether forward equations are used where weights are known. Fits do without: gradient equations alone
             are a hundred times cheaper, and exact where anything is fitted.
         through_estimates: whether ``δ`` is carried through activations of which there is only an estimate, as the
             paper's walk does.
+        separated: whether the last layer's input and ``δ`` are known of each image: then each image's ``δ`` is carried
+            down, and a gradient is a sum over all of them.
     """
+    from_images = computable(architecture, weights) if separated else set()
     consumers: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for layer in architecture.layers:
         for position, name in enumerate(layer.inputs):
@@ -144,6 +130,7 @@ def plan_walk(
         # A parameter that is repeated over entries, or used twice, has a sum of several δ for a gradient.
         if (
             revealed is not None
+            and (layer.name == architecture.output or not separated)
             and uses[revealed] == 1
             and revealed not in architecture.sketched
             and architecture.parameter_shapes[revealed].numel() == prod(layer.output_shape)
@@ -159,10 +146,16 @@ def plan_walk(
                 obstacles[layer.name] = f"{rule.weight} is used {uses[rule.weight]} times, and its gradient is a sum"
             elif rule.weight in architecture.sketched:
                 obstacles[layer.name] = f"of the gradient of {rule.weight} there is only a sketch"
+            elif has_delta and separated and not solved_jointly(rule, n_images):
+                obstacles[layer.name] = f"the equations of {n_images} images are too many, or of several groups"
             elif has_delta:
-                if stacked and n_images == 1:
-                    after_relu = _produced_by_relu(layer, architecture)
-                    do, how_well = _solve(rule, known.get(layer.name), after_relu, weights)
+                if separated:
+                    above = None if layer.name == architecture.output else known.get(layer.name)
+                    truth = rule.exact or layer.inputs[0] in from_images
+                    do, how_well = Do.SOLVE, how_well_jointly(rule, layer, architecture, n_images, above, truth)
+                elif stacked and n_images == 1:
+                    after_relu = produced_by_relu(layer, architecture)
+                    do, how_well = how_to_solve(rule, known.get(layer.name), after_relu, weights)
                 else:
                     do, how_well = Do.SOLVE, Known.EXACT if rule.exact and n_images == 1 else Known.ESTIMATE
                 actions.append(Action(do, layer))
@@ -180,9 +173,8 @@ def plan_walk(
         for position, name in enumerate(layer.inputs):
             if name == IMAGE:
                 continue  # nothing asks for the image's δ
-            reason = _not_carried(
-                rule, layer, position, has_delta, known, weights, n_images, stacked, through_estimates
-            )
+            mixed = 1 if separated else n_images
+            reason = _not_carried(rule, layer, position, has_delta, known, weights, mixed, stacked, through_estimates)
             if reason is None:
                 actions.append(Action(Do.CARRY, layer, position))
                 carried[name] += 1
@@ -192,37 +184,6 @@ def plan_walk(
             elif name not in blame:
                 blame[name] = blame.get(layer.name, reason) if not has_delta else reason
     return Plan(tuple(actions), known, frozenset(deltas), obstacles)
-
-
-def _solve(rule: AffineRule, output: Known | None, after_relu: bool, weights: Collection[str]) -> tuple[Do, Known]:
-    """How an affine layer's input is found, ``δ`` being known, and how well."""
-    with_forward = (
-        rule.weight in weights
-        and (rule.bias is None or rule.bias in weights)
-        and output is not None
-        and rule.n_inputs <= LARGEST_STACKED
-    )
-    if not with_forward:
-        return Do.SOLVE, Known.EXACT if rule.exact else Known.ESTIMATE
-    if not rule.exact and (after_relu or output is not Known.EXACT):
-        return Do.BOUND, Known.ESTIMATE
-    if output is Known.PARTLY:
-        return Do.SOLVE, Known.EXACT
-    determined = rule.exact or (output is Known.EXACT and rule.exact_with_outputs)
-    return Do.STACK, Known.EXACT if determined else Known.ESTIMATE
-
-
-def _produced_by_relu(layer: Layer, architecture: Architecture) -> bool:
-    """Whether an input is known to be non-negative because it is a ReLU's output."""
-    name = layer.inputs[0]
-    while name != IMAGE:
-        producer = architecture[name]
-        if producer.kind == "relu":
-            return True
-        if producer.kind not in ("dropout", "flatten", "max_pool2d", "reshape", "view"):
-            return False
-        name = producer.inputs[0]
-    return False
 
 
 def _invertible(

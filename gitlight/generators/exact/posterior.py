@@ -146,8 +146,8 @@ def _solve(
     diagonal = system.diagonal(dim1=1, dim2=2)
     # Against exact singularity only: a hundred times what rounding leaves of a zero.
     diagonal += 1e-15 * diagonal.mean(dim=1, keepdim=True) + 1e-300
-    factor, solved, damped = _factorised(system)
-    found = _solved(factor, right)
+    factor, solved, damped = factorised(system)
+    found = solved_by(factor, right.unsqueeze(2)).squeeze(2)
     # One step of refinement, its residual from the equations themselves rather than from their squares.
     inputs = found.view(n_examples, *rule.layer.input_shape)
     missing = rule.right(unit, gradient - rule.weight_gradient(inputs, unit)).flatten(1)
@@ -155,17 +155,17 @@ def _solve(
         missing = missing + rule.adjoint(precision * (wanted - rule.forward(inputs, weight)), weight).flatten(1)
     if prior is not None:
         missing = missing + level[:, None] * ((prior.mean - found) @ prior.precision)
-    found = torch.where(solved[:, None], found + _solved(factor, missing), 0.0)
+    found = torch.where(solved[:, None], found + solved_by(factor, missing.unsqueeze(2)).squeeze(2), 0.0)
     # Half a solve, of white noise, has the covariance of the error.
     deviations = torch.linalg.solve_triangular(factor.mT, _normal(size, delta).expand(n_examples, -1, -1), upper=True)
     deviations = (deviations * level.sqrt()[:, None, None]).mT.reshape(n_examples, -1, *rule.layer.input_shape)
     return found.view(n_examples, *rule.layer.input_shape), solved, damped, deviations
 
 
-def _solved(factor: Tensor, right: Tensor) -> Tensor:
-    """``(L Lᵀ)⁻¹ r``; `torch.cholesky_solve` first copies the factor of each example, which takes longer."""
-    half = torch.linalg.solve_triangular(factor, right.unsqueeze(2), upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(2)
+def solved_by(factor: Tensor, right: Tensor) -> Tensor:
+    """``(L Lᵀ)⁻¹ r`` of ``(B, n, m)``; `torch.cholesky_solve` first copies each factor, which takes longer."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def _normal(size: int, like: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def _normal(size: int, like: Tensor) -> Tensor:
     return torch.randn((size, N_DEVIATIONS), generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
-def _factorised(system: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factorised(system: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cholesky factors of ``(B, n, n)``; which there are, ``(B,)`` bool, else one; and which needed damping."""
     factor, failed = torch.linalg.cholesky_ex(system)
     damped = failed > 0

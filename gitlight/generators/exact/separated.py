@@ -1,4 +1,4 @@
-"""What a learned generator gets of each image of a client batch: its own input of the last layer."""
+"""What a learned generator gets of each image of a client batch: its own layer inputs, from the last layer down."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,13 +9,19 @@ from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.data.pair import Gradients
 from gitlight.errors import DataError
 from gitlight.generators.base import FitOn, PairFit, ParameterEstimate
-from gitlight.generators.exact.features import LEVELS, Feature, FeatureValues
+from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.client_batches import ClientBatchWalker
+from gitlight.generators.exact.features import LEVELS, FeatureValues, deviation_of, end_of, features_of
+from gitlight.generators.exact.fits import known_of_single_images
+from gitlight.generators.exact.input_priors import InputPrior, RegressionFit, SpreadFit
+from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.labels import labels_of_batch, output_bias
 from gitlight.generators.exact.noise import SUMMED, entry_size
-from gitlight.generators.exact.plan import rules_of
-from gitlight.generators.exact.rule import Estimate, InverseRule
+from gitlight.generators.exact.rule import Estimate
 from gitlight.generators.exact.separation import Typical, n_equations_and_unknowns, separable, separate
+from gitlight.generators.exact.solvability import Known
 from gitlight.generators.exact.status import Status, screen
+from gitlight.generators.exact.walk import Found
 from gitlight.generators.exact.weights import LogitFit
 
 _MOST_SUMS = 1 << 25
@@ -46,77 +52,118 @@ def can_separate(architecture: Architecture, client_batch_size: int) -> bool:
 
 
 class SeparatedFeatures(nn.Module):
-    """The last layer's input, taken back through what can be undone, for each of ``N`` images of a leak.
+    """Layer inputs of each of ``N`` images of a leak, from the last layer down.
 
-    The last layer's weights come from gradients of single images: who makes pairs can make a client batch of one image,
-    repeated. The images are in the order of their labels, which `separate` reads off the leak.
+    `separate` gives each image's own input of the last layer, and with it its own ``δ``, which is carried down as that
+    of a single image; a layer's gradient is then one linear system in the inputs of all ``N`` images
+    (`gitlight.generators.exact.joint`). Weights come from gradients of single images, and so does what is known of
+    inputs beforehand: who makes pairs can make a client batch of one image, repeated. The images are in the order of
+    their labels, which `separate` reads off the leak.
 
     Attributes:
-        features: the one feature, of every image.
+        features: of every image.
         end: in words, why there are no more.
-        reaches_the_image: False; the walk ends with the last layer.
         n_slots: ``N``.
     """
 
-    reaches_the_image = False
-
-    def __init__(self, architecture: Architecture, noise: float | None, client_batch_size: int) -> None:
+    def __init__(
+        self, architecture: Architecture, noise: float | None, client_batch_size: int, depth: int | None = None
+    ) -> None:
         """Plan it; `can_separate` must hold.
 
         Args:
             architecture: the leaked model's.
             noise: relative noise of the gradients; None: estimated leak by leak.
             client_batch_size: images per leak.
+            depth: the most features; None: all.
         """
         super().__init__()
         self.n_slots = client_batch_size
         self._noise = noise
+        self._architecture = architecture
         self._head = architecture[architecture.output]
-        self._undone = _undone(architecture, self._head)
-        name = self._undone[-1][0].inputs[0] if self._undone else self._head.inputs[0]
-        shape = architecture.image_shape if name == IMAGE else architecture[name].output_shape
-        self.features = (Feature(self._head.name, name, tuple(shape), exact=True),)
-        self.end = f"below {self._head.name!r} a leak is a sum over its {client_batch_size} images"
+        self.inversion = Inversion(
+            architecture, noise, 1, strict=False, stacked=False, depth=depth, separated=client_batch_size
+        )
+        rules, plan = self.inversion.rules, self.inversion.separated_plan
+        weights = {name for step in self.inversion.steps for name in step.layer.parameters.values()}
+        assert plan is not None
+        self._plan = plan
+        self.features = features_of(plan, rules, architecture)
+        self.end = end_of(plan, rules, architecture)
+        last = plan.solves[-1].layer
+        if depth == len(plan.solves):
+            self.end = f"generator.exact_depth is {depth}"
+        elif plan.known[last.inputs[0]] is Known.ESTIMATE:
+            self.end = f"the equations of {last.name!r} do not determine the inputs of {client_batch_size} images"
+        self.priors = nn.ModuleDict()
+        self._prior_keys: dict[str, str] = {}
+        from_single = known_of_single_images(architecture, rules, weights)
+        for action in self._plan.solves:
+            layer, rule = action.layer, rules[action.layer.name]
+            if layer.name != architecture.output and layer.inputs[0] in from_single:
+                assert isinstance(rule, AffineRule)
+                self._prior_keys[layer.name] = f"prior{len(self._prior_keys)}"
+                self.priors[self._prior_keys[layer.name]] = InputPrior(rule, layer.name in plan.known)
         n_classes, n_features = self._head.weight_shape
-        for buffer, size in (
-            ("weight", (n_classes, n_features)),
-            ("bias", (n_classes,)),
-            ("typical_input", (n_features,)),
-            ("spread", ()),
-            ("probabilities", (n_classes,)),
-        ):
+        for buffer, size in (("typical_input", (n_features,)), ("spread", ()), ("probabilities", (n_classes,))):
             self.register_buffer(buffer, torch.zeros(size, dtype=torch.float64))
-        self.weight: Tensor
-        self.bias: Tensor
         self.typical_input: Tensor
         self.spread: Tensor
         self.probabilities: Tensor
 
+    @property
+    def reaches_the_image(self) -> bool:
+        """Whether the walk gives the model's input itself, exactly."""
+        return self.features[-1].result == IMAGE and self.features[-1].exact
+
     def forward(self, gradients: Gradients) -> FeatureValues:
-        """Of ``B`` leaks the feature ``(B · N, *shape)``, image by image, and levels ``(B · N, 2)``."""
+        """Of ``B`` leaks the features ``(B · N, *shape)``, image by image, and levels ``(B · N, 1 + features)``."""
         n = self.n_slots
         leaks = screen(gradients)
         which = (leaks == Status.EXACT).nonzero().squeeze(1)
-        weight, bias = (gradients[self._head.parameters[role]][which] for role in ("weight", "bias"))
+        used = {name for action in self._plan.solves for name in action.layer.parameters.values()}
+        kept = {name: gradients[name][which].double() for name in used}
+        dtype = next(iter(gradients.values())).dtype
         size = entry_size(gradients)[which].clamp_min(1e-300)
-        noise = self.noise_of(weight.double(), size, torch.finfo(weight.dtype).eps)
+        noise = self.noise_of(kept[self._head.parameters["weight"]], size, torch.finfo(dtype).eps)
+        found = self._walk(kept, noise)
+        values, levels = [], [(noise / size).repeat_interleave(n)]
+        rows = (n * which.unsqueeze(1) + torch.arange(n, device=which.device)).flatten()
+        for feature in self.features:
+            if feature.result not in found.values:  # not before all weights are fitted
+                values.append(noise.new_zeros(n * len(leaks), *feature.shape))
+                levels.append(torch.full_like(levels[0], torch.inf))
+                continue
+            estimate = found.values[feature.result]
+            value = torch.nan_to_num(estimate.value, posinf=0.0, neginf=0.0).reshape(-1, *feature.shape)
+            values.append(value.new_zeros(n * len(leaks), *feature.shape).index_copy(0, rows, value))
+            levels.append(deviation_of(estimate))
+        logarithms = torch.stack(levels, dim=1).clamp_min(1e-300).log10()
+        logarithms = torch.nan_to_num(logarithms, nan=LEVELS[1]).clamp(*LEVELS)
+        whole = logarithms.new_full((n * len(leaks), logarithms.shape[1]), LEVELS[1])
+        return FeatureValues(values, whole.index_copy(0, rows, logarithms))
+
+    def _walk(self, gradients: Gradients, noise: Tensor) -> Found:
+        weights, names = self.inversion.weights(), self._head.parameters
+        if len(weights) < sum(len(step.layer.parameters) for step in self.inversion.steps) or not len(noise):
+            return Found({}, {}, noise)
         typical = Typical(self.typical_input, self.spread, self.probabilities)
-        found = separate(weight.double(), bias.double(), noise, self.weight, self.bias, typical, n)
-        inputs, variance = found.inputs.flatten(0, 1), found.inputs_variance.flatten()
+        apart = separate(
+            gradients[names["weight"]], gradients[names["bias"]], noise,
+            weights[names["weight"]], weights[names["bias"]], typical, self.n_slots,
+        )  # fmt: skip
         # Where the search has failed, what is typical is the better estimate.
-        trust = 1 / (1 + variance / self.spread.square().clamp_min(1e-300))
-        trust = torch.where(torch.isfinite(inputs).all(dim=1), trust, 0.0).unsqueeze(1)
-        inputs = torch.where(trust > 0, typical.inputs + trust * (inputs - typical.inputs), typical.inputs)
-        estimate = Estimate(inputs, inputs.new_zeros(()))
-        for layer, rule in self._undone:
-            estimate = rule.invert(estimate.reshaped(layer.output_shape), 0, [None], {})
-        (feature,) = self.features
-        value = torch.nan_to_num(estimate.value, posinf=0.0, neginf=0.0).reshape(-1, n, *feature.shape)
-        levels = torch.stack([(noise / size).unsqueeze(1).expand(-1, n), variance.view(-1, n).sqrt()], dim=2)
-        levels = torch.nan_to_num(levels.clamp_min(1e-300).log10(), nan=LEVELS[1]).clamp(*LEVELS)
-        whole = value.new_zeros(len(leaks), n, *feature.shape).index_copy(0, which, value)
-        all_levels = levels.new_full((len(leaks), n, 2), LEVELS[1]).index_copy(0, which, levels)
-        return FeatureValues([whole.flatten(0, 1)], all_levels.flatten(0, 1))
+        spread = self.spread.square().clamp_min(1e-300)
+        trust = 1 / (1 + apart.inputs_variance / spread)
+        trust = torch.where(torch.isfinite(apart.inputs).all(dim=2), trust, 0.0).unsqueeze(2)
+        inputs = torch.where(trust > 0, typical.inputs + trust * (apart.inputs - typical.inputs), typical.inputs)
+        left = torch.where(trust > 0, trust * apart.inputs_variance.unsqueeze(2), spread)
+        priors = {name: self.priors[key] for name, key in self._prior_keys.items()}
+        return ClientBatchWalker(
+            self._architecture, self.inversion.rules, gradients, noise, weights, priors,  # type: ignore[arg-type]
+            Estimate(inputs, left), apart.labels,
+        ).follow(self._plan)  # fmt: skip
 
     def labels(self, gradients: Gradients) -> Tensor:
         """Those of each leak's images, ``(B, N)`` int64, ascending."""
@@ -124,12 +171,17 @@ class SeparatedFeatures(nn.Module):
         return labels_of_batch(delta, self.probabilities, self.n_slots)
 
     def fits(self) -> Iterable[PairFit]:
-        """One pass over single images: the last layer's weights, and what is typical of its input."""
+        """Passes over single images: the weights from the last layer down, and what is typical of inputs."""
         yield FitOn(_HeadFit(self, self._head), single_images=True)
+        for step in self.inversion.steps[1:]:
+            yield FitOn(self.inversion.fit_of(step), single_images=True)
+        if priors := {name: self.priors[key] for name, key in self._prior_keys.items()}:
+            yield FitOn(RegressionFit(self.inversion, priors), single_images=True)  # type: ignore[arg-type]
+            yield FitOn(SpreadFit(self.inversion, priors), single_images=True)  # type: ignore[arg-type]
 
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
-        """The last layer's weights, up to a row common to all classes."""
-        return {name: ParameterEstimate(getattr(self, role), True) for role, name in self._head.parameters.items()}
+        """The fitted weights; the last layer's up to a row common to all classes."""
+        return self.inversion.estimated_parameters()
 
     def noise_of(self, weight_gradient: Tensor, entry_size: Tensor, rounding: float) -> Tensor:
         """``(B,)``: as given, or what the sums over all classes show, which are zero but for noise."""
@@ -175,27 +227,16 @@ class _HeadFit:
                 "The last layer's weights, which tell the images of a client batch apart, cannot be fitted: of no "
                 "single public image does its bias have a gradient. Give generator.separate=false, or another channel."
             )
-        weight, bias, _ = self._fit.solve()
+        weight, bias, seen = self._fit.solve()
+        self._features.inversion.keep(
+            self._head,
+            {"weight": weight, "bias": bias},
+            {"weight": seen.expand_as(weight), "bias": torch.ones_like(bias, dtype=torch.bool)},
+        )
         mean = inputs / count
         for name, value in (
-            ("weight", weight),
-            ("bias", bias),
             ("typical_input", mean),
             ("spread", (squares / count - mean.square()).clamp_min(0).mean().sqrt()),
             ("probabilities", probabilities / count),
         ):
             getattr(self._features, name).copy_(value)
-
-
-def _undone(architecture: Architecture, head: Layer) -> tuple[tuple[Layer, InverseRule], ...]:
-    """The operations below the last layer whose inputs follow from their outputs, and their rules."""
-    rules = rules_of(architecture, strict=False)
-    undone = []
-    name = head.inputs[0]
-    while name != IMAGE:
-        layer, rule = architecture[name], rules[name]
-        if len(layer.inputs) != 1 or layer.parameters or rule.inverts != "yes" or rule.loses:
-            break
-        undone.append((layer, rule))
-        name = layer.inputs[0]
-    return tuple(undone)

@@ -14,10 +14,11 @@ from gitlight.generators.exact.bounded import solve_bounded
 from gitlight.generators.exact.errors import Noise, carry_errors, row_noise
 from gitlight.generators.exact.head import solve_head
 from gitlight.generators.exact.linear import LinearRule
-from gitlight.generators.exact.plan import Action, Do, Plan
+from gitlight.generators.exact.plan import Action, Plan
 from gitlight.generators.exact.posterior import Prior, Stacked, solve_stacked
 from gitlight.generators.exact.rule import Estimate, InverseRule, Weights
 from gitlight.generators.exact.signs import TwoSlopes, expected_outputs, solve_with_signs, unsure
+from gitlight.generators.exact.solvability import Do
 from gitlight.generators.exact.status import Status, worsen
 
 _OPEN = 1e-10
@@ -67,13 +68,7 @@ def walk(
         dtype: precision that the gradients were made in.
         until: stop before the first action for which this holds.
     """
-    walker = _Walk(architecture, rules, gradients, noise, weights, priors, dtype)
-    steps = {Do.REVEAL: walker.reveal, Do.INVERT: walker.invert, Do.CARRY: walker.carry}
-    for action in plan.actions:
-        if until is not None and until(action):
-            break
-        steps.get(action.do, walker.solve)(action)
-    return Found(walker.values, walker.deltas, walker.status)
+    return Walker(architecture, rules, gradients, noise, weights, priors, dtype).follow(plan, until)
 
 
 def bounds_of(architecture: Architecture, name: str) -> tuple[float | None, float | None]:
@@ -87,8 +82,16 @@ def bounds_of(architecture: Architecture, name: str) -> tuple[float | None, floa
     return kinds.get(layer.kind, (None, None))
 
 
-class _Walk:
-    """What has been found so far, and the steps that find more."""
+class Walker:
+    """What has been found so far, and the steps that find more.
+
+    Attributes:
+        values: name of a layer, or `IMAGE` → estimate of its result.
+        deltas: name of a layer → ``δ`` of its result.
+        errors: name of a layer → samples of the error of that ``δ``.
+        samples: where these are drawn.
+        status: ``(B,)`` int64, one of `Status` each.
+    """
 
     def __init__(
         self,
@@ -103,12 +106,21 @@ class _Walk:
         self._rounding = torch.finfo(dtype).eps
         self._architecture, self._rules, self._priors = architecture, rules, priors
         self._gradients, self._noise, self._weights = gradients, noise, weights
-        self._samples = Noise()
-        self._errors: dict[str, Tensor] = {}
+        self.samples = Noise()
+        self.errors: dict[str, Tensor] = {}
         self._two_slopes: dict[str, TwoSlopes] = {}  # layer that an activation with two slopes, and nothing else, takes
         self.values: dict[str, Estimate] = {}
         self.deltas: dict[str, Tensor] = {}
         self.status = torch.full((len(noise),), int(Status.EXACT), dtype=torch.int64, device=noise.device)
+
+    def follow(self, plan: Plan, until: Callable[[Action], bool] | None = None) -> Found:
+        """Carry out a plan, up to the first action for which ``until`` holds."""
+        steps = {Do.REVEAL: self.reveal, Do.INVERT: self.invert, Do.CARRY: self.carry}
+        for action in plan.actions:
+            if until is not None and until(action):
+                break
+            steps.get(action.do, self.solve)(action)
+        return Found(self.values, self.deltas, self.status)
 
     def reveal(self, action: Action) -> None:
         """``δ`` is the gradient of a parameter."""
@@ -116,7 +128,7 @@ class _Walk:
         name = self._rules[layer.name].reveals_delta()
         assert name is not None
         delta = self._gradients[name].reshape(len(self._noise), *layer.output_shape)
-        self._keep_delta(layer.name, delta, self._samples.normal(delta) * _like(self._noise, delta).unsqueeze(1))
+        self.keep_delta(layer.name, delta, self.samples.normal(delta) * _like(self._noise, delta).unsqueeze(1))
 
     def invert(self, action: Action) -> None:
         """An operation's input from its output."""
@@ -131,17 +143,17 @@ class _Walk:
         below = layer.inputs[position]
         inputs = [self.values.get(name) for name in layer.inputs]
         output = self.values.get(layer.name)
-        delta, errors = self.deltas[layer.name], self._errors[layer.name]
+        delta, errors = self.deltas[layer.name], self.errors[layer.name]
         passed = rule.carry(delta, position, inputs, output, self._weights)
-        its_errors = carry_errors(rule, delta, errors, position, inputs, output, self._weights, self._samples)
+        its_errors = carry_errors(rule, delta, errors, position, inputs, output, self._weights, self.samples)
         if layer.name == self._architecture.output and isinstance(rule, LinearRule) and rule.weight is not None:
             # The row that no fit sees, common to all classes, drops out as far as δ adds up to zero.
-            row = self._samples.normal(passed) * self._weights[rule.weight].square().mean().sqrt()
+            row = self.samples.normal(passed) * self._weights[rule.weight].square().mean().sqrt()
             its_errors = its_errors + _like(delta.flatten(1).sum(dim=1), passed).unsqueeze(1) * row
         alone = below not in self.deltas
         if not alone:
-            passed, its_errors = self.deltas[below] + passed, self._errors[below] + its_errors
-        self._keep_delta(below, passed, its_errors)
+            passed, its_errors = self.deltas[below] + passed, self.errors[below] + its_errors
+        self.keep_delta(below, passed, its_errors)
         if alone and rule.slopes is not None and output is not None:
             self._two_slopes[below] = TwoSlopes(output, delta, errors, rule.slopes)
         if isinstance(rule, SigmoidRule | TanhRule) and output is not None:
@@ -174,7 +186,7 @@ class _Walk:
         # Damped by what noise there is against a spread of about one, the prior of those who know nothing else.
         damping = (self._noise / size.clamp_min(1e-300)).square() / 0.1 + (0.0 if rule.exact else _OPEN)
         value, variance, solved = rule.solve(delta, self._gradients[rule.weight], damping)
-        rows = row_noise(rule, self._errors[layer.name], self._noise, self._priors.get(layer.inputs[0]))
+        rows = row_noise(rule, self.errors[layer.name], self._noise, self._priors.get(layer.inputs[0]))
         variance = variance * _like(rows.square().mean(dim=1), value)
         if rule.determined is not None and not rule.exact:
             # Of what no equation meets, the solution of least norm says nothing.
@@ -204,7 +216,7 @@ class _Walk:
             self._settle(rule, activation, picked[settled], prior, found)
         rest = picked[~settled]
         if len(rest):
-            rows = row_noise(rule, self._errors[name][rest], self._noise[rest], prior)
+            rows = row_noise(rule, self.errors[name][rest], self._noise[rest], prior)
             its = (rule, self.deltas[name][rest], gradient[rest], self._noise[rest], _of(output, rest))
             self._keep_stacked(solve_stacked(*its, weight, bias, prior, row_noise=rows), rest, found)
 
@@ -225,7 +237,7 @@ class _Walk:
         )
         self._keep_stacked(settled.stacked, which, found)
         self.deltas[name] = self.deltas[name].index_copy(0, which, settled.delta)
-        self._errors[name] = self._errors[name].index_copy(0, which, settled.errors)
+        self.errors[name] = self.errors[name].index_copy(0, which, settled.errors)
         output = self.values[name]
         self.values[name] = Estimate(
             output.value.index_copy(0, which, settled.output.value),
@@ -249,13 +261,14 @@ class _Walk:
             self._gradients[rule.weight], self._gradients[rule.bias], self._noise,
             self._weights[rule.weight], self._weights[rule.bias], self._rounding,
         )  # fmt: skip
-        own = self._samples.normal(head.delta) * head.delta_variance.sqrt().unsqueeze(1)
-        shared = self._samples.normal(head.scale_variance) * head.scale_variance.sqrt().unsqueeze(1)
-        self._keep_delta(rule.layer.name, head.delta, own + shared.unsqueeze(2) * head.delta.unsqueeze(1))
+        own = self.samples.normal(head.delta) * head.delta_variance.sqrt().unsqueeze(1)
+        shared = self.samples.normal(head.scale_variance) * head.scale_variance.sqrt().unsqueeze(1)
+        self.keep_delta(rule.layer.name, head.delta, own + shared.unsqueeze(2) * head.delta.unsqueeze(1))
         return Estimate(head.inputs.view(-1, *rule.layer.input_shape), head.inputs_variance)
 
-    def _keep_delta(self, name: str, delta: Tensor, errors: Tensor) -> None:
-        self.deltas[name], self._errors[name] = delta, errors
+    def keep_delta(self, name: str, delta: Tensor, errors: Tensor) -> None:
+        """Of a layer's result."""
+        self.deltas[name], self.errors[name] = delta, errors
         self._two_slopes.pop(name, None)
 
 

@@ -183,3 +183,21 @@ def test_a_known_input_is_not_needed_to_carry_delta():
     unknown = Estimate(torch.full((1, 3), torch.nan), torch.full((1, 3), torch.inf))
     delta, weight = torch.rand(1, 2), torch.rand(2, 3)
     torch.testing.assert_close(rule.carry(delta, 0, [unknown], None, {"weight": weight}), delta @ weight)
+
+
+@quick
+@given(affine_layers)
+def test_the_matrices_of_all_blocks_are_the_equations(small):
+    rule, inputs, delta = case(*small)
+    assume(rule.groups == 1)
+    gradient, columns = rule.weight_gradient(inputs, delta), rule.columns(inputs)
+    torch.manual_seed(0)
+    basis = torch.randn(rule.column_size, rule.column_size, dtype=torch.float64)
+    rows = 0
+    for block in range(rule.n_blocks):
+        found = rule.matrix(block, delta, basis) @ torch.linalg.solve(basis, columns[:, block].mT)
+        torch.testing.assert_close(found, rule.equations(block, gradient))
+        rows += found.shape[1] * found.shape[2]
+    entries_that_padding_alone_meets = gradient[0].numel() - rows
+    assert entries_that_padding_alone_meets >= 0
+    assert torch.count_nonzero(gradient[0]) <= rows

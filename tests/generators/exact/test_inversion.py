@@ -11,10 +11,11 @@ from gitlight.architecture import IMAGE, Architecture
 from gitlight.config import FullyConnectedConfig, LeNetConfig
 from gitlight.errors import ArchitectureError
 from gitlight.generators.base import FitOn
-from gitlight.generators.exact.fits import PriorFit, Way
+from gitlight.generators.exact.fits import Way
 from gitlight.generators.exact.inversion import Inversion
-from gitlight.generators.exact.plan import Known
 from gitlight.generators.exact.posterior import Prior
+from gitlight.generators.exact.prior_fit import PriorFit
+from gitlight.generators.exact.solvability import Known
 from gitlight.generators.exact.status import Status
 
 

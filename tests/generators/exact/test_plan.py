@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from gitlight.architecture import IMAGE, Architecture
 from gitlight.errors import ArchitectureError
-from gitlight.generators.exact.plan import Do, Known, plan_walk, rules_of
+from gitlight.generators.exact.plan import plan_walk, rules_of
+from gitlight.generators.exact.solvability import Do, Known
 from gitlight.generators.exact.walk import walk
 
 SHAPE, N_CLASSES = (3, 8, 8), 5
@@ -167,6 +168,54 @@ def test_nothing_is_carried_below_an_average_over_several_images():
     assert plan.known["4"] is Known.ESTIMATE
     assert not any(action.do is Do.CARRY for action in plan.actions)
     assert plan.obstacles["2"] == "with 4 images per leak, δ is not known below linear '5'"
+
+
+def separated_plan(model, n_images, shape=SHAPE, weights=None):
+    architecture, rules = structure(model, shape)
+    names = architecture.parameter_shapes if weights is None else weights
+    return plan_walk(architecture, rules, names, n_images, stacked=False, separated=True)
+
+
+@pytest.mark.parametrize(("n_images", "known"), [(2, Known.EXACT), (4, Known.CLOSE)])
+def test_images_that_are_told_apart_are_solved_for_together(n_images, known):
+    # Twelve channels of 3×3 kernels: 108 equations for the 36 unknowns of an image in each channel of the second input.
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.Tanh(), nn.Conv2d(12, 12, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(432, 5)
+    )
+    plan = separated_plan(model, n_images)
+    assert plan.known["4"] is Known.EXACT
+    assert plan.known["1"] is known
+    assert plan.known["0"] is known
+    assert plan.known[IMAGE] is Known.CLOSE, (
+        "108 equations for 64 unknowns of each image, but 432 outputs for 192 pixels"
+    )
+    assert "0" in plan.deltas
+    # The gradients of single images give that layer's input, which a regression is made of; weights below need not.
+    assert separated_plan(model, n_images, weights=("5.weight", "5.bias")).known["1"] is known
+
+
+def test_a_fully_connected_network_gives_all_images_of_a_client_batch():
+    for activation in (nn.Tanh(), nn.ReLU()):
+        plan = separated_plan(fully_connected(activation), 4)
+        assert plan.known[IMAGE] is Known.EXACT
+        # Only the last layer's δ is found by separation: below, a bias' gradient is that of several images.
+        assert [action.layer.name for action in plan.actions if action.do is Do.REVEAL] == ["3"]
+    without = separated_plan(fully_connected(nn.Tanh()), 4, weights=())
+    assert without.obstacles["1"] == "3.weight of linear '3' is not known"
+
+
+def test_groups_are_not_solved_for_together():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, N_CLASSES))
+    plan = separated_plan(model, 2, shape=(4, 3, 3))
+    assert plan.obstacles["0"] == "the equations of 2 images are too many, or of several groups"
+
+
+def test_a_plan_cut_to_all_it_solves_for_carries_nothing_further():
+    plan = separated_plan(convolutional(nn.Tanh()), 2)
+    cut = plan.first(len(plan.solves))
+    assert cut.solves == plan.solves
+    assert cut.actions[-1].do is not Do.CARRY
+    assert cut.first(len(plan.solves) + 1) is cut
 
 
 def test_max_pooling_ends_the_walk_with_the_reason():

@@ -207,7 +207,7 @@ def test_a_system_that_rounding_left_without_a_factor_is_damped_and_marked():
     rounded = torch.diag(torch.tensor([1.0, 1.0, -1e-14], dtype=torch.float64))
     hopeless = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
     fine = torch.eye(3, dtype=torch.float64)
-    factor, solved, damped = posterior._factorised(torch.stack([rounded, hopeless, fine, fine * torch.nan]))
+    factor, solved, damped = posterior.factorised(torch.stack([rounded, hopeless, fine, fine * torch.nan]))
     assert solved.tolist() == [True, False, True, False]
     assert damped.tolist() == [True, False, False, False]
     torch.testing.assert_close(factor[0] @ factor[0].T, rounded, rtol=0, atol=1e-11)

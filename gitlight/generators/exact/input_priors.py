@@ -1,0 +1,269 @@
+"""What is known of a layer's input before its gradient is seen: what public images, and its own output, say of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gitlight.architecture import IMAGE
+from gitlight.data.pair import Gradients
+from gitlight.generators.exact.affine import LARGEST_STACKED, AffineRule
+from gitlight.generators.exact.forward import computable, forward_values
+from gitlight.generators.exact.inversion import Inversion
+from gitlight.generators.exact.rule import Estimate
+from gitlight.generators.exact.status import Status
+from gitlight.generators.ridge import RidgeRegression
+
+_LARGEST_SUMS = 1 << 25
+"""Entries of the sums that a regression is made from, 256 MiB."""
+
+_LEAST_SPREAD = 1e-12
+"""Standard deviation of an unknown beforehand, over the size of inputs, where the output leaves nothing open."""
+
+_ONE_IN = 8
+
+
+class Expected(NamedTuple):
+    """A layer's input before its gradient is seen.
+
+    Attributes:
+        mean: ``(B, *input_shape)`` float64.
+        size: ``(B,)``, what multiplies `InputPrior.factor` for errors of the output.
+    """
+
+    mean: Tensor
+    size: Tensor
+
+
+class InputPrior(nn.Module):
+    """A regression of a layer's input on its output, and the covariance of what that leaves open.
+
+    The regression's strength is the variance of each image's own output, at least that which public images choose: the
+    linear estimate of least mean square error (Wiener). The covariance is one for all columns of a block (channels, or
+    features), their mean: with it one factorisation serves them in `gitlight.generators.exact.joint`.
+
+    Attributes:
+        factor: ``(n_blocks, column_size, column_size)`` float64, lower triangular: times its transpose, that
+            covariance.
+        misfit: ``()``, what a gradient misses of the one that ``δ`` by fitted weights and the true input give, over its
+            size, beyond its noise.
+    """
+
+    def __init__(self, rule: AffineRule, with_output: bool) -> None:
+        """Args: the layer's rule; whether its output is known. Otherwise the prior is that of public images alone."""
+        super().__init__()
+        self.rule = rule
+        n_outputs, n_inputs = prod(rule.layer.output_shape), rule.n_inputs
+        fits = max(n_outputs, n_inputs) <= LARGEST_STACKED and n_outputs * (n_outputs + n_inputs) <= _LARGEST_SUMS
+        self.uses_output = with_output and fits
+        # Without outputs, on one feature that never varies: their mean.
+        self._regression = RidgeRegression(n_outputs if self.uses_output else 1, n_inputs)
+        n_features = len(self._regression.mean)
+        for name, size in (
+            ("factor", (rule.n_blocks, rule.column_size, rule.column_size)),
+            ("misfit", ()),
+            ("directions", (n_features, n_features)),
+            ("variances", (n_features,)),
+            ("explained", (n_features,)),
+        ):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
+        self.factor: Tensor
+        self.misfit: Tensor
+        self.directions: Tensor  # principal ones of the standardised output
+        self.variances: Tensor  # along them, and the least strength
+        self.explained: Tensor  # squared covariance with the input, summed over its entries
+
+    def forward(self, output: Estimate | None, n: int) -> Expected:
+        """Of ``n`` images."""
+        regression, shape = self._regression, self.rule.layer.input_shape
+        if output is None or not self.uses_output:
+            mean = regression(regression.mean.expand(n, -1)).double()
+            return Expected(mean.view(n, *shape), mean.new_ones(n))
+        variance = output.variance.expand_as(output.value).flatten(1) / regression.deviation.square()
+        noise = variance.mean(dim=1, keepdim=True)
+        kept = self.variances / (self.variances + noise)  # of each direction, against the regression as fitted
+        seen = (output.value.flatten(1) - regression.mean) / regression.deviation
+        seen = (seen @ self.directions) * kept @ self.directions.T
+        mean = (seen.float() @ regression.coefficients + regression.offset).double()
+        left = (self.explained / self.variances * (1 - kept)).sum(dim=1)
+        size = (1 + left / (self.factor.square().sum() * self._columns)).sqrt()
+        return Expected(mean.view(n, *shape), size)
+
+    def trusted(self, output: Estimate) -> Estimate:
+        """The layer's output, entries moved towards their mean over public images as far as errors leave them open.
+
+        An error of an activation near its bound is any number once the activation is undone. A unit that is off stays
+        at its bound, as it was for public images.
+        """
+        if not self.uses_output:
+            return output
+        shape = self.rule.layer.output_shape
+        mean, spread = (v.view(shape) for v in (self._regression.mean, self._regression.deviation))
+        variance = output.variance.expand_as(output.value)
+        if output.at_most is not None:
+            variance = torch.where(output.at_most, 0.0, variance)
+        varies = torch.isfinite(spread)  # a unit that never varied is what it was
+        trust = torch.where(varies, 1 / (1 + variance / spread.square()), 0.0)
+        known = torch.isfinite(output.value) & (trust > 0)
+        value = torch.where(known, mean + trust * (output.value - mean), mean)
+        left = torch.where(known, trust * variance, torch.where(varies, spread.square(), 0.0))
+        return Estimate(value, left, output.at_most)
+
+    @property
+    def _columns(self) -> int:
+        return self.rule.n_inputs // (self.rule.n_blocks * self.rule.column_size)
+
+    def add(self, output: Tensor | None, inputs: Tensor, numbers: Tensor) -> None:
+        """Add images to the sums."""
+        seen = inputs.new_zeros(len(inputs), 1)
+        if self.uses_output:
+            assert output is not None
+            seen = torch.nan_to_num(output.flatten(1), posinf=0.0, neginf=0.0)
+        self._regression.add(seen, inputs.flatten(1), numbers)
+
+    def sums(self) -> Sequence[Tensor]:
+        """The regression's."""
+        return self._regression.sums()
+
+    def solve(self) -> None:
+        """From the sums, which are forgotten."""
+        kept, held_out, _ = self._regression.sums()
+        self._regression.solve()
+        if not self.uses_output:
+            return
+        regression, n_outputs = self._regression, len(self._regression.mean)
+        products = (kept + held_out)[: 1 + n_outputs, : 1 + n_outputs]
+        covariance = products[1:, 1:] / products[0, 0] - torch.outer(regression.mean, regression.mean)
+        covariance = covariance / regression.deviation / regression.deviation.unsqueeze(1)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.directions.copy_(vectors)
+        self.variances.copy_(values.clamp_min(0) + regression.strength)
+        covariances = self.variances.unsqueeze(1) * (vectors.T @ regression.coefficients.double())
+        self.explained.copy_(covariances.square().sum(dim=1))
+
+
+def identity_factor(rule: AffineRule) -> Tensor:
+    """The factor of those who know nothing: inputs are independent and of size one."""
+    return torch.eye(rule.column_size, dtype=torch.float64).repeat(rule.n_blocks, 1, 1)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of single public images.
+
+    Attributes:
+        output: the layer's, where the walk finds it.
+        inputs: the true one.
+        numbers: of the images.
+        missing: what the leaked gradient has beyond that of this input and the ``δ`` found.
+        gradient: that leaked gradient.
+        noise: standard deviation of its entries' error.
+    """
+
+    output: Estimate | None
+    inputs: Tensor
+    numbers: Tensor
+    missing: Tensor
+    gradient: Tensor
+    noise: Tensor
+
+
+class RegressionFit:
+    """The `PairFit` of all priors' regressions, on single images."""
+
+    def __init__(self, inversion: Inversion, priors: Mapping[str, InputPrior]) -> None:
+        """Args: the inversion, all its weights fitted; layer's name → its prior."""
+        self._inversion, self._priors = inversion, priors
+
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
+        """Add a batch of pairs."""
+        for name, seen in _of_single_images(self._inversion, self._priors, gradients, images, numbers).items():
+            output = None if seen.output is None else seen.output.value
+            self._priors[name].add(output, seen.inputs, seen.numbers)
+
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        return [total for prior in self._priors.values() for total in prior.sums()]
+
+    def finish(self) -> None:
+        """Solve them."""
+        for prior in self._priors.values():
+            prior.solve()
+
+
+class SpreadFit:
+    """The `PairFit` of what regressions leave open; one image in `_ONE_IN` is enough for it."""
+
+    def __init__(self, inversion: Inversion, priors: Mapping[str, InputPrior]) -> None:
+        """Args: the inversion, all its weights fitted; layer's name → its prior, the regression fitted."""
+        self._inversion, self._priors = inversion, priors
+        self._sums: dict[str, list[Tensor]] = {}
+        for name, prior in priors.items():
+            products = torch.zeros_like(prior.factor)
+            self._sums[name] = [products, *products.new_zeros(4).unbind()]
+
+    def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
+        """Add a batch of pairs."""
+        some = numbers % _ONE_IN == 0
+        gradients = {name: gradient[some] for name, gradient in gradients.items()}
+        seen = _of_single_images(self._inversion, self._priors, gradients, images[some], numbers[some])
+        for name, its in seen.items():
+            prior, (products, squares, count, missing, leaked) = self._priors[name], self._sums[name]
+            left = prior.rule.columns(its.inputs - prior(its.output, len(its.inputs)).mean)
+            left = left.transpose(0, 1).flatten(1, 2)  # (n_blocks, images · columns, column_size)
+            products += left.mT @ left
+            squares += its.inputs.square().mean() * left.shape[1]
+            count += left.shape[1]
+            noise = its.noise.square().sum() * its.gradient[0].numel()
+            missing += its.missing.square().sum() - noise
+            leaked += its.gradient.square().sum()
+
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        return [total for name in self._sums for total in self._sums[name]]
+
+    def finish(self) -> None:
+        """Factor the covariances."""
+        for name, (products, squares, count, missing, leaked) in self._sums.items():
+            covariance = products / count.clamp_min(1)
+            diagonal = covariance.diagonal(dim1=1, dim2=2)
+            # Fewer images than dimensions leave directions without any variance, in which a new image still may vary.
+            diagonal += 0.01 * diagonal.mean() + _LEAST_SPREAD**2 * squares / count.clamp_min(1) + 1e-300
+            self._priors[name].factor.copy_(torch.linalg.cholesky(covariance))
+            self._priors[name].misfit.copy_((missing.clamp_min(0) / leaked.clamp_min(1e-300)).sqrt())
+        self._sums = {}
+
+
+def _of_single_images(
+    inversion: Inversion, priors: Mapping[str, InputPrior], gradients: Gradients, images: Tensor, numbers: Tensor
+) -> dict[str, _Seen]:
+    """Name of each layer with a prior → what is seen of it in usable leaks."""
+    leaks = inversion.usable(gradients)
+    if not leaks.n:
+        return {}
+    found, architecture, weights = inversion.find(leaks), inversion.architecture, inversion.weights()
+    wanted = {prior.rule.layer.inputs[0] for prior in priors.values()}
+    truths = {IMAGE: images[leaks.which, 0].double()}
+    if wanted & computable(architecture, weights) - {IMAGE}:
+        truths = forward_values(architecture, images[leaks.which, 0], weights)
+    seen = {}
+    for name, prior in priors.items():
+        below = prior.rule.layer.inputs[0]
+        inputs = truths[below] if below in truths else found.values[below].value
+        output = found.values.get(name)
+        usable = torch.isfinite(inputs.flatten(1)).all(dim=1) & (found.status < Status.ROUNDED)
+        rule = prior.rule
+        assert rule.weight is not None
+        gradient = leaks.gradients[rule.weight][usable]
+        seen[name] = _Seen(
+            None if output is None else Estimate(output.value[usable], output.value.new_zeros(())),
+            inputs[usable],
+            numbers[leaks.which][usable],
+            gradient - rule.weight_gradient(inputs[usable], found.deltas[name][usable]),
+            gradient,
+            leaks.noise[usable],
+        )
+    return seen

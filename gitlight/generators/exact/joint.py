@@ -100,7 +100,7 @@ def _solve(
     delta, gradient = delta / _like(unit, delta), weight_gradient / _like(unit, weight_gradient)
     made = rule.weight_gradient(mean.flatten(0, 1), delta.flatten(0, 1)).unflatten(0, delta.shape[:2])
     spread = (factor.square().sum(dim=2).mean() * size.square()).unsqueeze(2)
-    variance = _variance_by_output(rule, errors / _like(unit, errors), noise / unit, mean, spread)  # (B, outputs)
+    variance = _variance_by_output(rule, (errors / _like(unit, errors)).float(), noise / unit, mean, spread)
     of_delta = rule.outputs(delta.flatten(0, 1)).square().sum(dim=1).unflatten(0, delta.shape[:2])
     relative = made.flatten(3).square().mean(dim=3) + spread * of_delta
     variance = variance + misfit.square() * relative.sum(dim=1)
@@ -160,18 +160,16 @@ def _factor(normal: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
 def _variance_by_output(rule: AffineRule, errors: Tensor, noise: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     """``(B, outputs)``: of the error of each output's equations, the gradient's own and what those of ``δ`` make.
 
-    Errors of ``δ`` are multiplied by inputs, whose mean is known, and whose variance ``spread``, ``(B, N, 1)``, counts
-    as independent.
+    Errors of ``δ``, in single precision as a few digits of them are enough, are multiplied by inputs, whose mean is
+    known, and whose variance ``spread``, ``(B, N, 1)``, counts as independent.
     """
     n_leaks, n_images, n_samples = errors.shape[:3]
     by_position = rule.outputs(errors.flatten(0, 2)).unflatten(0, (n_leaks, n_images, n_samples))
-    summed = (spread * by_position.square().mean(dim=2).sum(dim=2)).sum(dim=1)  # (B, outputs)
-    # In single precision: a few digits of an error are enough; in units of the largest, as its range is not.
-    size = by_position.flatten(1).abs().amax(dim=1).clamp_min(1e-300).view(-1, 1, 1)
-    rows = by_position.transpose(2, 3).flatten(1, 2).flatten(2)  # (B, N · positions, samples · outputs)
-    patches = rule.patches(mean.flatten(0, 1)).unflatten(0, (n_leaks, n_images)).flatten(1, 2)
+    summed = (spread * by_position.square().sum(dim=(2, 3)) / n_samples).sum(dim=1)  # (B, outputs)
+    rows = by_position.permute(0, 2, 4, 1, 3).reshape(n_leaks, -1, n_images * by_position.shape[3])
+    patches = rule.patches(mean.flatten(0, 1).float()).unflatten(0, (n_leaks, n_images)).flatten(1, 2)
     with torch.autocast(errors.device.type, enabled=False), full_float32():
-        made = ((rows / size).float().mT @ patches.float()).square().mean(dim=2).double() * size.squeeze(2).square()
+        made = (rows @ patches).square().mean(dim=2).double()  # (B, samples · outputs)
     by_mean = made.unflatten(1, (n_samples, -1)).mean(dim=1)
     return noise.square().unsqueeze(1) + by_mean + summed + 1e-300
 

@@ -21,7 +21,6 @@ from gitlight.generators.exact.rule import Estimate
 from gitlight.generators.exact.separation import Typical, n_equations_and_unknowns, separable, separate
 from gitlight.generators.exact.solvability import Known
 from gitlight.generators.exact.status import Status, screen
-from gitlight.generators.exact.walk import Found
 from gitlight.generators.exact.weights import LogitFit
 
 _MOST_SUMS = 1 << 25
@@ -29,6 +28,9 @@ _MOST_SUMS = 1 << 25
 
 _MOST_IN_JACOBIAN = 1 << 19
 """Entries of one leak's Jacobian, 4 MiB: beyond, a leak takes seconds."""
+
+_LEAKS_AT_ONCE = {"cpu": 16}
+"""That are carried down together: on a processor, so many that samples of their errors stay in its cache."""
 
 
 def can_separate(architecture: Architecture, client_batch_size: int) -> bool:
@@ -131,11 +133,11 @@ class SeparatedFeatures(nn.Module):
         values, levels = [], [(noise / size).repeat_interleave(n)]
         rows = (n * which.unsqueeze(1) + torch.arange(n, device=which.device)).flatten()
         for feature in self.features:
-            if feature.result not in found.values:  # not before all weights are fitted
+            if feature.result not in found:  # not before all weights are fitted
                 values.append(noise.new_zeros(n * len(leaks), *feature.shape))
                 levels.append(torch.full_like(levels[0], torch.inf))
                 continue
-            estimate = found.values[feature.result]
+            estimate = found[feature.result]
             value = torch.nan_to_num(estimate.value, posinf=0.0, neginf=0.0).reshape(-1, *feature.shape)
             values.append(value.new_zeros(n * len(leaks), *feature.shape).index_copy(0, rows, value))
             levels.append(deviation_of(estimate))
@@ -144,10 +146,11 @@ class SeparatedFeatures(nn.Module):
         whole = logarithms.new_full((n * len(leaks), logarithms.shape[1]), LEVELS[1])
         return FeatureValues(values, whole.index_copy(0, rows, logarithms))
 
-    def _walk(self, gradients: Gradients, noise: Tensor) -> Found:
+    def _walk(self, gradients: Gradients, noise: Tensor) -> dict[str, Estimate]:
+        """Name of each feature's result → its estimate ``(B · N, *shape)``; nothing before all weights are fitted."""
         weights, names = self.inversion.weights(), self._head.parameters
         if len(weights) < sum(len(step.layer.parameters) for step in self.inversion.steps) or not len(noise):
-            return Found({}, {}, noise)
+            return {}
         typical = Typical(self.typical_input, self.spread, self.probabilities)
         apart = separate(
             gradients[names["weight"]], gradients[names["bias"]], noise,
@@ -160,10 +163,16 @@ class SeparatedFeatures(nn.Module):
         inputs = torch.where(trust > 0, typical.inputs + trust * (apart.inputs - typical.inputs), typical.inputs)
         left = torch.where(trust > 0, trust * apart.inputs_variance.unsqueeze(2), spread)
         priors = {name: self.priors[key] for name, key in self._prior_keys.items()}
-        return ClientBatchWalker(
-            self._architecture, self.inversion.rules, gradients, noise, weights, priors,  # type: ignore[arg-type]
-            Estimate(inputs, left), apart.labels,
-        ).follow(self._plan)  # fmt: skip
+        parts, chunk = [], _LEAKS_AT_ONCE.get(noise.device.type, 256)
+        for start in range(0, len(noise), chunk):
+            part = slice(start, start + chunk)
+            its = {name: gradient[part] for name, gradient in gradients.items()}
+            walker = ClientBatchWalker(
+                self._architecture, self.inversion.rules, its, noise[part], weights, priors,  # type: ignore[arg-type]
+                Estimate(inputs[part], left[part]), apart.labels[part],
+            )  # fmt: skip
+            parts.append(walker.follow(self._plan).values)
+        return {feature.result: _joined([part[feature.result] for part in parts]) for feature in self.features}
 
     def labels(self, gradients: Gradients) -> Tensor:
         """Those of each leak's images, ``(B, N)`` int64, ascending."""
@@ -190,6 +199,11 @@ class SeparatedFeatures(nn.Module):
             return torch.maximum(least, self._noise * entry_size)
         n_classes, n_features = weight_gradient.shape[1:]
         return torch.maximum(least, weight_gradient.sum(dim=1).norm(dim=1) / (n_classes * n_features) ** 0.5)
+
+
+def _joined(parts: Sequence[Estimate]) -> Estimate:
+    values = torch.cat([part.value for part in parts])
+    return Estimate(values, torch.cat([part.variance.expand_as(part.value) for part in parts]))
 
 
 class _HeadFit:

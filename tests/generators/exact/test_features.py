@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gitlight.config import LeNetConfig
-from gitlight.generators.exact.features import ClosedFormFeatures
+from gitlight.generators.exact.features import ClosedFormFeatures, deviation_of
+from gitlight.generators.exact.rule import Estimate
 
 
 def fitted(leaked, pair, depth, forward_equations=False):
@@ -48,3 +49,11 @@ def test_a_depth_that_is_not_reached_changes_nothing(make_pairs):
     whole, deep = (ClosedFormFeatures(leaked.architecture, None, depth, 1) for depth in (None, 9))
     assert (deep.features, deep.end) == (whole.features, whole.end)
     assert deep.inversion.steps == whole.inversion.steps
+
+
+def test_a_variance_that_all_entries_share_is_stated_as_it_is():
+    """`torch.median` of an expanded tensor is wrong."""
+    variance = torch.tensor([4.0, 9.0], dtype=torch.float64).view(2, 1, 1, 1)
+    value = torch.zeros(2, 12, 16, 16, dtype=torch.float64)
+    for shape in (variance, variance.expand_as(value)):
+        assert deviation_of(Estimate(value, shape)).tolist() == [2, 3]

@@ -81,10 +81,11 @@ CASES = {
     **{f"lenet_mlp_n{n}": Case("lenet_mlp", client_batches(n, 15 * n), 30 * n) for n in (2, 4, 8, 16)},
     "lenet_coarse_n4": Case("lenet_coarse", client_batches(4, 30), 60),
     "lenet_hybrid_n2": Case("lenet_hybrid", client_batches(2, 8), 16),
-    "lenet_hybrid_n4": Case("lenet_hybrid", client_batches(4, 12), 30),
+    "lenet_hybrid_n4": Case("lenet_hybrid", client_batches(4, 4), 12),
     # Few leaks, each of which takes long to be told apart.
-    "lenet_hybrid_n8": Case("lenet_hybrid", (*client_batches(8, 6), "data.batch_size=32"), 12),
+    "lenet_hybrid_n8": Case("lenet_hybrid", (*client_batches(8, 3), "data.batch_size=32"), 12),
     "lenet_hybrid_n16": Case("lenet_hybrid", client_batches(16, 96), 192),
+    "mlp_hybrid_n4": Case("mlp_hybrid_n4", epochs_on_gpu=4),
     "resnet20_mlp_n4": Case("resnet20_mlp", client_batches(4, 24), 48),
     "resnet20_hybrid_n4": Case("resnet20_hybrid", client_batches(4, 3), 12),
     # One generator for a range of noise, and one for half of each of its levels.

@@ -12,6 +12,7 @@ from gitlight.generators.exact.input_priors import Expected, InputPrior, identit
 from gitlight.generators.exact.joint import solve_jointly
 from gitlight.generators.exact.plan import Action
 from gitlight.generators.exact.rule import Estimate, InverseRule, Weights
+from gitlight.generators.exact.solvability import Do
 from gitlight.generators.exact.walk import Walker
 
 
@@ -48,6 +49,11 @@ class ClientBatchWalker(Walker):
         self._noise_of_leak, self._labels, self._input_priors = noise, labels.flatten(), priors
         variance = inputs.variance.expand_as(inputs.value).flatten(0, 1)
         self._last = Estimate(inputs.value.flatten(0, 1), variance)
+
+    def is_beyond(self, action: Action) -> bool:
+        """Whether an action solves equations that did not hold for public images."""
+        prior = self._input_priors.get(action.layer.name)
+        return action.do is Do.SOLVE and prior is not None and not bool(prior.usable)
 
     def reveal(self, action: Action) -> None:
         """``δ = (softmax(W a + b) − y) / N`` of the last layer, and what errors of ``a`` make of it."""

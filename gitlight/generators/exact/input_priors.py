@@ -1,5 +1,6 @@
 """What is known of a layer's input before its gradient is seen: what public images, and its own output, say of it."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +25,15 @@ _LEAST_SPREAD = 1e-12
 """Standard deviation of an unknown beforehand, over the size of inputs, where the output leaves nothing open."""
 
 _ONE_IN = 8
+"""Share of the public images, by number, that no regression is made from: on them is measured what it leaves open."""
+
+_LARGEST_MISFIT = 0.3
+"""Of a layer's equations, beyond which nothing is made of them."""
+
+_LARGEST_ERROR = 0.1
+"""Variance of a true input that gradients give, over its own variance, up to which it is taken for true."""
+
+log = logging.getLogger(__name__)
 
 
 class Expected(NamedTuple):
@@ -50,6 +60,7 @@ class InputPrior(nn.Module):
             covariance.
         misfit: ``()``, what a gradient misses of the one that ``δ`` by fitted weights and the true input give, over its
             size, beyond its noise.
+        usable: ``()`` bool, whether there were public images to make it from, whose gradients its equations give.
     """
 
     def __init__(self, rule: AffineRule, with_output: bool) -> None:
@@ -70,6 +81,8 @@ class InputPrior(nn.Module):
             ("explained", (n_features,)),
         ):
             self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("usable", torch.tensor(False, device="cpu"))
+        self.usable: Tensor
         self.factor: Tensor
         self.misfit: Tensor
         self.directions: Tensor  # principal ones of the standardised output
@@ -82,7 +95,10 @@ class InputPrior(nn.Module):
         if output is None or not self.uses_output:
             mean = regression(regression.mean.expand(n, -1)).double()
             return Expected(mean.view(n, *shape), mean.new_ones(n))
-        variance = output.variance.expand_as(output.value).flatten(1) / regression.deviation.square()
+        variance = output.variance.expand_as(output.value)
+        if output.at_most is not None:
+            variance = torch.where(output.at_most, 0.0, variance)
+        variance = variance.flatten(1) / regression.deviation.square()
         noise = variance.mean(dim=1, keepdim=True)
         kept = self.variances / (self.variances + noise)  # of each direction, against the regression as fitted
         seen = (output.value.flatten(1) - regression.mean) / regression.deviation
@@ -103,14 +119,13 @@ class InputPrior(nn.Module):
         shape = self.rule.layer.output_shape
         mean, spread = (v.view(shape) for v in (self._regression.mean, self._regression.deviation))
         variance = output.variance.expand_as(output.value)
-        if output.at_most is not None:
-            variance = torch.where(output.at_most, 0.0, variance)
+        bounds = torch.zeros_like(output.value, dtype=torch.bool) if output.at_most is None else output.at_most
         varies = torch.isfinite(spread)  # a unit that never varied is what it was
         trust = torch.where(varies, 1 / (1 + variance / spread.square()), 0.0)
         known = torch.isfinite(output.value) & (trust > 0)
         value = torch.where(known, mean + trust * (output.value - mean), mean)
         left = torch.where(known, trust * variance, torch.where(varies, spread.square(), 0.0))
-        return Estimate(value, left, output.at_most)
+        return Estimate(torch.where(bounds, output.value, value), torch.where(bounds, variance, left), output.at_most)
 
     @property
     def _columns(self) -> int:
@@ -125,12 +140,21 @@ class InputPrior(nn.Module):
         self._regression.add(seen, inputs.flatten(1), numbers)
 
     def sums(self) -> Sequence[Tensor]:
-        """The regression's."""
+        """The regression's, of no image if there was none."""
+        if not self._regression.sums():
+            n_features, n_inputs = self._regression.coefficients.shape
+            nothing = self._regression.mean.new_zeros(0, n_features)
+            numbers = torch.zeros(0, dtype=torch.int64, device=nothing.device)
+            self._regression.add(nothing, nothing.new_zeros(0, n_inputs), numbers)
         return self._regression.sums()
 
     def solve(self) -> None:
         """From the sums, which are forgotten."""
-        kept, held_out, _ = self._regression.sums()
+        kept, held_out, _ = self.sums()
+        self.usable.fill_(bool(kept[0, 0] > 1))
+        if not self.usable:
+            self._regression = RidgeRegression(*self._regression.coefficients.shape).to(kept.device)
+            return
         self._regression.solve()
         if not self.uses_output:
             return
@@ -147,7 +171,7 @@ class InputPrior(nn.Module):
 
 def identity_factor(rule: AffineRule) -> Tensor:
     """The factor of those who know nothing: inputs are independent and of size one."""
-    return torch.eye(rule.column_size, dtype=torch.float64).repeat(rule.n_blocks, 1, 1)
+    return torch.eye(rule.column_size, dtype=torch.float64, device="cpu").repeat(rule.n_blocks, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -180,7 +204,10 @@ class RegressionFit:
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
-        for name, seen in _of_single_images(self._inversion, self._priors, gradients, images, numbers).items():
+        others = numbers % _ONE_IN != 0
+        gradients = {name: gradient[others] for name, gradient in gradients.items()}
+        found = _of_single_images(self._inversion, self._priors, gradients, images[others], numbers[others])
+        for name, seen in found.items():
             output = None if seen.output is None else seen.output.value
             self._priors[name].add(output, seen.inputs, seen.numbers)
 
@@ -195,7 +222,7 @@ class RegressionFit:
 
 
 class SpreadFit:
-    """The `PairFit` of what regressions leave open; one image in `_ONE_IN` is enough for it."""
+    """The `PairFit` of what regressions leave open of images that they were not made from."""
 
     def __init__(self, inversion: Inversion, priors: Mapping[str, InputPrior]) -> None:
         """Args: the inversion, all its weights fitted; layer's name → its prior, the regression fitted."""
@@ -212,6 +239,8 @@ class SpreadFit:
         seen = _of_single_images(self._inversion, self._priors, gradients, images[some], numbers[some])
         for name, its in seen.items():
             prior, (products, squares, count, missing, leaked) = self._priors[name], self._sums[name]
+            if not prior.usable:
+                continue
             left = prior.rule.columns(its.inputs - prior(its.output, len(its.inputs)).mean)
             left = left.transpose(0, 1).flatten(1, 2)  # (n_blocks, images · columns, column_size)
             products += left.mT @ left
@@ -232,8 +261,19 @@ class SpreadFit:
             diagonal = covariance.diagonal(dim1=1, dim2=2)
             # Fewer images than dimensions leave directions without any variance, in which a new image still may vary.
             diagonal += 0.01 * diagonal.mean() + _LEAST_SPREAD**2 * squares / count.clamp_min(1) + 1e-300
-            self._priors[name].factor.copy_(torch.linalg.cholesky(covariance))
-            self._priors[name].misfit.copy_((missing.clamp_min(0) / leaked.clamp_min(1e-300)).sqrt())
+            prior = self._priors[name]
+            prior.factor.copy_(torch.linalg.cholesky(covariance))
+            prior.misfit.copy_((missing.clamp_min(0) / leaked.clamp_min(1e-300)).sqrt())
+            prior.usable.copy_(prior.usable & (count > 0) & (prior.misfit < _LARGEST_MISFIT))
+            if not prior.usable:
+                why = f"miss {float(prior.misfit):.0%} of the gradients" if count else "hold for none"
+                log.warning(
+                    "client batches: nothing is made of the gradient of %s, nor of layers below it: its equations, by "
+                    "the weights fitted, %s of public images that could be used. More pairs may help: "
+                    "data.n_public_images.",
+                    prior.rule.layer.place,
+                    why,
+                )
         self._sums = {}
 
 
@@ -252,9 +292,17 @@ def _of_single_images(
     seen = {}
     for name, prior in priors.items():
         below = prior.rule.layer.inputs[0]
-        inputs = truths[below] if below in truths else found.values[below].value
+        usable = found.status < Status.ROUNDED
+        if below in truths:
+            inputs = truths[below]
+        else:
+            inputs, variance = found.values[below].value, found.values[below].variance
+            error = variance.expand_as(inputs).flatten(1).mean(dim=1)
+            usable = usable & (error < _LARGEST_ERROR * inputs.flatten(1).var(dim=1))
+        usable = usable & torch.isfinite(inputs.flatten(1)).all(dim=1)
+        if not usable.any():
+            continue
         output = found.values.get(name)
-        usable = torch.isfinite(inputs.flatten(1)).all(dim=1) & (found.status < Status.ROUNDED)
         rule = prior.rule
         assert rule.weight is not None
         gradient = leaks.gradients[rule.weight][usable]

@@ -105,8 +105,11 @@ class Inversion(nn.Module):
         self.separated_plan: Plan | None = None
         if separated is not None:
             apart = plan_walk(architecture, self.rules, set(self._estimated), separated, stacked=False, separated=True)
-            depth = min(depth or len(apart.solves), len(apart.solves))
-            self.separated_plan = apart.first(depth)
+            self.separated_plan = apart.first(min(depth or len(apart.solves), len(apart.solves)))
+            # That of single images solves for the same layers, and for others whose bias reveals δ.
+            single = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked).solves
+            wanted = {action.layer.name for action in self.separated_plan.solves}
+            depth = max((n for n, action in enumerate(single, 1) if action.layer.name in wanted), default=None)
         self._plan = plan_walk(architecture, self.rules, set(self._estimated), client_batch_size, stacked).first(depth)
         on_the_way = [*layers, *(action.layer for action in self._plan.actions), architecture[architecture.output]]
         # Where the image is found, all gradients are compared with those that it gives.
@@ -128,6 +131,11 @@ class Inversion(nn.Module):
     def plan(self) -> Plan:
         """What is found once all fits are made."""
         return self._plan
+
+    @property
+    def parameters_to_fit(self) -> tuple[str, ...]:
+        """Names of the parameters that are estimated."""
+        return tuple(self._estimated)
 
     def weights(self) -> dict[str, Tensor]:
         """The estimates that have been made so far."""

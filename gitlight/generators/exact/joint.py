@@ -1,6 +1,7 @@
 """`solve_jointly`: a layer's inputs for all images of a leak at once, from the one gradient that their sum left."""
 
 from math import prod
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,16 +14,47 @@ from gitlight.gradients.precision import full_float32
 _LARGEST = 1 << 23
 """Entries of a leak's system, 64 MiB: beyond, it takes a second."""
 
+_LARGEST_BASIS = 1 << 25
+"""Entries of what all output positions see of all columns of a basis, 256 MiB."""
 
-def solved_jointly(rule: AffineRule, n_images: int) -> bool:
-    """Whether `solve_jointly` takes gradients of this layer: its weight is of one group, and of a moderate size."""
-    return rule.groups == 1 and rule.n_equations * n_images * rule.column_size <= _LARGEST
+_UNKNOWN = 1e18
+"""An error that says that nothing is known; its square is finite in single precision."""
+
+_KNOWN: WeakKeyDictionary[AffineRule, dict[int, bool]] = WeakKeyDictionary()
+"""What was found of a rule: each takes a second or two, and is asked for several times."""
+
+
+def solved_jointly(rule: AffineRule, n_images: int) -> str | None:
+    """Why `solve_jointly` does not take gradients of this layer; None if it does."""
+    if rule.groups != 1:
+        return f"its weight has {rule.groups} groups"
+    n_outputs = rule.layer.weight_shape[0]
+    basis = prod(rule.layer.output_shape) // n_outputs * (rule.n_equations // n_outputs) * rule.column_size
+    covariance = rule.n_blocks * rule.column_size**2
+    if max(rule.n_equations * n_images * rule.column_size, covariance) > _LARGEST or basis > _LARGEST_BASIS:
+        return f"the equations of {n_images} images are too many"
+    return None
 
 
 def exact_jointly(rule: AffineRule, n_images: int) -> bool:
     """Whether gradient equations determine the inputs of ``n_images`` images at once, ``δ`` in general position."""
+    known = _KNOWN.setdefault(rule, {})
+    if n_images not in known:
+        known[n_images] = _exact_jointly(rule, n_images)
+    return known[n_images]
+
+
+def exact_by_outputs(rule: AffineRule) -> bool:
+    """Whether all outputs alone determine the input, for ``W`` in general position."""
+    known = _KNOWN.setdefault(rule, {})
+    if 0 not in known:
+        known[0] = _exact_by_outputs(rule)
+    return known[0]
+
+
+def _exact_jointly(rule: AffineRule, n_images: int) -> bool:
     size = n_images * rule.column_size
-    if not rule.exact or not solved_jointly(rule, n_images) or size > min(rule.n_equations, LARGEST_RANK):
+    if not rule.exact or solved_jointly(rule, n_images) is not None or size > min(rule.n_equations, LARGEST_RANK):
         return False
     delta = _general((n_images, *rule.layer.output_shape))
     identity = torch.eye(rule.column_size, dtype=torch.float64, device="cpu")
@@ -30,12 +62,11 @@ def exact_jointly(rule: AffineRule, n_images: int) -> bool:
     return all(int(torch.linalg.matrix_rank(system)) == size for system in systems)
 
 
-def exact_by_outputs(rule: AffineRule) -> bool:
-    """Whether all outputs alone determine the input, for ``W`` in general position."""
+def _exact_by_outputs(rule: AffineRule) -> bool:
     if rule.n_inputs > min(prod(rule.layer.output_shape), LARGEST_STACKED):
         return False
-    matrix = rule.forward_matrix(_general(rule.layer.weight_shape))
-    normal = matrix.T @ matrix
+    ones = torch.ones((1, *rule.layer.output_shape), dtype=torch.float64, device="cpu")
+    normal = rule.forward_normal(_general(rule.layer.weight_shape), ones)[0].clone()
     normal.diagonal().sub_(1e-12 * normal.diagonal().max())
     return not bool(torch.linalg.cholesky_ex(normal).info)
 
@@ -70,7 +101,7 @@ def solve_jointly(
         misfit: ``()``, error of ``K(δ_n) a_n`` over its size, whatever that of ``delta``: of fitted weights.
 
     Returns:
-        ``(B, N, *input_shape)``, with one variance for all entries of an image, their mean.
+        ``(B, N, *input_shape)``, with one variance for all entries of an image that are in a column, their mean.
     """
     n_images = delta.shape[1]
     entries = rule.n_equations * rule.column_size * n_images
@@ -81,7 +112,10 @@ def solve_jointly(
         of_leaks = (delta[part], errors[part], weight_gradient[part], noise[part], mean[part], size[part])
         parts.append(_solve(rule, *of_leaks, factor, misfit))
     values, variances = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Estimate(values, variances.view(*variances.shape, *[1] * (values.dim() - 2)).expand_as(values))
+    # Of entries in no column, such as pixels beyond the last whole patch, no equation says anything.
+    covered = rule.from_columns(torch.ones_like(rule.columns(values[:1, 0]))) > 0
+    variances = variances.view(*variances.shape, *[1] * (values.dim() - 2))
+    return Estimate(values, torch.where(covered, variances.expand_as(values), torch.inf))
 
 
 def _solve(
@@ -164,6 +198,9 @@ def _variance_by_output(rule: AffineRule, errors: Tensor, noise: Tensor, mean: T
     known, and whose variance ``spread``, ``(B, N, 1)``, counts as independent.
     """
     n_leaks, n_images, n_samples = errors.shape[:3]
+    errors = torch.nan_to_num(errors, nan=1e18, posinf=1e18, neginf=-1e18).clamp(
+        -1e18, 1e18
+    )  # whose squares are finite
     by_position = rule.outputs(errors.flatten(0, 2)).unflatten(0, (n_leaks, n_images, n_samples))
     summed = (spread * by_position.square().sum(dim=(2, 3)) / n_samples).sum(dim=1)  # (B, outputs)
     rows = by_position.permute(0, 2, 4, 1, 3).reshape(n_leaks, -1, n_images * by_position.shape[3])

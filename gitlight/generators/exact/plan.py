@@ -146,8 +146,8 @@ def plan_walk(
                 obstacles[layer.name] = f"{rule.weight} is used {uses[rule.weight]} times, and its gradient is a sum"
             elif rule.weight in architecture.sketched:
                 obstacles[layer.name] = f"of the gradient of {rule.weight} there is only a sketch"
-            elif has_delta and separated and not solved_jointly(rule, n_images):
-                obstacles[layer.name] = f"the equations of {n_images} images are too many, or of several groups"
+            elif has_delta and separated and (reason := solved_jointly(rule, n_images)) is not None:
+                obstacles[layer.name] = reason
             elif has_delta:
                 if separated:
                     above = None if layer.name == architecture.output else known.get(layer.name)

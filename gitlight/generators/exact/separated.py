@@ -36,14 +36,17 @@ _LEAKS_AT_ONCE = {"cpu": 16}
 def can_separate(architecture: Architecture, client_batch_size: int) -> bool:
     """Whether the images of a client batch can be told apart by the last layer's equations.
 
-    That takes a last linear layer with a bias, both gradients whole; more classes than images; a gradient that is the
-    mean of single images' gradients, which batch norm by batch statistics does not leave; and equations that are not
-    too many to be solved for each leak.
+    That takes a last linear layer with a bias, both gradients whole and its own; more classes than images; a gradient
+    that is the mean of single images' gradients, which batch norm by batch statistics does not leave; and equations
+    that are not too many to be solved for each leak.
     """
     head = architecture[architecture.output]
     bias = output_bias(architecture)
     weight = head.parameters.get("weight")
     if bias is None or weight is None or {bias, weight} & set(architecture.sketched):
+        return False
+    used = [name for layer in architecture.layers for name in layer.parameters.values()]
+    if used.count(weight) > 1 or used.count(bias) > 1:
         return False
     if any(layer.kind == "batch_norm" and layer.arguments["training"] for layer in architecture.layers):
         return False
@@ -94,7 +97,7 @@ class SeparatedFeatures(nn.Module):
         self.features = features_of(plan, rules, architecture)
         self.end = end_of(plan, rules, architecture)
         last = plan.solves[-1].layer
-        if depth == len(plan.solves):
+        if self.inversion.is_cut:
             self.end = f"generator.exact_depth is {depth}"
         elif plan.known[last.inputs[0]] is Known.ESTIMATE:
             self.end = f"the equations of {last.name!r} do not determine the inputs of {client_batch_size} images"
@@ -133,7 +136,7 @@ class SeparatedFeatures(nn.Module):
         values, levels = [], [(noise / size).repeat_interleave(n)]
         rows = (n * which.unsqueeze(1) + torch.arange(n, device=which.device)).flatten()
         for feature in self.features:
-            if feature.result not in found:  # not before all weights are fitted
+            if feature.result not in found:  # as before all weights are fitted
                 values.append(noise.new_zeros(n * len(leaks), *feature.shape))
                 levels.append(torch.full_like(levels[0], torch.inf))
                 continue
@@ -149,7 +152,7 @@ class SeparatedFeatures(nn.Module):
     def _walk(self, gradients: Gradients, noise: Tensor) -> dict[str, Estimate]:
         """Name of each feature's result → its estimate ``(B · N, *shape)``; nothing before all weights are fitted."""
         weights, names = self.inversion.weights(), self._head.parameters
-        if len(weights) < sum(len(step.layer.parameters) for step in self.inversion.steps) or not len(noise):
+        if len(weights) < len(self.inversion.parameters_to_fit) or not len(noise):
             return {}
         typical = Typical(self.typical_input, self.spread, self.probabilities)
         apart = separate(
@@ -171,8 +174,9 @@ class SeparatedFeatures(nn.Module):
                 self._architecture, self.inversion.rules, its, noise[part], weights, priors,  # type: ignore[arg-type]
                 Estimate(inputs[part], left[part]), apart.labels[part],
             )  # fmt: skip
-            parts.append(walker.follow(self._plan).values)
-        return {feature.result: _joined([part[feature.result] for part in parts]) for feature in self.features}
+            parts.append(walker.follow(self._plan, until=walker.is_beyond).values)
+        found = [feature.result for feature in self.features if feature.result in parts[0]]
+        return {name: _joined([part[name] for part in parts]) for name in found}
 
     def labels(self, gradients: Gradients) -> Tensor:
         """Those of each leak's images, ``(B, N)`` int64, ascending."""

@@ -8,7 +8,7 @@ from small_layers import affine_layers, quick
 from torch import nn
 
 from gitlight.generators.exact import rule_for
-from gitlight.generators.exact.joint import exact_by_outputs, exact_jointly, solve_jointly
+from gitlight.generators.exact.joint import exact_by_outputs, exact_jointly, solve_jointly, solved_jointly
 from gitlight.generators.exact.posterior import N_DEVIATIONS
 
 SMALL = 1e-9
@@ -123,6 +123,10 @@ def test_where_a_system_has_no_factor_what_was_expected_stands():
     noise = torch.full((2,), 1e-3, dtype=torch.float64)
     found = solve_jointly(rule, delta, no_errors(delta), gradient, noise, mean, factor, size, EXACT)
     assert torch.isfinite(found.value[0]).all()
+    assert torch.equal(found.value[1], mean[1])
+    # That of sixteen samples of it.
+    beforehand = size[1].square() * factor.square().sum(dim=2).mean()
+    torch.testing.assert_close(found.variance[1, :, 0], beforehand, rtol=0.8, atol=0)
     # Nothing of the other leak is lost.
     alone = solve_jointly(
         rule, delta[:1], no_errors(delta)[:1], gradient[:1], noise[:1], mean[:1], factor, size[:1], EXACT
@@ -159,3 +163,32 @@ def test_how_many_images_gradient_equations_determine(module, shape, n_images, e
 )
 def test_whether_outputs_alone_determine_the_input(module, shape, exact):
     assert exact_by_outputs(rule_for(layer_of(module.double(), shape))) is exact
+
+
+def test_pixels_that_no_kernel_meets_are_not_known():
+    module = nn.Conv2d(1, 8, 2, 2).double()
+    rule, inputs, delta, gradient, mean, factor, size = case(module, (1, 5, 4), n_images=2)
+    noise = torch.full((2,), 1e-12, dtype=torch.float64)
+    found = solve_jointly(rule, delta, no_errors(delta), gradient, noise, mean, factor, size, EXACT)
+    assert torch.isinf(found.variance[..., 4, :]).all()
+    assert torch.isfinite(found.variance[..., :4, :]).all()
+    assert relative(found.value[..., :4, :], inputs[..., :4, :]) < SMALL
+
+
+def test_an_error_without_bound_says_that_an_outputs_equations_say_nothing():
+    module = nn.Linear(6, 9).double()
+    rule, inputs, delta, gradient, mean, factor, size = case(module, (6,), n_images=3)
+    errors = no_errors(delta)
+    errors[0, 0, :, 4] = torch.inf
+    gradient[0, 4] = 1e6
+    noise = torch.full((2,), 1e-12, dtype=torch.float64)
+    found = solve_jointly(rule, delta, errors, gradient, noise, mean, factor, size, EXACT)
+    assert relative(found.value, inputs) < 1e-6
+
+
+def test_why_a_layer_is_not_solved_for_several_images():
+    groups = rule_for(layer_of(nn.Conv2d(4, 8, 3, groups=2), (4, 5, 5)))
+    assert solved_jointly(groups, 2) == "its weight has 2 groups"
+    large = rule_for(layer_of(nn.Conv2d(1, 2, 1), (1, 80, 80)))
+    assert solved_jointly(large, 2) == "the equations of 2 images are too many"
+    assert solved_jointly(rule_for(layer_of(nn.Conv2d(12, 12, 5, 2, 2), (12, 16, 16))), 9) is None

@@ -207,7 +207,7 @@ def test_a_fully_connected_network_gives_all_images_of_a_client_batch():
 def test_groups_are_not_solved_for_together():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, N_CLASSES))
     plan = separated_plan(model, 2, shape=(4, 3, 3))
-    assert plan.obstacles["0"] == "the equations of 2 images are too many, or of several groups"
+    assert plan.obstacles["0"] == "its weight has 2 groups"
 
 
 def test_a_plan_cut_to_all_it_solves_for_carries_nothing_further():

@@ -134,12 +134,14 @@ def test_the_second_regression_is_of_single_images(make_pairs):
     _, single = make_pairs(settings, n=600)
     chosen = HybridGeneratorConfig(channels=8, blocks=1, gradient_channels=2)
     generator = HybridGenerator(leaked.architecture, chosen, 2)
-    errors = []
+    errors, names = [], []
     for fit in generator.fits():
+        names.append(fit.name)
         (used,) = [single] if (isinstance(fit, FitOn) and fit.pairs.single_images) else [pair]
         fit.update(used.gradients, used.images, used.indices[:, 0] // used.images.shape[1])
         fit.finish()
         errors.append((match(generator.start(pair.gradients), pair.images) - pair.images).square().mean())
+    assert names[-2:] == ["FeatureFit", "MatchedFit"]
     assert errors[-1] < errors[-2]
 
 
@@ -266,7 +268,6 @@ def test_hybrid_keeps_what_is_exact_and_refines_the_rest():
     torch.manual_seed(0)
     generator = HybridGenerator(features._architecture, chosen, 3)
     generator.walk.load_state_dict(features.state_dict())
-    generator.walk.inversion._found = features.inversion._found
     assert generator.refinement is not None
     nn.init.normal_(generator.refinement.leave.weight, std=0.1)
     found = generator(gradients)
@@ -279,3 +280,43 @@ def test_hybrid_keeps_what_is_exact_and_refines_the_rest():
     loss = (found - images).square().mean()
     loss.backward()
     assert generator.refinement.leave.weight.grad.any()
+
+
+class Branches(nn.Module):
+    """Two layers side by side, of which the equations of several images reach one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 6), nn.Linear(12, 6)
+        self.h = nn.Linear(12, 7)
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        return self.h(torch.cat([torch.tanh(self.b(flat)), torch.sin(self.a(flat))], dim=1))
+
+
+def test_single_images_are_solved_for_wherever_client_batches_are():
+    torch.manual_seed(0)
+    network = Branches()
+    architecture = Architecture.of(network, (3, 2, 2), 7)
+    engine = GradientEngine(network, architecture, GradientsConfig())
+    features = SeparatedFeatures(architecture, None, 2)
+    images = torch.rand(200, 1, 3, 2, 2)
+    gradients = engine(images, torch.randint(7, (200, 1)))
+    for fit in features.fits():
+        fit.update(gradients, images, torch.arange(200))
+        fit.finish()
+    values, _ = features(engine(torch.rand(5, 2, 3, 2, 2), torch.randint(7, (5, 2))))
+    assert len(values) == len(features.features)
+
+
+def test_a_last_layer_whose_weight_is_used_twice_tells_nothing_apart():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(12, 12)
+
+        def forward(self, images):
+            return self.head(torch.tanh(self.head(images.flatten(1))))
+
+    assert not can_separate(Architecture.of(Twice(), (3, 2, 2), 12), 2)

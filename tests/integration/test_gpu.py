@@ -96,12 +96,12 @@ def test_images_of_a_batch_are_told_apart_as_on_the_cpu():
         fit.update(engine(images, labels), images, torch.arange(2000))
         fit.finish()
     gradients = engine(images[:64].view(32, 2, *SHAPE), labels[:64].view(32, 2))
-    (wanted,), levels = features(gradients)
+    (wanted, *_), levels = features(gradients)
     features.cuda()
-    (found,), its_levels = features({name: gradient.cuda() for name, gradient in gradients.items()})
+    (found, *_), its_levels = features({name: gradient.cuda() for name, gradient in gradients.items()})
     told_apart = levels[:, 1] < levels[:, 1].median()  # elsewhere rounding may lead to another minimum
     torch.testing.assert_close(found.cpu()[told_apart], wanted[told_apart], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(its_levels.cpu()[told_apart], levels[told_apart], rtol=0, atol=0.1)
+    torch.testing.assert_close(its_levels.cpu()[told_apart, :2], levels[told_apart, :2], rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

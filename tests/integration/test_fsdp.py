@@ -112,7 +112,8 @@ def test_other_tasks_follow_the_curve_of_two_processes(command, tmp_path, settin
     (tmp_path / "run.yaml").write_text(settings)
     for strategy in ("ddp", "fsdp"):
         own = ["trainer.devices=2", f"trainer.strategy={strategy}", f"output_dir={tmp_path / strategy}"]
-        command("train.py", "run.yaml", *SMALL, *UNEVEN, *own)
+        # Training a network of four channels, PyTorch 2.15's oneDNN corrupts memory on some processors.
+        command("train.py", "run.yaml", *SMALL, *UNEVEN, "leaked.width=8", *own)
     assert_alike(tmp_path / "fsdp", tmp_path / "ddp")
 
 

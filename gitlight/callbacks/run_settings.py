@@ -16,11 +16,8 @@ STATE_KEY = "RunSettings"
 _PARTS = {"global_step": int, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
 """What a checkpoint of a run holds beside weights and callbacks' states, and another's may not."""
 
-# How long, where and how fast a run computes may change when it goes on. The weights that `leaked.weights` names are
-# compared themselves.
-_FREE = (
+WHERE_AND_HOW_FAST = (
     "output_dir",
-    "trainer.",
     "evaluation.",
     "logging.",
     "data.root",
@@ -29,8 +26,12 @@ _FREE = (
     "data.memory_limit_gb",
     "gradients.memory_limit_gb",
     "gradients.method",
-    "leaked.weights",
 )
+"""Beginnings of settings that say where a run computes, reads and logs, and how fast, not what."""
+
+# How long a run trains may change, too, when it goes on. The weights that `leaked.weights` names are compared
+# themselves.
+_FREE = (*WHERE_AND_HOW_FAST, "trainer.", "leaked.weights")
 # That a run is the same for every number of processes holds of all its parts, or not of the run.
 _KEPT = "trainer.virtual_ranks"
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gitlight.callbacks.run_settings import WHERE_AND_HOW_FAST
 from gitlight.config import Config
 from gitlight.config_loading import dotted, load_config
 from gitlight.errors import ConfigError
@@ -21,15 +22,8 @@ _OF_THE_SWEEP = ("output_dir", "trainer.resume")
 
 # Trials can be compared, wherever and however they are computed, read and logged.
 _FREE = (
+    *WHERE_AND_HOW_FAST,
     *_OF_THE_SWEEP,
-    "evaluation.",
-    "logging.",
-    "data.root",
-    "data.download",
-    "data.num_workers",
-    "data.memory_limit_gb",
-    "gradients.memory_limit_gb",
-    "gradients.method",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

@@ -103,32 +103,18 @@ def solve_jointly(
     Returns:
         ``(B, N, *input_shape)``, with one variance for all entries of an image that are in a column, their mean.
     """
-    n_images = delta.shape[1]
-    entries = rule.n_equations * rule.column_size * n_images
+    entries = rule.n_equations * rule.column_size * delta.shape[1]
     chunk = max(1, int(WORKSPACE_BYTES / (3 * 8 * entries)))
-    parts = []
-    for start in range(0, len(delta), chunk):
-        part = slice(start, start + chunk)
-        of_leaks = (delta[part], errors[part], weight_gradient[part], noise[part], mean[part], size[part])
-        parts.append(_solve(rule, *of_leaks, factor, misfit))
-    values, variances = (torch.cat(part) for part in zip(*parts, strict=True))
-    # Of entries in no column, such as pixels beyond the last whole patch, no equation says anything.
-    covered = rule.from_columns(torch.ones_like(rule.columns(values[:1, 0]))) > 0
-    variances = variances.view(*variances.shape, *[1] * (values.dim() - 2))
-    return Estimate(values, torch.where(covered, variances.expand_as(values), torch.inf))
-
-
-def _solve(
-    rule: AffineRule,
-    delta: Tensor,
-    errors: Tensor,
-    weight_gradient: Tensor,
-    noise: Tensor,
-    mean: Tensor,
-    size: Tensor,
-    factor: Tensor,
-    misfit: Tensor,
-) -> tuple[Tensor, Tensor]:
+    if len(delta) > chunk:
+        parts = []
+        for start in range(0, len(delta), chunk):
+            of = slice(start, start + chunk)
+            parts.append(
+                solve_jointly(
+                    rule, delta[of], errors[of], weight_gradient[of], noise[of], mean[of], factor, size[of], misfit
+                )
+            )
+        return Estimate(torch.cat([part.value for part in parts]), torch.cat([part.variance for part in parts]))
     # In units of the largest entry of δ, whose squares else may be zero.
     unit = delta.flatten(1).abs().amax(dim=1).clamp_min(1e-300)
     delta, gradient = delta / _like(unit, delta), weight_gradient / _like(unit, weight_gradient)
@@ -151,8 +137,13 @@ def _solve(
         moved.append((its_factor @ found.unflatten(1, (delta.shape[1], -1))).flatten(0, 1).mT)
         variances.append((its_factor @ deviations.unflatten(1, (delta.shape[1], -1))).square().mean(dim=(2, 3)))
     step = rule.from_columns(torch.stack(moved, dim=1)).unflatten(0, delta.shape[:2])
-    step = step * size.view(*size.shape, *[1] * (step.dim() - 2))
-    return mean + step, torch.stack(variances).mean(dim=0) * size.square()
+    each = (*size.shape, *[1] * (step.dim() - 2))
+    of_images = torch.stack(variances).mean(dim=0) * size.square()
+    # Of entries in no column, such as pixels beyond the last whole patch, no equation says anything.
+    covered = rule.from_columns(torch.ones_like(rule.columns(mean[:1, 0]))) > 0
+    return Estimate(
+        mean + step * size.view(each), torch.where(covered, of_images.view(each).expand_as(step), torch.inf)
+    )
 
 
 def _by_unknowns(matrix: Tensor, missing: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,9 +189,7 @@ def _variance_by_output(rule: AffineRule, errors: Tensor, noise: Tensor, mean: T
     known, and whose variance ``spread``, ``(B, N, 1)``, counts as independent.
     """
     n_leaks, n_images, n_samples = errors.shape[:3]
-    errors = torch.nan_to_num(errors, nan=1e18, posinf=1e18, neginf=-1e18).clamp(
-        -1e18, 1e18
-    )  # whose squares are finite
+    errors = torch.nan_to_num(errors, nan=_UNKNOWN).clamp(-_UNKNOWN, _UNKNOWN)
     by_position = rule.outputs(errors.flatten(0, 2)).unflatten(0, (n_leaks, n_images, n_samples))
     summed = (spread * by_position.square().sum(dim=(2, 3)) / n_samples).sum(dim=1)  # (B, outputs)
     rows = by_position.permute(0, 2, 4, 1, 3).reshape(n_leaks, -1, n_images * by_position.shape[3])

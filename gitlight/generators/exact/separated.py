@@ -13,7 +13,8 @@ from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.client_batches import ClientBatchWalker
 from gitlight.generators.exact.features import LEVELS, FeatureValues, deviation_of, end_of, features_of
 from gitlight.generators.exact.fits import known_of_single_images
-from gitlight.generators.exact.input_priors import InputPrior, RegressionFit, SpreadFit
+from gitlight.generators.exact.input_prior_fits import RegressionFit, SpreadFit
+from gitlight.generators.exact.input_priors import InputPrior
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.labels import labels_of_batch, output_bias
 from gitlight.generators.exact.noise import SUMMED, entry_size
@@ -91,7 +92,6 @@ class SeparatedFeatures(nn.Module):
             architecture, noise, 1, strict=False, stacked=False, depth=depth, separated=client_batch_size
         )
         rules, plan = self.inversion.rules, self.inversion.separated_plan
-        weights = {name for step in self.inversion.steps for name in step.layer.parameters.values()}
         assert plan is not None
         self._plan = plan
         self.features = features_of(plan, rules, architecture)
@@ -103,7 +103,7 @@ class SeparatedFeatures(nn.Module):
             self.end = f"the equations of {last.name!r} do not determine the inputs of {client_batch_size} images"
         self.priors = nn.ModuleDict()
         self._prior_keys: dict[str, str] = {}
-        from_single = known_of_single_images(architecture, rules, weights)
+        from_single = known_of_single_images(architecture, rules, self.inversion.parameters_to_fit)
         for action in self._plan.solves:
             layer, rule = action.layer, rules[action.layer.name]
             if layer.name != architecture.output and layer.inputs[0] in from_single:

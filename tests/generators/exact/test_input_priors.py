@@ -10,7 +10,8 @@ from torch import nn
 from gitlight.config import LeNetConfig
 from gitlight.generators.exact import Estimate, rule_for
 from gitlight.generators.exact.features import LEVELS
-from gitlight.generators.exact.input_priors import InputPrior, RegressionFit
+from gitlight.generators.exact.input_prior_fits import RegressionFit
+from gitlight.generators.exact.input_priors import InputPrior
 from gitlight.generators.exact.separated import SeparatedFeatures
 
 N = 4000

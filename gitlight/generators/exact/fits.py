@@ -191,10 +191,12 @@ class HeadFit:
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
-        leaks = self._inversion.usable(gradients)
+        inversion, layer = self._inversion, self._layer
+        plan = inversion.current_plan().up_to(layer.inputs, [layer.name])
+        leaks = inversion.usable(gradients, plan)
         if not leaks.n:
             return
-        equations = logit_equations(leaks, self._inversion.find(leaks), self._layer)
+        equations = logit_equations(leaks, inversion.find(leaks, plan), layer)
         self._fit.add(*equations, torch.finfo(leaks.dtype).eps)
 
     def sums(self) -> Sequence[Tensor]:
@@ -219,11 +221,13 @@ class OutputFit:
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
         inversion, layer = self._inversion, self._step.layer
-        leaks = inversion.usable(gradients)
+        from_below = self._step.way is Way.FROM_BELOW
+        plan = inversion.current_plan().up_to([layer.name] if from_below else [layer.name, *layer.inputs])
+        leaks = inversion.usable(gradients, plan)
         if not leaks.n:
             return
-        public = images[leaks.which, 0] if self._step.way is Way.FROM_BELOW else None
-        self._fit.add(*output_equations(inversion, inversion.find(leaks), layer, public))
+        public = images[leaks.which, 0] if from_below else None
+        self._fit.add(*output_equations(inversion, inversion.find(leaks, plan), layer, public))
 
     def sums(self) -> Sequence[Tensor]:
         """What is added up over devices."""

@@ -35,19 +35,17 @@ class _Seen:
     """Of single public images.
 
     Attributes:
+        which: their positions among the leaks given.
         output: the layer's, where the walk finds it.
         inputs: the true one.
-        numbers: of the images.
-        missing: what the leaked gradient has beyond that of this input and the ``δ`` found.
-        gradient: that leaked gradient.
+        delta: the one that the walk finds.
         noise: standard deviation of its entries' error.
     """
 
+    which: Tensor
     output: Estimate | None
     inputs: Tensor
-    numbers: Tensor
-    missing: Tensor
-    gradient: Tensor
+    delta: Tensor
     noise: Tensor
 
 
@@ -60,12 +58,10 @@ class RegressionFit:
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
-        others = numbers % _ONE_IN != 0
-        gradients = {name: gradient[others] for name, gradient in gradients.items()}
-        found = _of_single_images(self._inversion, self._priors, gradients, images[others], numbers[others])
+        found = _of_single_images(self._inversion, self._priors, gradients, images, numbers % _ONE_IN != 0)
         for name, seen in found.items():
             output = None if seen.output is None else seen.output.value
-            self._priors[name].add(output, seen.inputs, seen.numbers)
+            self._priors[name].add(output, seen.inputs, numbers[seen.which])
 
     def sums(self) -> Sequence[Tensor]:
         """What is added up over devices."""
@@ -90,9 +86,7 @@ class SpreadFit:
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
-        some = numbers % _ONE_IN == 0
-        gradients = {name: gradient[some] for name, gradient in gradients.items()}
-        seen = _of_single_images(self._inversion, self._priors, gradients, images[some], numbers[some])
+        seen = _of_single_images(self._inversion, self._priors, gradients, images, numbers % _ONE_IN == 0)
         for name, its in seen.items():
             prior, (products, squares, count, missing, leaked) = self._priors[name], self._sums[name]
             if not prior.usable:
@@ -102,9 +96,11 @@ class SpreadFit:
             products += left.mT @ left
             squares += its.inputs.square().mean() * left.shape[1]
             count += left.shape[1]
-            noise = its.noise.square().sum() * its.gradient[0].numel()
-            missing += its.missing.square().sum() - noise
-            leaked += its.gradient.square().sum()
+            assert prior.rule.weight is not None
+            gradient = gradients[prior.rule.weight][its.which].double()
+            leaked += gradient.square().sum()
+            gradient -= prior.rule.weight_gradient(its.inputs, its.delta)
+            missing += gradient.square().sum() - its.noise.square().sum() * gradient[:1].numel()
 
     def sums(self) -> Sequence[Tensor]:
         """What is added up over devices."""
@@ -134,20 +130,23 @@ class SpreadFit:
 
 
 def _of_single_images(
-    inversion: Inversion, priors: Mapping[str, InputPrior], gradients: Gradients, images: Tensor, numbers: Tensor
+    inversion: Inversion, priors: Mapping[str, InputPrior], gradients: Gradients, images: Tensor, wanted: Tensor
 ) -> dict[str, _Seen]:
-    """Name of each layer with a prior → what is seen of it in usable leaks."""
-    leaks = inversion.usable(gradients)
+    """Name of each layer with a prior → what is seen of it in usable leaks, of those for which ``wanted`` holds."""
+    architecture, weights = inversion.architecture, inversion.weights()
+    inputs_of = {name: prior.rule.layer.inputs[0] for name, prior in priors.items()}
+    # A first layer's gradient may be most of a leak, and its input is the image.
+    plan = inversion.current_plan().up_to({*priors, *inputs_of.values()} - {IMAGE}, priors)
+    leaks = inversion.usable(gradients, plan)
+    leaks = leaks.where(wanted[leaks.which])
     if not leaks.n:
         return {}
-    found, architecture, weights = inversion.find(leaks), inversion.architecture, inversion.weights()
-    wanted = {prior.rule.layer.inputs[0] for prior in priors.values()}
+    found = inversion.find(leaks, plan)
     truths = {IMAGE: images[leaks.which, 0].double()}
-    if wanted & computable(architecture, weights) - {IMAGE}:
+    if set(inputs_of.values()) & computable(architecture, weights) - {IMAGE}:
         truths = forward_values(architecture, images[leaks.which, 0], weights)
     seen = {}
-    for name, prior in priors.items():
-        below = prior.rule.layer.inputs[0]
+    for name, below in inputs_of.items():
         usable = found.status < Status.ROUNDED
         if below in truths:
             inputs = truths[below]
@@ -159,15 +158,11 @@ def _of_single_images(
         if not usable.any():
             continue
         output = found.values.get(name)
-        rule = prior.rule
-        assert rule.weight is not None
-        gradient = leaks.gradients[rule.weight][usable]
         seen[name] = _Seen(
+            leaks.which[usable],
             None if output is None else Estimate(output.value[usable], output.value.new_zeros(())),
             inputs[usable],
-            numbers[leaks.which][usable],
-            gradient - rule.weight_gradient(inputs[usable], found.deltas[name][usable]),
-            gradient,
+            found.deltas[name][usable],
             leaks.noise[usable],
         )
     return seen

@@ -201,13 +201,30 @@ class Inversion(nn.Module):
         head = set(self.architecture[self.architecture.output].parameters.values())
         return {name: ParameterEstimate(value, name in head) for name, value in self.weights().items()}
 
-    def usable(self, gradients: Gradients) -> Leaks:
-        """The leaks that are finite and not zero, in float64, with their noise."""
+    def current_plan(self) -> Plan:
+        """What is found with the weights that have been fitted so far."""
+        found = set(self.weights())
+        if len(found) == len(self._estimated):
+            return self._plan
+        return plan_walk(self.architecture, self.rules, found, self.n_images, stacked=False)
+
+    def usable(self, gradients: Gradients, plan: Plan | None = None) -> Leaks:
+        """The leaks that are finite and not zero, in float64, with their noise.
+
+        Args:
+            gradients: of all parameters.
+            plan: the only one that is to be carried out, of whose layers alone gradients are kept, and the last one's;
+                None: any.
+        """
         head = self.rules[self.architecture.output]
         last_weight = None
         if isinstance(head, AffineRule) and head.reveals_delta() and head.weight not in self.architecture.sketched:
             last_weight = head.weight
-        return usable_leaks(gradients, self._used, self._noise, last_weight)
+        used = self._used
+        if plan is not None:
+            layers = [self.architecture[self.architecture.output], *(action.layer for action in plan.actions)]
+            used = {name for layer in layers for name in layer.parameters.values()}
+        return usable_leaks(gradients, used, self._noise, last_weight)
 
     def last_delta(self, leaks: Leaks) -> Tensor:
         """``δ`` of the last layer, ``(B, classes)``: its bias gradient, without which no fit is made."""
@@ -224,14 +241,18 @@ class Inversion(nn.Module):
         acts = (gradients[name] != 0) & ~self._buffer(_seen(self._estimated[name]))
         return acts.flatten(3).any(dim=3).any(dim=1) if acts.dim() > 3 else acts.any(dim=1)
 
-    def find(self, leaks: Leaks) -> Found:
-        """Everything that the equations give, with the weights that have been found so far; nothing of no leaks."""
+    def find(self, leaks: Leaks, plan: Plan | None = None) -> Found:
+        """What the equations give, with the weights that have been found so far; nothing of no leaks.
+
+        Args:
+            leaks: as of `usable`, for the same plan.
+            plan: part of `current_plan`; None: all of it.
+        """
         if not leaks.n:
             return Found({}, {}, leaks.which)
         weights = self.weights()
-        plan = self._plan
-        if len(weights) < len(self._estimated):
-            plan = plan_walk(self.architecture, self.rules, set(weights), self.n_images, stacked=False)
+        if plan is None:
+            plan = self.current_plan()
         found = walk(
             self.architecture,
             self.rules,
@@ -239,15 +260,18 @@ class Inversion(nn.Module):
             leaks.gradients,
             leaks.noise,
             weights,
-            self._current_priors(plan),
+            self._current_priors(),
             leaks.dtype,
         )
         for step in self.steps if len(weights) == len(self._estimated) else ():
+            if step.layer.parameters["weight"] not in leaks.gradients:
+                continue
             unseen = self.unseen_acts(step.layer, leaks.gradients).any(dim=1)
             found.status = worsen(found.status, unseen, Status.UNSEEN)
         if self.steps:
             found.status = worsen(found.status, rounded(self.last_delta(leaks), leaks.noise), Status.ROUNDED)
-        if IMAGE in found.values and set(weights) == set(self.architecture.parameter_shapes):
+        everything = set(self.architecture.parameter_shapes)
+        if IMAGE in found.values and set(weights) == everything <= leaks.gradients.keys():
             # The one check that no assumption enters: does the image give the leaked gradient?
             images = found.values[IMAGE].value.clamp(0, 1)
             label = labels_from_bias_gradient(found.deltas[self.architecture.output])
@@ -257,8 +281,8 @@ class Inversion(nn.Module):
             found.status = worsen(found.status, ~(mismatch < 1e-3 + 10 * expected), Status.ESTIMATE)
         return found
 
-    def _current_priors(self, plan: Plan) -> Mapping[str, Prior]:
-        if plan is not self._plan:
+    def _current_priors(self) -> Mapping[str, Prior]:
+        if len(self.weights()) < len(self._estimated):
             return {}
         priors = {}
         for name, key in self._priors.items():

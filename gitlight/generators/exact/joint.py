@@ -103,7 +103,7 @@ def solve_jointly(
     Returns:
         ``(B, N, *input_shape)``, with one variance for all entries of an image that are in a column, their mean.
     """
-    entries = rule.n_equations * rule.column_size * delta.shape[1]
+    entries = max(rule.n_equations * rule.column_size * delta.shape[1], weight_gradient[:1].numel())
     chunk = max(1, int(WORKSPACE_BYTES / (3 * 8 * entries)))
     if len(delta) > chunk:
         parts = []
@@ -118,15 +118,19 @@ def solve_jointly(
     # In units of the largest entry of δ, whose squares else may be zero.
     unit = delta.flatten(1).abs().amax(dim=1).clamp_min(1e-300)
     delta, gradient = delta / _like(unit, delta), weight_gradient / _like(unit, weight_gradient)
-    made = rule.weight_gradient(mean.flatten(0, 1), delta.flatten(0, 1)).unflatten(0, delta.shape[:2])
+    missing, squares = gradient, []
+    for its_mean, its_delta in zip(mean.unbind(1), delta.unbind(1), strict=True):
+        made = rule.weight_gradient(its_mean, its_delta)
+        missing = missing - made
+        squares.append(made.flatten(2).square().mean(dim=2))
     spread = (factor.square().sum(dim=2).mean() * size.square()).unsqueeze(2)
     variance = _variance_by_output(rule, (errors / _like(unit, errors)).float(), noise / unit, mean, spread)
     of_delta = rule.outputs(delta.flatten(0, 1)).square().sum(dim=1).unflatten(0, delta.shape[:2])
-    relative = made.flatten(3).square().mean(dim=3) + spread * of_delta
+    relative = torch.stack(squares, dim=1) + spread * of_delta
     variance = variance + misfit.square() * relative.sum(dim=1)
     level = variance.amin(dim=1, keepdim=True)
     weights = (level / variance).sqrt()
-    missing = (gradient - made.sum(dim=1)) * weights.view(*weights.shape, *[1] * (gradient.dim() - 2))
+    missing = missing * weights.view(*weights.shape, *[1] * (gradient.dim() - 2))
     weighed = (delta * rule.by_output(weights).unsqueeze(1)).flatten(0, 1)
     moved, variances = [], []
     for block, its_factor in enumerate(factor):
@@ -195,7 +199,11 @@ def _variance_by_output(rule: AffineRule, errors: Tensor, noise: Tensor, mean: T
     rows = by_position.permute(0, 2, 4, 1, 3).reshape(n_leaks, -1, n_images * by_position.shape[3])
     patches = rule.patches(mean.flatten(0, 1).float()).unflatten(0, (n_leaks, n_images)).flatten(1, 2)
     with torch.autocast(errors.device.type, enabled=False), full_float32():
-        made = (rows @ patches).square().mean(dim=2).double()  # (B, samples · outputs)
+        if 8 * patches.shape[1] < patches.shape[2]:  # by their products: 64 bits, as what cancels would be left of 32
+            patches, wide = patches.double(), rows.double()
+            made = ((wide @ (patches @ patches.mT)) * wide).sum(dim=2).clamp_min(0) / patches.shape[2]
+        else:
+            made = (rows @ patches).square().mean(dim=2).double()  # (B, samples · outputs)
     by_mean = made.unflatten(1, (n_samples, -1)).mean(dim=1)
     return noise.square().unsqueeze(1) + by_mean + summed + 1e-300
 

@@ -34,6 +34,11 @@ class Leaks(NamedTuple):
     dtype: torch.dtype
     entry_size: Tensor
 
+    def where(self, wanted: Tensor) -> "Leaks":
+        """Those of them for which ``(B,)`` bool holds."""
+        gradients = {name: gradient[wanted] for name, gradient in self.gradients.items()}
+        return Leaks(gradients, self.noise[wanted], self.which[wanted], self.dtype, self.entry_size[wanted])
+
     @property
     def n(self) -> int:
         """``B``, which may be zero."""
@@ -50,6 +55,15 @@ class Leaks(NamedTuple):
         return torch.finfo(self.dtype).eps * self.entry_size
 
 
+def invertible(gradients: Gradients) -> tuple[Tensor, Tensor]:
+    """Positions of the leaks that are finite and not zero, and the root mean square of each of these, float64."""
+    size = entry_size(gradients)
+    if bool((torch.isfinite(size) & (size > 0)).all()):  # one pass over large gradients, instead of several
+        return torch.arange(len(size), device=size.device), size
+    which = (screen(gradients) == Status.EXACT).nonzero().squeeze(1)
+    return which, size[which]
+
+
 def usable_leaks(gradients: Gradients, used: Collection[str], noise: float | None, last_weight: str | None) -> Leaks:
     """The leaks that are finite and not zero, in float64, with their noise: that of rounding at least.
 
@@ -60,14 +74,14 @@ def usable_leaks(gradients: Gradients, used: Collection[str], noise: float | Non
         last_weight: the last layer's weight, whose gradient has rank one but for noise; None where there is none, or a
             sketch of it alone: rounding is all that is known then.
     """
-    status = screen(gradients)
-    which = (status == Status.EXACT).nonzero().squeeze(1)
-    dtype = next(iter(gradients.values())).dtype
-    if len(which) < len(status):
-        gradients = {name: gradient[which] for name, gradient in gradients.items()}
+    which, size = invertible(gradients)
+    first = next(iter(gradients.values()))
+    dtype = first.dtype
     # Of large models a walk may use the last layer's alone: all others in double take longer than it does.
-    kept = {name: gradient.double() for name, gradient in gradients.items() if name in used}
-    size = entry_size(gradients)
+    kept = {name: gradient for name, gradient in gradients.items() if name in used}
+    if len(which) < len(first):
+        kept = {name: gradient[which] for name, gradient in kept.items()}
+    kept = {name: gradient.double() for name, gradient in kept.items()}
     deviation = SUMMED * torch.finfo(dtype).eps * size
     if noise is not None:
         deviation = torch.maximum(deviation, noise * size)

@@ -64,6 +64,21 @@ class LinearRule(AffineRule):
         return (self._tokens(delta) @ weight_gradient).view(-1, *self.layer.input_shape)
 
     @override
+    def solve(self, delta: Tensor, weight_gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.n_unknowns > 1:
+            return super().solve(delta, weight_gradient, damping)
+        # δ ⊗ a: all entries meet one equation, so that one pass over the gradient says what each refinement would.
+        scale = delta.flatten(1).norm(dim=1)
+        safe = torch.where(scale > 0, scale, 1.0)
+        found = self.right(delta / safe.view(-1, *[1] * (delta.dim() - 1)), weight_gradient)
+        each = (-1, *[1] * (found.dim() - 1))
+        damping = damping + 1e-300
+        found = found * ((1 - (damping / (1 + damping)) ** 3) / safe).view(each)
+        solvable = (scale > 0) & torch.isfinite(scale) & torch.isfinite(found.flatten(1)).all(dim=1)
+        found = torch.where(solvable.view(each), found, 0.0)
+        return found, ((1 + damping) * safe.square()).reciprocal().view(each).expand_as(found), solvable
+
+    @override
     def weight_gradient(self, inputs: Tensor, delta: Tensor) -> Tensor:
         return self._tokens(delta).transpose(1, 2) @ self._tokens(inputs)
 

@@ -12,6 +12,10 @@ SUMMED = 4.0
 """Rounding of one entry, which the sums of a forward and a backward pass through several layers multiply."""
 
 
+_ENTRIES_AT_ONCE = 1 << 20
+"""That a processor brings to float64 together, 8 MiB: of larger pieces, the new memory takes most of the time."""
+
+
 class RankOne(NamedTuple):
     """The last layer's weight gradient of one image has rank one, ``δ ⊗ a``; what is left over tells.
 
@@ -48,6 +52,12 @@ def rank_one(weight_gradient: Tensor) -> RankOne:
 
 def entry_size(gradients: Gradients) -> Tensor:
     """``(B,)`` float64: the root mean square of each leak's entries."""
-    norms = [torch.linalg.vector_norm(as_rows(g), dim=1, dtype=torch.float64) for g in gradients.values()]
+    norms = [_norms(as_rows(gradient)) for gradient in gradients.values()]
     count = sum(gradient.shape[1:].numel() for gradient in gradients.values())
     return torch.stack(norms).norm(dim=0) / count**0.5
+
+
+def _norms(rows: Tensor) -> Tensor:
+    at_once = max(1, _ENTRIES_AT_ONCE // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
+    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(at_once)]
+    return torch.cat(parts)

@@ -54,6 +54,21 @@ class Plan:
         down, undo = self.actions[: places[depth - 1] + 1], self.actions[places[depth - 1] + 1 : places[depth]]
         return replace(self, actions=(*down, *(action for action in undo if action.do is Do.INVERT)))
 
+    def up_to(self, values: Collection[str], deltas: Collection[str] = ()) -> "Plan":
+        """The plan that ends once these results, and the ``δ`` of these, are found; of those that never are, no more.
+
+        Args:
+            values: names of layers, or `IMAGE`.
+            deltas: names of layers.
+        """
+        last = 0
+        for place, action in enumerate(self.actions, start=1):
+            below = action.layer.inputs[action.position]
+            found = {Do.REVEAL: action.layer.name in deltas, Do.CARRY: below in deltas}
+            if found.get(action.do, below in values):
+                last = place
+        return replace(self, actions=self.actions[:last])
+
 
 class NoRule(InverseRule):
     """Stands for an operation that has no rule, where the walk may end above it."""

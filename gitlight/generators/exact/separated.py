@@ -17,11 +17,11 @@ from gitlight.generators.exact.input_prior_fits import RegressionFit, SpreadFit
 from gitlight.generators.exact.input_priors import InputPrior
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.labels import labels_of_batch, output_bias
-from gitlight.generators.exact.noise import SUMMED, entry_size
+from gitlight.generators.exact.leaks import invertible
+from gitlight.generators.exact.noise import SUMMED
 from gitlight.generators.exact.rule import Estimate
 from gitlight.generators.exact.separation import Typical, n_equations_and_unknowns, separable, separate
 from gitlight.generators.exact.solvability import Known
-from gitlight.generators.exact.status import Status, screen
 from gitlight.generators.exact.weights import LogitFit
 
 _MOST_SUMS = 1 << 25
@@ -32,6 +32,10 @@ _MOST_IN_JACOBIAN = 1 << 19
 
 _LEAKS_AT_ONCE = {"cpu": 16}
 """That are carried down together: on a processor, so many that samples of their errors stay in its cache."""
+
+_BYTES_AT_ONCE = {"cpu": 1 << 24}
+"""Of gradients in float64 that are carried down together, beyond one leak's: larger pieces of memory are new ones each
+time, and asking for them takes a processor longer than what is computed in them."""
 
 
 def can_separate(architecture: Architecture, client_batch_size: int) -> bool:
@@ -125,38 +129,46 @@ class SeparatedFeatures(nn.Module):
     def forward(self, gradients: Gradients) -> FeatureValues:
         """Of ``B`` leaks the features ``(B · N, *shape)``, image by image, and levels ``(B · N, 1 + features)``."""
         n = self.n_slots
-        leaks = screen(gradients)
-        which = (leaks == Status.EXACT).nonzero().squeeze(1)
+        which, size = invertible(gradients)
         used = {name for action in self._plan.solves for name in action.layer.parameters.values()}
-        kept = {name: gradients[name][which].double() for name in used}
-        dtype = next(iter(gradients.values())).dtype
-        size = entry_size(gradients)[which].clamp_min(1e-300)
-        noise = self.noise_of(kept[self._head.parameters["weight"]], size, torch.finfo(dtype).eps)
-        found = self._walk(kept, noise)
+        head = set(self._head.parameters.values())
+        of_head = {name: gradients[name][which].double() for name in head}
+        first = next(iter(gradients.values()))
+        n_leaks, dtype = len(first), first.dtype
+        size = size.clamp_min(1e-300)
+        noise = self.noise_of(of_head[self._head.parameters["weight"]], size, torch.finfo(dtype).eps)
+        found = self._walk(of_head, {name: gradients[name] for name in used - head}, which, noise)
         values, levels = [], [(noise / size).repeat_interleave(n)]
         rows = (n * which.unsqueeze(1) + torch.arange(n, device=which.device)).flatten()
         for feature in self.features:
             if feature.result not in found:  # as before all weights are fitted
-                values.append(noise.new_zeros(n * len(leaks), *feature.shape))
+                values.append(noise.new_zeros(n * n_leaks, *feature.shape))
                 levels.append(torch.full_like(levels[0], torch.inf))
                 continue
             estimate = found[feature.result]
             value = torch.nan_to_num(estimate.value, posinf=0.0, neginf=0.0).reshape(-1, *feature.shape)
-            values.append(value.new_zeros(n * len(leaks), *feature.shape).index_copy(0, rows, value))
+            values.append(value.new_zeros(n * n_leaks, *feature.shape).index_copy(0, rows, value))
             levels.append(deviation_of(estimate))
         logarithms = torch.stack(levels, dim=1).clamp_min(1e-300).log10()
         logarithms = torch.nan_to_num(logarithms, nan=LEVELS[1]).clamp(*LEVELS)
-        whole = logarithms.new_full((n * len(leaks), logarithms.shape[1]), LEVELS[1])
+        whole = logarithms.new_full((n * n_leaks, logarithms.shape[1]), LEVELS[1])
         return FeatureValues(values, whole.index_copy(0, rows, logarithms))
 
-    def _walk(self, gradients: Gradients, noise: Tensor) -> dict[str, Estimate]:
-        """Name of each feature's result → its estimate ``(B · N, *shape)``; nothing before all weights are fitted."""
+    def _walk(self, of_head: Gradients, others: Gradients, which: Tensor, noise: Tensor) -> dict[str, Estimate]:
+        """Name of each feature's result → its estimate ``(B · N, *shape)``; nothing before all weights are fitted.
+
+        Args:
+            of_head: the last layer's gradients, of ``B`` leaks in float64.
+            others: those of other layers, of more leaks in any precision.
+            which: ``(B,)``, positions among these.
+            noise: ``(B,)``.
+        """
         weights, names = self.inversion.weights(), self._head.parameters
         if len(weights) < len(self.inversion.parameters_to_fit) or not len(noise):
             return {}
         typical = Typical(self.typical_input, self.spread, self.probabilities)
         apart = separate(
-            gradients[names["weight"]], gradients[names["bias"]], noise,
+            of_head[names["weight"]], of_head[names["bias"]], noise,
             weights[names["weight"]], weights[names["bias"]], typical, self.n_slots,
         )  # fmt: skip
         # Where the search has failed, what is typical is the better estimate.
@@ -166,10 +178,14 @@ class SeparatedFeatures(nn.Module):
         inputs = torch.where(trust > 0, typical.inputs + trust * (apart.inputs - typical.inputs), typical.inputs)
         left = torch.where(trust > 0, trust * apart.inputs_variance.unsqueeze(2), spread)
         priors = {name: self.priors[key] for name, key in self._prior_keys.items()}
-        parts, chunk = [], _LEAKS_AT_ONCE.get(noise.device.type, 256)
+        device = noise.device.type
+        bytes_each = 8 * sum(self._architecture.parameter_shapes[name].numel() for name in others)
+        at_once = _BYTES_AT_ONCE.get(device, 1 << 30) // max(1, bytes_each)
+        parts, chunk = [], max(1, min(_LEAKS_AT_ONCE.get(device, 256), at_once))
         for start in range(0, len(noise), chunk):
             part = slice(start, start + chunk)
-            its = {name: gradient[part] for name, gradient in gradients.items()}
+            its = {name: gradient[which[part]].double() for name, gradient in others.items()}
+            its |= {name: gradient[part] for name, gradient in of_head.items()}
             walker = ClientBatchWalker(
                 self._architecture, self.inversion.rules, its, noise[part], weights, priors,  # type: ignore[arg-type]
                 Estimate(inputs[part], left[part]), apart.labels[part],
@@ -219,20 +235,20 @@ class _HeadFit:
         self._sums: list[Tensor] = []
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
-        which = (screen(gradients) == Status.EXACT).nonzero().squeeze(1)
+        which, size = invertible(gradients)
         weight, delta = (gradients[self._head.parameters[role]][which] for role in ("weight", "bias"))
         rounding = torch.finfo(weight.dtype).eps
         weight, delta = weight.double(), delta.double()
-        noise = self._features.noise_of(weight, entry_size(gradients)[which], rounding)
+        noise = self._features.noise_of(weight, size, rounding)
         # δ ⊗ a, by least squares; where δ is zero or vanishes when squared, there is no a.
         inputs = (delta.unsqueeze(1) @ weight).squeeze(1) / delta.square().sum(dim=1, keepdim=True)
         usable = torch.isfinite(inputs).all(dim=1)
-        which, inputs, delta, noise = which[usable], inputs[usable], delta[usable], noise[usable]
-        beyond = noise > 30 * rounding * entry_size(gradients)[which]
+        inputs, delta, noise, size = inputs[usable], delta[usable], noise[usable], size[usable]
+        beyond = noise > 30 * rounding * size
         self._fit.add(inputs, delta, torch.where(beyond, noise, 0.0), rounding)
         probabilities = delta + nn.functional.one_hot(delta.argmin(dim=1), delta.shape[1])
         sums = [inputs.sum(dim=0), inputs.square().sum(dim=0), probabilities.sum(dim=0)]
-        sums.append(sums[0].new_tensor(len(which)))
+        sums.append(sums[0].new_tensor(len(inputs)))
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
 
     def sums(self) -> Sequence[Tensor]:

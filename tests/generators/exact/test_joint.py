@@ -8,7 +8,13 @@ from small_layers import affine_layers, quick
 from torch import nn
 
 from gitlight.generators.exact import rule_for
-from gitlight.generators.exact.joint import exact_by_outputs, exact_jointly, solve_jointly, solved_jointly
+from gitlight.generators.exact.joint import (
+    _variance_by_output,
+    exact_by_outputs,
+    exact_jointly,
+    solve_jointly,
+    solved_jointly,
+)
 from gitlight.generators.exact.posterior import N_DEVIATIONS
 
 SMALL = 1e-9
@@ -114,6 +120,22 @@ def test_errors_of_delta_and_of_weights_are_stated():
         its, other = (((each.value - inputs).square().mean()) for each in (wary, trusting))
         assert its < 0.7 * other
         assert 0.5 < its / wary.variance.mean() < 2
+
+
+def test_errors_of_delta_times_wide_inputs_are_what_they_make_of_gradients():
+    """Of few positions and many inputs, the variances of equations are computed from products of inputs."""
+    rule, _, delta, _, mean, _, _ = case(nn.Linear(300, 7).double(), (300,), n_images=3)
+    errors = 0.1 * torch.randn_like(no_errors(delta))
+    spread = torch.zeros(2, 3, 1, dtype=torch.float64)
+    noise = torch.full((2,), 0.01, dtype=torch.float64)
+    made = torch.einsum("bnso,bni->bsoi", errors, mean)
+    expected = noise.square().unsqueeze(1) + made.square().mean(dim=(1, 3))
+    torch.testing.assert_close(
+        _variance_by_output(rule, errors.float(), noise, mean, spread), expected, rtol=1e-5, atol=0
+    )
+    doubt = (errors[:, :1, :1].expand_as(errors), torch.stack([mean[:, 0]] * 3, dim=1))
+    opposite = doubt[0].float() * torch.tensor([1.0, 1.0, -2.0]).view(1, 3, 1, 1)
+    assert _variance_by_output(rule, opposite, 0 * noise, doubt[1], spread).max() < 1e-12
 
 
 def test_where_a_system_has_no_factor_what_was_expected_stands():

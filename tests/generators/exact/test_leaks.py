@@ -26,6 +26,10 @@ def test_leaks_that_are_zero_or_not_finite_are_left_out():
     assert leaks.dtype is torch.float32
     assert set(leaks.gradients) == {"weight", "bias"}
     assert torch.equal(leaks.gradients["weight"], gradients["weight"][[0, 3]].double())
+    some = leaks.where(torch.tensor([False, True]))
+    assert some.which.tolist() == [3]
+    assert torch.equal(some.gradients["bias"], gradients["bias"][3:].double())
+    assert torch.equal(some.noise, leaks.noise[1:])
     every_entry = torch.cat([gradient[[0, 3]].flatten(1) for gradient in gradients.values()], dim=1).double()
     torch.testing.assert_close(leaks.entry_size, every_entry.square().mean(dim=1).sqrt())
 

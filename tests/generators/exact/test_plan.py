@@ -218,6 +218,19 @@ def test_a_plan_cut_to_all_it_solves_for_carries_nothing_further():
     assert cut.first(len(plan.solves) + 1) is cut
 
 
+def test_a_plan_up_to_some_results_ends_with_the_last_of_them():
+    plan = separated_plan(convolutional(nn.Tanh()), 2)
+    middle = plan.solves[1].layer
+    assert plan.up_to(middle.inputs).actions[-1] == plan.solves[1]
+    for_delta = plan.up_to([], [middle.name]).actions
+    assert (for_delta[-1].do, for_delta[-1].layer.inputs[0]) == (Do.CARRY, middle.name)
+    undone = plan.up_to([middle.name]).actions
+    assert (undone[-1].do, undone[-1].layer.inputs[0]) == (Do.INVERT, middle.name)
+    assert plan.up_to(middle.inputs, [middle.name]).actions == plan.up_to(middle.inputs).actions
+    assert plan.up_to(plan.known, plan.deltas).actions == plan.actions
+    assert plan.up_to(["never found"]).actions == ()
+
+
 def test_max_pooling_ends_the_walk_with_the_reason():
     head = [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, N_CLASSES)]
     plan = plan_of(nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.Tanh(), *head))

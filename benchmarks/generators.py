@@ -118,6 +118,11 @@ CASES = {
         for name, more, epochs_on_gpu in (("mlp", (), 50), ("coarse", (), 24), ("hybrid", THREE_EPOCHS, 12))
     },
     **{
+        f"lenet_{name}_n4_{defence}": Case(f"lenet_{name}", (f"channel=[{{{stage}}}]", *batches), epochs_on_gpu)
+        for defence, stage in DEFENCES
+        for name, batches, epochs_on_gpu in (("mlp", client_batches(4, 60), 120), ("hybrid", client_batches(4, 4), 12))
+    },
+    **{
         f"resnet20_{name}_{defence}": Case(f"resnet20_{name}", (f"channel=[{{{stage}}}]",), epochs_on_gpu)
         for defence, stage in DEFENCES
         for name, epochs_on_gpu in (("mlp", 24), ("coarse", 12), ("hybrid", 6))

@@ -200,15 +200,15 @@ class ImageDataModule(LightningDataModule):
         here = count // world_size
         return tuple(Share(number, count) for number in range(rank * here, (rank + 1) * here))
 
-    def _loader(self, name: str, shuffle: bool, share: Share | None = None) -> LeakLoader:
-        """Of this rank's part, or of a share."""
+    def _loader(self, name: str, shuffle: bool, share: Share | None = None, mixed: bool = False) -> LeakLoader:
+        """Of this rank's part, or of a share; ``shuffle`` and ``mixed`` as of `LeakSampler`."""
         rank = self.trainer.global_rank if self.trainer is not None else 0
         number, of = share or (rank, self._world_size)
         split, settings = self.split(name), self.settings
         workers = self._n_workers(split)
         return LeakLoader(
             _Readable(split),
-            LeakSampler(len(split), settings, number, of, self._seed, shuffle),
+            LeakSampler(len(split), settings, number, of, self._seed, shuffle, mixed),
             self._between_batches if shuffle else _nothing,
             batch_size=self._leaks_per_rank(of) * settings.client_batch_size,
             collate_fn=_as_it_is,

@@ -140,7 +140,7 @@ class GradientPairDataModule(ImageDataModule):
     def fit_pairs(
         self, device: torch.device, wanted: FitPairs = ALL_ONCE, share: Share | None = None
     ) -> Iterator[GradientPair]:
-        """This rank's share of the public pairs, in order: for closed-form fits.
+        """This rank's share of the public pairs, in the same groups at every pass: for closed-form fits.
 
         Args:
             device: where they are made.
@@ -149,7 +149,8 @@ class GradientPairDataModule(ImageDataModule):
         """
         per_leak = 1 if wanted.single_images else self.settings.client_batch_size
         for mirrored in range(2 if wanted.mirrored and self.settings.horizontal_flip else 1):
-            for batch in self._loader("train", shuffle=False, share=share):
+            mixed = self.settings.client_batch_size > 1
+            for batch in self._loader("train", shuffle=False, share=share, mixed=mixed):
                 images, labels, indices = (part.to(device) for part in batch)
                 # As many leaks at once as ever.
                 n_images = len(images) // self.settings.client_batch_size * per_leak

@@ -28,23 +28,35 @@ class LeakSampler(Sampler[int]):
 
     The order depends on the seed and the epoch alone. While training, every global batch of ``data.batch_size`` leaks
     holds the same images for any number of ranks, each rank taking its contiguous part, and leaks that do not fill a
-    batch wait for another epoch. In evaluation nothing is shuffled, repeated or dropped; ranks take turns, so their
-    shares may differ by one leak.
+    batch wait for another epoch. Otherwise nothing is repeated or dropped; ranks take turns, so their shares may differ
+    by one leak. Evaluation keeps the images' order; fits draw one, the same at every pass, as client batches of
+    neighbours would mostly be of one class.
 
     Attributes:
         epoch: the current one, from 0.
     """
 
     def __init__(
-        self, n_images: int, settings: DataConfig, rank: int, world_size: int, seed: int, shuffle: bool
+        self,
+        n_images: int,
+        settings: DataConfig,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+        mixed: bool = False,
     ) -> None:
-        """Args: number of images, batch sizes, this rank of how many, the run's seed, and whether this is training."""
+        """Number of images, batch sizes, this rank of how many, the run's seed, and what for.
+
+        ``shuffle``: for training. ``mixed``: for fits of client batches, without it.
+        """
         self._n_images = n_images
         self._settings = settings
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
         self._shuffle = shuffle
+        self._mixed = mixed
         self.epoch = 0
         self._resumed = (0, 0)
 
@@ -69,6 +81,9 @@ class LeakSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self._shuffle:
             generator = torch.Generator().manual_seed(mixed_seed("order", self._seed, self.epoch))
+            order = torch.randperm(self._n_images, generator=generator)
+        elif self._mixed:
+            generator = torch.Generator().manual_seed(mixed_seed("groups", self._seed))
             order = torch.randperm(self._n_images, generator=generator)
         else:
             order = torch.arange(self._n_images)

@@ -109,6 +109,8 @@ def test_fit_pairs_of_single_images_are_the_same_images_and_their_own_gradients(
     assert all(pair.images.shape[1] == 1 for pair in batches)
     whole = torch.cat([pair.indices.flatten() for pair in data.fit_pairs(CPU)])
     assert torch.equal(torch.cat([pair.indices.flatten() for pair in batches]), whole)
+    assert whole.sort().values.diff().min() > 0
+    assert not torch.equal(whole, whole.sort().values)  # in a folder, neighbours are of one class
     of_one, first = batches[0], next(data.fit_pairs(CPU))
     for name, gradient in first.gradients.items():
         mean = of_one.gradients[name][:3].mean(dim=0)

@@ -6,11 +6,11 @@ from gitlight.config import DataConfig
 from gitlight.data.sampling import LeakSampler
 
 
-def read(n_images, per_leak, batch, world, shuffle, epoch=0, seed=3):
+def read(n_images, per_leak, batch, world, shuffle, epoch=0, seed=3, mixed=False):
     settings = DataConfig(client_batch_size=per_leak, batch_size=batch)
     shares = []
     for rank in range(world):
-        sampler = LeakSampler(n_images, settings, rank, world, seed, shuffle)
+        sampler = LeakSampler(n_images, settings, rank, world, seed, shuffle, mixed)
         sampler.set_epoch(epoch)
         positions = list(sampler)
         assert len(positions) == len(sampler)
@@ -48,3 +48,19 @@ def test_epochs_and_seeds_shuffle_differently():
     assert order() == order()
     assert order() != order(epoch=1)
     assert order() != order(seed=4)
+
+
+@given(sizes)
+def test_fits_of_client_batches_group_the_same_images_at_every_pass_and_on_any_number_of_ranks(size):
+    n_images, per_leak, per_rank, world = size
+    (alone,) = read(n_images, per_leak, per_rank, 1, shuffle=False, mixed=True)
+    shares = read(n_images, per_leak, per_rank * world, world, shuffle=False, epoch=1, mixed=True)
+    assert sorted(map(tuple, torch.cat(shares).tolist())) == sorted(map(tuple, alone.tolist()))
+    assert alone.unique().numel() == alone.numel() == n_images // per_leak * per_leak
+
+
+def test_fits_of_client_batches_do_not_group_neighbours():
+    (alone,) = read(1000, 4, 10, 1, shuffle=False, mixed=True)
+    of_class = alone // 100  # a source sorted by class
+    n_classes = torch.tensor([row.unique().numel() for row in of_class])
+    assert n_classes.double().mean() > 3

@@ -8,6 +8,9 @@ from gitlight.architecture import IMAGE, Architecture, Layer
 NO_LABEL = -1
 """What stands for the label of a leak whose bias gradient holds NaN or infinity."""
 
+_RULED_OUT = 1.5
+"""Sum of squares, in units of that of one image's label, by which a set of labels explains a gradient worse."""
+
 
 def output_bias(architecture: Architecture) -> str | None:
     """The name of the bias whose gradient is ``δ``: that of the linear layer that puts out the logits.
@@ -101,3 +104,33 @@ def labels_of_batch(bias_gradient: Tensor, probabilities: Tensor, n_images: int)
         found.append(smallest)
         error = error.scatter_add(1, smallest, torch.full_like(smallest, 1 / n_images, dtype=error.dtype))
     return torch.cat(found, dim=1).sort(dim=1).values
+
+
+def next_labels_of_batch(bias_gradient: Tensor, probabilities: Tensor, labels: Tensor, n_others: int) -> Tensor:
+    """``(B, n_others, N)`` int64, ascending: the sets that explain the bias gradient next best, one label exchanged.
+
+    Those with the least sum of squared differences from mean probabilities come first. Sets with a sum that is larger
+    by ``1.5/N²`` are as good as ruled out (an image is worth ``1/N``); in their place are the labels as given.
+
+    >>> gradient, probabilities = torch.tensor([[0.6, -0.3, -0.3]]), torch.tensor([0.9, 0.05, 0.05])
+    >>> next_labels_of_batch(gradient, probabilities, torch.tensor([[0, 1, 2, 2]]), 3).tolist()
+    [[[0, 1, 1, 2], [0, 0, 1, 2], [0, 1, 2, 2]]]
+
+    Args:
+        bias_gradient: ``(B, classes)``, finite.
+        probabilities: ``(classes,)``, of other images on average.
+        labels: ``(B, N)``, as of `labels_of_batch`.
+        n_others: how many sets.
+    """
+    n_images, n_classes = labels.shape[1], bias_gradient.shape[1]
+    count = torch.nn.functional.one_hot(labels, n_classes).sum(dim=1)
+    error = bias_gradient - probabilities + count / n_images
+    without, with_one = ((error + move).square() - error.square() for move in (-1 / n_images, 1 / n_images))
+    worse = (without.unsqueeze(2) + with_one.unsqueeze(1)).masked_fill((count == 0).unsqueeze(2), torch.inf)
+    worse.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    best = worse.flatten(1).topk(min(n_others, n_classes**2), largest=False)
+    removed, added = best.indices // n_classes, best.indices % n_classes
+    place = (labels.unsqueeze(1) == removed.unsqueeze(2)).int().argmax(dim=2, keepdim=True)
+    exchanged = labels.unsqueeze(1).repeat(1, best.indices.shape[1], 1).scatter_(2, place, added.unsqueeze(2))
+    exchanged = torch.where((best.values < _RULED_OUT / n_images**2).unsqueeze(2), exchanged, labels.unsqueeze(1))
+    return exchanged.sort(dim=2).values

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gitlight.generators.exact.labels import labels_of_batch
+from gitlight.generators.exact.labels import labels_of_batch, next_labels_of_batch
 
 _STEPS = 200
 """Steps of a search, at most."""
@@ -24,6 +24,9 @@ _AHEAD = 0.1
 
 _JITTER, _AGAIN = 0.05, (0.3, 1.0)
 """How far a start is moved at random, in units of the spread over the images; and those of leaks that need more."""
+
+_OTHER_LABELS = 3
+"""Sets of labels that are tried where those that were read off do not lead to any images."""
 
 _MOST_AT_ONCE = 1 << 25
 """Entries of all leaks' Jacobians at once, 256 MiB."""
@@ -135,7 +138,8 @@ def separate(
     spread = first.std(dim=1, keepdim=True).clamp_min(1e-3 * first.abs().amax(dim=(1, 2), keepdim=True))
     found, cost = _search(problem, first + _JITTER * spread * jitter[0])
     expected = (noise.square().unsqueeze(1) * problem.weights.square()).sum(dim=1) * len(bias)
-    left_over = (cost > (4 * expected).clamp_min(_ARRIVED)).nonzero().squeeze(1)
+    arrived = (4 * expected).clamp_min(_ARRIVED)
+    left_over = (cost > arrived).nonzero().squeeze(1)
     if len(left_over):
         # All at once: a search takes as long for many as for few.
         sizes_of_jitter = torch.tensor(_AGAIN, dtype=first.dtype, device=first.device).view(-1, 1, 1)
@@ -146,7 +150,19 @@ def separate(
         gained = best.values < cost[left_over]
         every = torch.arange(len(left_over), device=noise.device)
         chosen = others.view(-1, len(_AGAIN), *first.shape[1:])[every, best.indices]
-        found[left_over[gained]] = chosen[gained]
+        found[left_over[gained]], cost[left_over[gained]] = chosen[gained], best.values[gained]
+        left_over = (cost > arrived).nonzero().squeeze(1)
+    sets = next_labels_of_batch(bias_gradient[left_over], typical.probabilities, labels[left_over], _OTHER_LABELS)
+    others = (sets != labels[left_over].unsqueeze(1)).any(dim=2)
+    if bool(others.any()):
+        again, its_labels = left_over.unsqueeze(1).expand_as(others)[others], sets[others]
+        tried = problem.of(again)._replace(labels=torch.nn.functional.one_hot(its_labels, len(bias)).to(joined))
+        start = _first_order(tried, its_labels, bias_gradient[again]) + _JITTER * spread[again] * jitter[0]
+        its_found, its_cost = _search(tried, start)
+        # Wrong labels may come nearer, too; right ones arrive.
+        gained = its_cost <= arrived[again]
+        found[again[gained]], labels[again[gained]] = its_found[gained], its_labels[gained]
+        problem = problem._replace(labels=torch.nn.functional.one_hot(labels, len(bias)).to(joined))
     # From there by likelihood: all entries of the gradient have the same noise, and inputs are near the typical ones.
     scale = noise.unsqueeze(1)
     likely = problem._replace(

@@ -5,16 +5,17 @@ import torch
 from torch.nn import functional
 
 from gitlight.generators.exact import separation
+from gitlight.generators.exact.labels import labels_of_batch
 from gitlight.generators.exact.separation import Typical, separable, separate
 
 N_CLASSES, N_FEATURES, N_LEAKS = 10, 30, 40
 
 
-def leaks(n_images, seed=0, relative_noise=0.0):
+def leaks(n_images, seed=0, relative_noise=0.0, size=0.2):
     """Mean gradients of a linear layer, by autograd: its weights, inputs, labels, gradients and their noise."""
     generator = torch.Generator().manual_seed(seed)
     draw = {"generator": generator, "dtype": torch.float64}
-    weight, bias = torch.randn(N_CLASSES, N_FEATURES, **draw) * 0.2, torch.randn(N_CLASSES, **draw)
+    weight, bias = torch.randn(N_CLASSES, N_FEATURES, **draw) * size, torch.randn(N_CLASSES, **draw)
     inputs = 0.5 + 0.3 * torch.randn(N_LEAKS, n_images, N_FEATURES, **draw)
     labels = torch.randint(N_CLASSES, (N_LEAKS, n_images), generator=generator)
     gradients = []
@@ -93,6 +94,20 @@ def test_labels_are_read_off_where_one_class_has_nearly_all_probability():
     assert (of_bias[labels_of_three, 3] > 0).any()  # its entry is not the smallest, nor below zero
     found = separate(of_weight, of_bias, noise, weight, bias, typical, 4)
     assert torch.equal(found.labels, labels.sort(dim=1).values)
+
+
+def test_labels_that_are_not_read_off_at_first_are_those_that_lead_to_images():
+    """Where probabilities differ much between images, their mean misleads the reading."""
+    weight, bias, typical, inputs, labels, of_weight, of_bias, noise = leaks(6, seed=1, size=0.8)
+    labels = labels.sort(dim=1)
+    inputs = inputs.gather(1, labels.indices.unsqueeze(2).expand_as(inputs))
+    wrong = (labels_of_batch(of_bias, typical.probabilities, 6) != labels.values).any(dim=1)
+    found = separate(of_weight, of_bias, noise, weight, bias, typical, 6)
+    right = (found.labels == labels.values).all(dim=1)
+    assert wrong.sum() >= 10
+    assert right[wrong].double().mean() >= 0.7
+    assert right[~wrong].all()
+    assert (errors(found, inputs, labels.values)[right & wrong] < 1e-6).all()
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1e170])

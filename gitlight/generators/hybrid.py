@@ -158,13 +158,13 @@ class HybridGenerator(Generator):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
-        return self._images_and_error(gradients)[0]
+        return self._refined(gradients)[0]
 
-    def _images_and_error(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
-        """What `forward` gives; and the start's error, as `_error` gives it."""
+    def _refined(self, gradients: Gradients) -> tuple[Tensor, Tensor, FeatureValues]:
+        """What `forward` gives; the start's error, as `_error` gives it; and the walk's features."""
         features, averages, start = self.closed_form(gradients)
         if self.refinement is None:
-            return start.clamp(0, 1).view(-1, *self.image_shape), start.new_zeros(())
+            return start.clamp(0, 1).view(-1, *self.image_shape), start.new_zeros(()), features
         seen = [self.averages.standardise(averages)]
         if self.scaling is not None:
             seen.append(self._of_each_slot(self.scaling(gradients)))
@@ -174,7 +174,7 @@ class HybridGenerator(Generator):
         # the fastest way to undo them is to switch all units off.
         error = self._error(features)
         images = clamp_passing_gradients(start.unsqueeze(1) + residual.float() * error)
-        return images.view(-1, *self.image_shape), error
+        return images.view(-1, *self.image_shape), error, features
 
     @property
     def has_own_loss(self) -> bool:
@@ -183,13 +183,13 @@ class HybridGenerator(Generator):
 
     def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor:
         """Squared errors over those of each leak's start."""
-        found, error = self._images_and_error(gradients)
+        found, error, _ = self._refined(gradients)
         return ((found - images) / error).square().mean()
 
     def reconstruct(self, gradients: Gradients) -> Reconstruction:
-        """`forward`, and the labels, where the walk reads them off."""
-        found = super().reconstruct(gradients)
-        return found._replace(labels=self.walk.labels(gradients) if isinstance(self.walk, SeparatedFeatures) else None)
+        """`forward`, and the labels, where the walk tells images apart by them."""
+        images, _, features = self._refined(gradients)
+        return Reconstruction(images, ("",) * len(images), features.labels)
 
     def start(self, gradients: Gradients) -> Tensor:
         """What stages 1 and 2 alone give: ``(B, N, C, H, W)`` in [0, 1]; not told apart, the same image ``N`` times."""

@@ -127,7 +127,7 @@ class SeparatedFeatures(nn.Module):
         return self.features[-1].result == IMAGE and self.features[-1].exact
 
     def forward(self, gradients: Gradients) -> FeatureValues:
-        """Of ``B`` leaks the features ``(B · N, *shape)``, image by image, and levels ``(B · N, 1 + features)``."""
+        """Of ``B`` leaks the features ``(B · N, *shape)``, image by image, levels ``(B · N, 1 + features)``, labels."""
         n = self.n_slots
         which, size = invertible(gradients)
         used = {name for action in self._plan.solves for name in action.layer.parameters.values()}
@@ -137,7 +137,10 @@ class SeparatedFeatures(nn.Module):
         n_leaks, dtype = len(first), first.dtype
         size = size.clamp_min(1e-300)
         noise = self.noise_of(of_head[self._head.parameters["weight"]], size, torch.finfo(dtype).eps)
-        found = self._walk(of_head, {name: gradients[name] for name in used - head}, which, noise)
+        labels = self._labels_read_off(gradients)
+        found, labels[which] = self._walk(
+            of_head, {name: gradients[name] for name in used - head}, which, noise, labels[which]
+        )
         values, levels = [], [(noise / size).repeat_interleave(n)]
         rows = (n * which.unsqueeze(1) + torch.arange(n, device=which.device)).flatten()
         for feature in self.features:
@@ -152,20 +155,23 @@ class SeparatedFeatures(nn.Module):
         logarithms = torch.stack(levels, dim=1).clamp_min(1e-300).log10()
         logarithms = torch.nan_to_num(logarithms, nan=LEVELS[1]).clamp(*LEVELS)
         whole = logarithms.new_full((n * n_leaks, logarithms.shape[1]), LEVELS[1])
-        return FeatureValues(values, whole.index_copy(0, rows, logarithms))
+        return FeatureValues(values, whole.index_copy(0, rows, logarithms), labels)
 
-    def _walk(self, of_head: Gradients, others: Gradients, which: Tensor, noise: Tensor) -> dict[str, Estimate]:
-        """Name of each feature's result → its estimate ``(B · N, *shape)``; nothing before all weights are fitted.
+    def _walk(
+        self, of_head: Gradients, others: Gradients, which: Tensor, noise: Tensor, labels: Tensor
+    ) -> tuple[dict[str, Estimate], Tensor]:
+        """Name of each feature's result → its estimate ``(B · N, *shape)``, and labels; nothing before all fits.
 
         Args:
             of_head: the last layer's gradients, of ``B`` leaks in float64.
             others: those of other layers, of more leaks in any precision.
             which: ``(B,)``, positions among these.
             noise: ``(B,)``.
+            labels: ``(B, N)``, as read off.
         """
         weights, names = self.inversion.weights(), self._head.parameters
         if len(weights) < len(self.inversion.parameters_to_fit) or not len(noise):
-            return {}
+            return {}, labels
         typical = Typical(self.typical_input, self.spread, self.probabilities)
         apart = separate(
             of_head[names["weight"]], of_head[names["bias"]], noise,
@@ -192,10 +198,9 @@ class SeparatedFeatures(nn.Module):
             )  # fmt: skip
             parts.append(walker.follow(self._plan, until=walker.is_beyond).values)
         found = [feature.result for feature in self.features if feature.result in parts[0]]
-        return {name: _joined([part[name] for part in parts]) for name in found}
+        return {name: _joined([part[name] for part in parts]) for name in found}, apart.labels
 
-    def labels(self, gradients: Gradients) -> Tensor:
-        """Those of each leak's images, ``(B, N)`` int64, ascending."""
+    def _labels_read_off(self, gradients: Gradients) -> Tensor:
         delta = torch.nan_to_num(gradients[self._head.parameters["bias"]].double())
         return labels_of_batch(delta, self.probabilities, self.n_slots)
 

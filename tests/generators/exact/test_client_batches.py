@@ -38,7 +38,7 @@ def test_all_images_of_a_client_batch_are_found_where_equations_reach_them(activ
     features, gradients, images = multilayer_perceptron(3, activation, dtype)
     assert features.reaches_the_image
     assert features.end == "the image is reached"
-    values, levels = features(gradients)
+    values, levels, _ = features(gradients)
     found = values[-1].view(images.shape)
     order = torch.cdist(images.double().flatten(2), found.flatten(2)).argmin(dim=2)
     assert (order.sort(dim=1).values == torch.arange(3)).all(dim=1).double().mean() > 0.9

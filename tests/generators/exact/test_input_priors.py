@@ -171,7 +171,7 @@ def test_without_images_for_a_prior_the_walk_ends_above_its_layer(small, caplog,
     assert not features.priors["prior1"].usable
     assert "nothing is made of the gradient of conv2d 'conv2'" in caplog.text
     two = {name: gradient[:6].unflatten(0, (3, 2)).mean(dim=1) for name, gradient in pair.gradients.items()}
-    values, levels = features(two)
+    values, levels, _ = features(two)
     assert values[0].any()
     assert not values[1].any()
     assert (levels[:, 2:] == LEVELS[1]).all()

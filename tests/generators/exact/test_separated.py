@@ -10,6 +10,7 @@ from gitlight.config import HybridGeneratorConfig, LeNetConfig, ResNetConfig, Sk
 from gitlight.errors import ConfigError, DataError
 from gitlight.generators.base import FitOn
 from gitlight.generators.exact.features import LEVELS
+from gitlight.generators.exact.labels import labels_of_batch
 from gitlight.generators.exact.separated import SeparatedFeatures, can_separate
 from gitlight.generators.hybrid import HybridGenerator
 from gitlight.gradients.sketch import Sketch
@@ -44,7 +45,7 @@ def test_the_feature_is_what_the_activation_below_the_last_layer_was_made_of(sep
     features, leaked, pair = separated
     network = leaked.network.double()
     truth = network[:-3](pair.images.flatten(0, 1).double())  # without activation, flatten, linear
-    found, levels = features(pair.gradients)
+    found, levels, _ = features(pair.gradients)
     assert features.features[0].result == "conv3"
     values = found[0].view(30, 2, -1)
     wanted = truth.view(30, 2, 1, 16, 4).movedim(2, 3)  # as images of 16 × 4, to be matched
@@ -69,7 +70,7 @@ def test_leaks_that_are_zero_or_not_finite_are_no_estimate_and_spoil_no_other(se
     for gradient in spoiled.values():
         gradient[3] = 0
     spoiled["conv1.bias"][5, 0] = float("nan")
-    found, levels = features(spoiled)
+    found, levels, _ = features(spoiled)
     bad = torch.tensor([6, 7, 10, 11])
     assert not found[0][bad].any()
     assert (levels[bad] == LEVELS[1]).all()
@@ -79,7 +80,7 @@ def test_leaks_that_are_zero_or_not_finite_are_no_estimate_and_spoil_no_other(se
 
 def test_a_batch_without_a_usable_leak_is_no_error(separated):
     features, _, pair = separated
-    found, levels = features({name: torch.zeros_like(gradient) for name, gradient in pair.gradients.items()})
+    found, levels, _ = features({name: torch.zeros_like(gradient) for name, gradient in pair.gradients.items()})
     assert not found[0].any()
     assert (levels == LEVELS[1]).all()
 
@@ -112,6 +113,12 @@ def test_single_images_without_an_output_error_spoil_no_fit(make_pairs):
 def test_hybrid_gives_the_labels_that_it_reads_off(make_pairs):
     generator, pair = make_hybrid(make_pairs, 60, 400)
     assert torch.equal(generator.reconstruct(pair.gradients).labels, pair.labels.sort(dim=1).values)
+    walk, right = generator.walk, pair.labels.sort(dim=1).values
+    walk.probabilities.copy_(torch.softmax(torch.randn(5, generator=torch.Generator().manual_seed(2)), dim=0))
+    misread = (labels_of_batch(pair.gradients["linear.bias"].double(), walk.probabilities, 2) != right).any(dim=1)
+    mended = (generator.reconstruct(pair.gradients).labels == right).all(dim=1)
+    assert misread.sum() >= 10
+    assert mended.double().mean() > 0.9
     other, _ = make_hybrid(make_pairs, 60, 400, separate=False)
     assert other.reconstruct(pair.gradients).labels is None
 
@@ -213,7 +220,7 @@ def test_every_layers_input_is_each_images_own(separated):
     network = leaked.network.double()
     images = pair.images.flatten(0, 1).double()
     truths = [network[:5](images), network[:3](images), network[:2](images)]
-    values, levels = features(pair.gradients)
+    values, levels, _ = features(pair.gradients)
     order = torch.cdist(truths[0].view(30, 2, -1), values[0].view(30, 2, -1)).argmin(dim=2)
     for number, (truth, value, relative) in enumerate(zip(truths, values, (1e-3, 0.1, 0.3), strict=True)):
         matched = value.view(30, 2, -1).gather(1, order.unsqueeze(2).expand(-1, -1, value[0].numel()))

@@ -65,7 +65,7 @@ def test_the_last_layers_weights_are_found_up_to_a_common_row(separated):
 
 def test_leaks_that_are_zero_or_not_finite_are_no_estimate_and_spoil_no_other(separated):
     features, _, pair = separated
-    clean, _ = features(pair.gradients)
+    clean = features(pair.gradients).values
     spoiled = {name: gradient.clone() for name, gradient in pair.gradients.items()}
     for gradient in spoiled.values():
         gradient[3] = 0

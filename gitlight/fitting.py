@@ -44,7 +44,7 @@ def _add_pairs(fit: FitOn, datamodule: GradientPairDataModule, device: torch.dev
         with working_on(share):
             for pair in datamodule.fit_pairs(device, fit.pairs, share):
                 # Neither labels nor anything else that the attacker does not have.
-                fit.update(pair.gradients, pair.images, pair.indices[:, 0] // pair.images.shape[1])
+                fit.update(pair.gradients, pair.images, datamodule.fit_numbers(pair))
             sums = fit.sums()
             if len(shares) > 1:
                 total.add([each.clone() for each in sums])

@@ -11,7 +11,7 @@ from gitlight.data.datamodule import Batch, ImageDataModule
 from gitlight.data.images import ImageSplits
 from gitlight.data.pair import GradientPair
 from gitlight.data.pair_clock import PairClock
-from gitlight.data.sampling import mixed_seed
+from gitlight.data.sampling import mixed_seed, order_of_groups
 from gitlight.errors import CheckpointError
 from gitlight.generators.base import ALL_ONCE, FitPairs
 from gitlight.gradients.channel import GaussianNoise, build_channel
@@ -54,6 +54,7 @@ class GradientPairDataModule(ImageDataModule):
         self.leaked_model = leaked_model
         self.clock = PairClock()
         self._channel = build_channel(channel)
+        self._places: Tensor | None = None  # of images, in the order in which fits group them
         sketch = None if gradients.sketch.name == "none" else Sketch(leaked_model.architecture, gradients.sketch)
         self.architecture = (
             sketch.seen_by_generators(leaked_model.architecture) if sketch else leaked_model.architecture
@@ -156,6 +157,18 @@ class GradientPairDataModule(ImageDataModule):
                 n_images = len(images) // self.settings.client_batch_size * per_leak
                 for parts in zip(images.split(n_images), labels.split(n_images), indices.split(n_images), strict=True):
                     yield self.prepare(parts, "fit", mirrored, per_leak, wanted.noise)
+
+    def fit_numbers(self, pair: GradientPair) -> Tensor:
+        """Numbers of leaks among those that fits are made of, from 0, the same at every pass: ``(B,)`` int64.
+
+        ``pair``: of `fit_pairs`; of single images they are the images' positions.
+        """
+        first, per_leak = pair.indices[:, 0], pair.images.shape[1]
+        if per_leak == 1:
+            return first
+        if self._places is None:
+            self._places = order_of_groups(len(self.split("train")), self._seed).argsort()
+        return self._places.to(first.device)[first] // per_leak
 
     def private_pairs(self, device: torch.device, n_images: int) -> Iterator[GradientPair]:
         """Pairs of the first ``n_images`` private images, whole client batches of them."""

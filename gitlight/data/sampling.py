@@ -23,6 +23,14 @@ def mixed_seed(purpose: str, *numbers: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def order_of_groups(n_images: int, seed: int) -> Tensor:
+    """Positions of images in the order in which fits group them to client batches, ``(n_images,)``.
+
+    ``seed`` is the run's.
+    """
+    return torch.randperm(n_images, generator=torch.Generator().manual_seed(mixed_seed("groups", seed)))
+
+
 class LeakSampler(Sampler[int]):
     """Positions of the images that one rank reads: client batch after client batch.
 
@@ -83,8 +91,7 @@ class LeakSampler(Sampler[int]):
             generator = torch.Generator().manual_seed(mixed_seed("order", self._seed, self.epoch))
             order = torch.randperm(self._n_images, generator=generator)
         elif self._mixed:
-            generator = torch.Generator().manual_seed(mixed_seed("groups", self._seed))
-            order = torch.randperm(self._n_images, generator=generator)
+            order = order_of_groups(self._n_images, self._seed)
         else:
             order = torch.arange(self._n_images)
         return iter(self._mine(order, self.first_batch).tolist())

@@ -53,7 +53,7 @@ class PairFit(Protocol):
         Args:
             gradients: ``(B, …)`` per parameter.
             images: ``(B, N, C, H, W)``.
-            numbers: ``(B,)`` int64, a number of each leak, the same at every pass; few leaks share one.
+            numbers: ``(B,)`` int64, each leak's number among the public ones, the same at every pass.
         """
         ...
 

@@ -71,7 +71,7 @@ class RidgeRegression(nn.Module):
         Args:
             features: ``(B, n_features)`` float64.
             outputs: ``(B, n_outputs)``.
-            numbers: ``(B,)`` int64, each pair's position in the data: decides which are held out, so that the choice
+            numbers: ``(B,)`` int64, each pair's number among all: decides which are held out, so that the choice
                 does not depend on how pairs are spread over devices.
         """
         joint = torch.cat([torch.ones_like(features[:, :1]), features, outputs.to(features.dtype)], dim=1)

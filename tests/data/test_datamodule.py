@@ -117,6 +117,18 @@ def test_fit_pairs_of_single_images_are_the_same_images_and_their_own_gradients(
         torch.testing.assert_close(gradient[0], mean, rtol=1e-4, atol=1e-6)
 
 
+def test_leaks_that_fits_are_made_of_have_the_same_numbers_at_every_pass(images):
+    data = module(images, client_batch_size=3, horizontal_flip=True)
+    numbers = torch.cat([data.fit_numbers(pair) for pair in data.fit_pairs(CPU)])
+    assert torch.equal(numbers.sort().values, torch.arange(16))
+    twice = torch.cat([data.fit_numbers(pair) for pair in data.fit_pairs(CPU, FitPairs(mirrored=True))])
+    assert torch.equal(twice, numbers.repeat(2))
+    single = list(data.fit_pairs(CPU, FitPairs(single_images=True)))
+    assert torch.equal(
+        torch.cat([data.fit_numbers(pair) for pair in single]), torch.cat([pair.indices[:, 0] for pair in single])
+    )
+
+
 @pytest.mark.parametrize("horizontal_flip", [True, False])
 def test_fit_pairs_may_be_mirrored_where_training_mirrors(images, horizontal_flip):
     data = module(images, horizontal_flip=horizontal_flip)

@@ -48,7 +48,8 @@ class FeatureValues(NamedTuple):
         values: one tensor ``(B, *feature.shape)`` per feature, float64; zero for leaks that are zero or not finite.
         levels: ``(B, 1 + features)`` float64: the decimal logarithms of the leak's relative noise and of each feature's
             standard deviation, as the equations state it; between `LEVELS`.
-        labels: ``(leaks, N)`` int64, ascending, where the images of client batches are told apart by them.
+        labels: of client batches whose images are told apart, ``N`` of the ``B`` for each leak: ``(leaks, N)`` int64,
+            ascending.
     """
 
     values: list[Tensor]

@@ -9,7 +9,7 @@ NO_LABEL = -1
 """What stands for the label of a leak whose bias gradient holds NaN or infinity."""
 
 _RULED_OUT = 1.5
-"""Sum of squares, in units of that of one image's label, by which a set of labels explains a gradient worse."""
+"""Sum of squares, in units of ``1/N²``, by which a set of labels explains a gradient worse."""
 
 
 def output_bias(architecture: Architecture) -> str | None:
@@ -126,10 +126,15 @@ def next_labels_of_batch(bias_gradient: Tensor, probabilities: Tensor, labels: T
     count = torch.nn.functional.one_hot(labels, n_classes).sum(dim=1)
     error = bias_gradient - probabilities + count / n_images
     without, with_one = ((error + move).square() - error.square() for move in (-1 / n_images, 1 / n_images))
-    worse = (without.unsqueeze(2) + with_one.unsqueeze(1)).masked_fill((count == 0).unsqueeze(2), torch.inf)
-    worse.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    best = worse.flatten(1).topk(min(n_others, n_classes**2), largest=False)
-    removed, added = best.indices // n_classes, best.indices % n_classes
+    # One more of each than wanted, as no class is exchanged for itself; of all classes there may be many pairs.
+    n_each = min(n_others + 1, n_classes)
+    lost = without.masked_fill(count == 0, torch.inf).topk(n_each, largest=False)
+    won = with_one.topk(n_each, largest=False)
+    worse = lost.values.unsqueeze(2) + won.values.unsqueeze(1)
+    worse = worse.masked_fill(lost.indices.unsqueeze(2) == won.indices.unsqueeze(1), torch.inf)
+    best = worse.flatten(1).topk(min(n_others, n_each**2), largest=False)
+    removed = lost.indices.gather(1, best.indices // n_each)
+    added = won.indices.gather(1, best.indices % n_each)
     place = (labels.unsqueeze(1) == removed.unsqueeze(2)).int().argmax(dim=2, keepdim=True)
     exchanged = labels.unsqueeze(1).repeat(1, best.indices.shape[1], 1).scatter_(2, place, added.unsqueeze(2))
     exchanged = torch.where((best.values < _RULED_OUT / n_images**2).unsqueeze(2), exchanged, labels.unsqueeze(1))

@@ -69,7 +69,7 @@ class LinearRule(AffineRule):
             return super().solve(delta, weight_gradient, damping)
         # δ ⊗ a: all entries meet one equation, so that one pass over the gradient says what each refinement would.
         scale = delta.flatten(1).norm(dim=1)
-        safe = torch.where(scale > 0, scale, 1.0)
+        safe = torch.where((scale > 0) & torch.isfinite(scale), scale, 1.0)
         found = self.right(delta / safe.view(-1, *[1] * (delta.dim() - 1)), weight_gradient)
         each = (-1, *[1] * (found.dim() - 1))
         damping = damping + 1e-300

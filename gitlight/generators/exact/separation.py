@@ -103,7 +103,7 @@ def separate(
         n_images: ``N``; see `separable`.
     """
     equations, unknowns = n_equations_and_unknowns(n_images, len(bias))
-    chunk = max(1, _MOST_AT_ONCE // (equations * unknowns))
+    chunk = max(1, _MOST_AT_ONCE // (equations * unknowns * max(len(_AGAIN), _OTHER_LABELS)))
     if len(noise) > chunk:
         parts = zip(weight_gradient.split(chunk), bias_gradient.split(chunk), noise.split(chunk), strict=True)
         solved = [separate(w, b, its_noise, weight, bias, typical, n_images) for w, b, its_noise in parts]
@@ -145,23 +145,21 @@ def separate(
         sizes_of_jitter = torch.tensor(_AGAIN, dtype=first.dtype, device=first.device).view(-1, 1, 1)
         starts = first[left_over].unsqueeze(1) + (sizes_of_jitter * jitter[1:]) * spread[left_over].unsqueeze(1)
         again = left_over.repeat_interleave(len(_AGAIN))
-        others, its_cost = _search(problem.of(again), starts.flatten(0, 1))
-        best = its_cost.view(-1, len(_AGAIN)).min(dim=1)
-        gained = best.values < cost[left_over]
-        every = torch.arange(len(left_over), device=noise.device)
-        chosen = others.view(-1, len(_AGAIN), *first.shape[1:])[every, best.indices]
-        found[left_over[gained]], cost[left_over[gained]] = chosen[gained], best.values[gained]
+        chosen, its_cost, _ = _nearest(len(_AGAIN), *_search(problem.of(again), starts.flatten(0, 1)))
+        gained = its_cost < cost[left_over]
+        found[left_over[gained]], cost[left_over[gained]] = chosen[gained], its_cost[gained]
         left_over = (cost > arrived).nonzero().squeeze(1)
     sets = next_labels_of_batch(bias_gradient[left_over], typical.probabilities, labels[left_over], _OTHER_LABELS)
-    others = (sets != labels[left_over].unsqueeze(1)).any(dim=2)
-    if bool(others.any()):
-        again, its_labels = left_over.unsqueeze(1).expand_as(others)[others], sets[others]
+    doubtful = (sets != labels[left_over].unsqueeze(1)).flatten(1).any(dim=1)
+    left_over, sets = left_over[doubtful], sets[doubtful]
+    if len(left_over):
+        again, its_labels = left_over.repeat_interleave(sets.shape[1]), sets.flatten(0, 1)
         tried = problem.of(again)._replace(labels=torch.nn.functional.one_hot(its_labels, len(bias)).to(joined))
         start = _first_order(tried, its_labels, bias_gradient[again]) + _JITTER * spread[again] * jitter[0]
-        its_found, its_cost = _search(tried, start)
-        # Wrong labels may come nearer, too; right ones arrive.
-        gained = its_cost <= arrived[again]
-        found[again[gained]], labels[again[gained]] = its_found[gained], its_labels[gained]
+        chosen, its_cost, which = _nearest(sets.shape[1], *_search(tried, start))
+        # Wrong labels may come nearer, too; where there is no noise, only right ones arrive.
+        gained = its_cost <= arrived[left_over]
+        found[left_over[gained]], labels[left_over[gained]] = chosen[gained], sets[gained, which[gained]]
         problem = problem._replace(labels=torch.nn.functional.one_hot(labels, len(bias)).to(joined))
     # From there by likelihood: all entries of the gradient have the same noise, and inputs are near the typical ones.
     scale = noise.unsqueeze(1)
@@ -172,6 +170,13 @@ def separate(
     # Errors of the space itself: those of a singular vector are the noise over its singular value.
     outside = noise.square().unsqueeze(1) * (found / sizes.unsqueeze(1)).square().sum(dim=2)
     return Separated((found @ basis)[:, :, :-1], _variance(likely, found) / n_entries + outside, labels)
+
+
+def _nearest(n: int, found: Tensor, cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each ``n`` searches in a row the one that came nearest, how near, and its number."""
+    best = cost.view(-1, n).min(dim=1)
+    every = torch.arange(len(best.indices), device=cost.device)
+    return found.unflatten(0, (-1, n))[every, best.indices], best.values, best.indices
 
 
 class _Problem(NamedTuple):

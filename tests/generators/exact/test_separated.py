@@ -240,3 +240,20 @@ def test_a_last_layer_whose_weight_is_used_twice_tells_nothing_apart():
             return self.head(torch.tanh(self.head(images.flatten(1))))
 
     assert not can_separate(Architecture.of(Twice(), (3, 2, 2), 12), 2)
+
+
+def test_a_fit_finds_with_part_of_a_plan_what_the_whole_plan_finds(separated):
+    features, _, pair = separated
+    inversion = features.inversion
+    gradients = {name: gradient[:10] for name, gradient in pair.gradients.items()}
+    everything = inversion.find(inversion.usable(gradients))
+    action = inversion.current_plan().solves[1]
+    below, name = action.layer.inputs[0], action.layer.name
+    plan = inversion.current_plan().up_to([below], [name])
+    leaks = inversion.usable(gradients, plan)
+    assert set(leaks.gradients) < set(inversion.usable(gradients).gradients)
+    found = inversion.find(leaks, plan)
+    assert set(found.values) < set(everything.values)
+    assert torch.equal(found.values[below].value, everything.values[below].value)
+    assert torch.equal(found.values[below].variance, everything.values[below].variance)
+    assert torch.equal(found.deltas[name], everything.deltas[name])

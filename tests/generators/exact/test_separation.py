@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from gitlight.generators.exact import separation
-from gitlight.generators.exact.labels import labels_of_batch
+from gitlight.generators.exact.labels import labels_of_batch, next_labels_of_batch
 from gitlight.generators.exact.separation import Typical, separable, separate
 
 N_CLASSES, N_FEATURES, N_LEAKS = 10, 30, 40
@@ -108,6 +108,24 @@ def test_labels_that_are_not_read_off_at_first_are_those_that_lead_to_images():
     assert right[wrong].double().mean() >= 0.7
     assert right[~wrong].all()
     assert (errors(found, inputs, labels.values)[right & wrong] < 1e-6).all()
+
+
+def test_the_right_labels_are_found_wherever_they_are_among_those_tried(monkeypatch):
+    weight, bias, typical, inputs, labels, of_weight, of_bias, noise = leaks(6, seed=1, size=0.8)
+    strict = separate(of_weight, of_bias, noise, weight, bias, typical, 6)
+    labels = labels.sort(dim=1)
+    inputs = inputs.gather(1, labels.indices.unsqueeze(2).expand_as(inputs))
+    misread = labels_of_batch(of_bias, typical.probabilities, 6)
+    mended = (strict.labels == labels.values).all(dim=1) & (misread != labels.values).any(dim=1)
+    assert mended.sum() >= 5
+    sets = next_labels_of_batch(of_bias, typical.probabilities, misread, 3)
+    for shift in range(3):
+        monkeypatch.setattr(
+            separation, "next_labels_of_batch", lambda *_, shift=shift: sets[mended].roll(shift, dims=1)
+        )
+        found = separate(of_weight[mended], of_bias[mended], noise[mended], weight, bias, typical, 6)
+        assert torch.equal(found.labels, labels.values[mended])
+        torch.testing.assert_close(found.inputs, strict.inputs[mended], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1e170])

@@ -251,8 +251,7 @@ class Inversion(nn.Module):
         if not leaks.n:
             return Found({}, {}, leaks.which)
         weights = self.weights()
-        if plan is None:
-            plan = self.current_plan()
+        plan = plan or self.current_plan()
         found = walk(
             self.architecture,
             self.rules,
@@ -263,10 +262,9 @@ class Inversion(nn.Module):
             self._current_priors(),
             leaks.dtype,
         )
-        for step in self.steps if len(weights) == len(self._estimated) else ():
-            if step.layer.parameters["weight"] not in leaks.gradients:
-                continue
-            unseen = self.unseen_acts(step.layer, leaks.gradients).any(dim=1)
+        fitted = self.steps if len(weights) == len(self._estimated) else ()
+        for layer in (step.layer for step in fitted if step.layer.parameters["weight"] in leaks.gradients):
+            unseen = self.unseen_acts(layer, leaks.gradients).any(dim=1)
             found.status = worsen(found.status, unseen, Status.UNSEEN)
         if self.steps:
             found.status = worsen(found.status, rounded(self.last_delta(leaks), leaks.noise), Status.ROUNDED)

@@ -6,21 +6,10 @@ import torch
 from torch import Tensor
 
 from gitlight.generators.exact.labels import labels_of_batch, next_labels_of_batch
-
-_STEPS = 200
-"""Steps of a search, at most."""
+from gitlight.generators.exact.separation_search import Problem, nearest, search
 
 _ARRIVED = 1e-6
 """What the squared residual may be, in units of the directions' own sizes, for the images to be told apart."""
-
-_LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING = 1e-14, 1e-2, 1e4
-"""Of a step, over the mean of the diagonal: a third of it after one that gains, three times after one that does not."""
-
-_GAIN, _IN_A_ROW = 1e-6, 3
-"""Share of the squared residual that a step gains at least; and how many that gain less end a search."""
-
-_AHEAD = 0.1
-"""Share of a step after which its curvature is looked at."""
 
 _JITTER, _AGAIN = 0.05, (0.3, 1.0)
 """How far a start is moved at random, in units of the spread over the images; and those of leaks that need more."""
@@ -122,7 +111,7 @@ def separate(
     basis = (left.mT @ joined) / sizes.unsqueeze(2)  # (B, N, features + 1)
     labels = labels_of_batch(bias_gradient, typical.probabilities, n_images)
     n_entries = joined.shape[2]
-    problem = _Problem(
+    problem = Problem(
         gradient=left * sizes.unsqueeze(1),
         unit=unit.unsqueeze(1),
         logits=torch.cat([weight, bias.unsqueeze(1)], dim=1) @ basis.mT,
@@ -136,7 +125,7 @@ def separate(
     generator = torch.Generator().manual_seed(_SEED)
     jitter = torch.randn((1 + len(_AGAIN), *first.shape[1:]), generator=generator, dtype=torch.float64).to(first)
     spread = first.std(dim=1, keepdim=True).clamp_min(1e-3 * first.abs().amax(dim=(1, 2), keepdim=True))
-    found, cost = _search(problem, first + _JITTER * spread * jitter[0])
+    found, cost = search(problem, first + _JITTER * spread * jitter[0])
     expected = (noise.square().unsqueeze(1) * problem.weights.square()).sum(dim=1) * len(bias)
     arrived = (4 * expected).clamp_min(_ARRIVED)
     left_over = (cost > arrived).nonzero().squeeze(1)
@@ -145,7 +134,7 @@ def separate(
         sizes_of_jitter = torch.tensor(_AGAIN, dtype=first.dtype, device=first.device).view(-1, 1, 1)
         starts = first[left_over].unsqueeze(1) + (sizes_of_jitter * jitter[1:]) * spread[left_over].unsqueeze(1)
         again = left_over.repeat_interleave(len(_AGAIN))
-        chosen, its_cost, _ = _nearest(len(_AGAIN), *_search(problem.of(again), starts.flatten(0, 1)))
+        chosen, its_cost, _ = nearest(len(_AGAIN), *search(problem.of(again), starts.flatten(0, 1)))
         gained = its_cost < cost[left_over]
         found[left_over[gained]], cost[left_over[gained]] = chosen[gained], its_cost[gained]
         left_over = (cost > arrived).nonzero().squeeze(1)
@@ -156,7 +145,7 @@ def separate(
         again, its_labels = left_over.repeat_interleave(sets.shape[1]), sets.flatten(0, 1)
         tried = problem.of(again)._replace(labels=torch.nn.functional.one_hot(its_labels, len(bias)).to(joined))
         start = _first_order(tried, its_labels, bias_gradient[again]) + _JITTER * spread[again] * jitter[0]
-        chosen, its_cost, which = _nearest(sets.shape[1], *_search(tried, start))
+        chosen, its_cost, which = nearest(sets.shape[1], *search(tried, start))
         # Wrong labels may come nearer, too; where there is no noise, only right ones arrive.
         gained = its_cost <= arrived[left_over]
         found[left_over[gained]], labels[left_over[gained]] = chosen[gained], sets[gained, which[gained]]
@@ -166,79 +155,13 @@ def separate(
     likely = problem._replace(
         weights=(1 / scale).expand_as(problem.weights), doubt=torch.ones_like(scale) / typical.spread.clamp_min(1e-300)
     )
-    found, _ = _search(likely, found)
+    found, _ = search(likely, found)
     # Errors of the space itself: those of a singular vector are the noise over its singular value.
     outside = noise.square().unsqueeze(1) * (found / sizes.unsqueeze(1)).square().sum(dim=2)
     return Separated((found @ basis)[:, :, :-1], _variance(likely, found) / n_entries + outside, labels)
 
 
-def _nearest(n: int, found: Tensor, cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each ``n`` searches in a row the one that came nearest, how near, and its number."""
-    best = cost.view(-1, n).min(dim=1)
-    every = torch.arange(len(best.indices), device=cost.device)
-    return found.unflatten(0, (-1, n))[every, best.indices], best.values, best.indices
-
-
-class _Problem(NamedTuple):
-    """Least squares for the coordinates ``m_n`` of ``[a_n; 1]``.
-
-    Attributes:
-        gradient: ``(B, classes, N)``, in coordinates and in units of the leak's own size.
-        unit: ``(B, 1)``, that size.
-        logits: ``(B, classes, N)``: from coordinates to logits.
-        ones: ``(B, N)``: from coordinates to the entry that is one.
-        labels: ``(B, N, classes)``.
-        mean: ``(B, N)``, coordinates of the typical input.
-        weights: ``(B, N)``, of the gradient's columns.
-        doubt: ``(B, 1)``, weight of the difference from the typical input.
-    """
-
-    gradient: Tensor
-    unit: Tensor
-    logits: Tensor
-    ones: Tensor
-    labels: Tensor
-    mean: Tensor
-    weights: Tensor
-    doubt: Tensor
-
-    def of(self, which: Tensor) -> "_Problem":
-        """Some leaks'."""
-        return _Problem(*(part[which] for part in self))
-
-    def residual(self, found: Tensor) -> Tensor:
-        """``(B, equations)`` for coordinates ``(B, N, N)``."""
-        n = found.shape[1]
-        delta = torch.softmax(found @ self.logits.mT, dim=2) - self.labels
-        missing = (delta.mT @ found / (n * self.unit.unsqueeze(1)) - self.gradient) * self.weights.unsqueeze(1)
-        ones = self._of_ones * ((found @ self.ones.unsqueeze(2)).squeeze(2) - 1)
-        prior = self.doubt.unsqueeze(2) * (found - self.mean.unsqueeze(1))
-        return torch.cat([missing.flatten(1), ones, prior.flatten(1)], dim=1)
-
-    def jacobian(self, found: Tensor) -> Tensor:
-        """``(B, equations, N · N)``, the residual's."""
-        batch, n, _ = found.shape
-        probabilities = torch.softmax(found @ self.logits.mT, dim=2)
-        delta = probabilities - self.labels
-        inner = probabilities @ self.logits  # (B, image, coordinate)
-        slopes = probabilities.unsqueeze(3) * (self.logits.unsqueeze(1) - inner.unsqueeze(2))  # (B, image, class, k)
-        # Entry (class, j) of the gradient by coordinate k of an image.
-        moved = slopes.unsqueeze(3) * found[:, :, None, :, None]  # (B, image, class, j, k)
-        eye = torch.eye(n, dtype=found.dtype, device=found.device)
-        moved = moved + delta[:, :, :, None, None] * eye
-        moved = moved * ((self.weights / (n * self.unit))[:, None, None, :, None])
-        of_gradient = moved.permute(0, 2, 3, 1, 4).reshape(batch, moved.shape[2] * n, n * n)
-        of_ones = (self._of_ones.unsqueeze(2) * self.ones.unsqueeze(1)).unsqueeze(2) * eye.unsqueeze(2)
-        of_prior = self.doubt.unsqueeze(2) * torch.eye(n * n, dtype=found.dtype, device=found.device)
-        return torch.cat([of_gradient, of_ones.reshape(batch, n, n * n), of_prior], dim=1)
-
-    @property
-    def _of_ones(self) -> Tensor:
-        """Weight of the condition that one entry is one, which holds exactly: ``(B, 1)``."""
-        return (self.weights[:, -1:] * self.gradient[:, :, -1].norm(dim=1, keepdim=True)).clamp_min(1.0)
-
-
-def _first_order(problem: _Problem, labels: Tensor, bias_gradient: Tensor) -> Tensor:
+def _first_order(problem: Problem, labels: Tensor, bias_gradient: Tensor) -> Tensor:
     """Coordinates, as if all images had the same probabilities.
 
     ``a_n = (Σ_i p_i,y · mean − N G_y) / images of class y``, where the sum follows from the bias gradient.
@@ -255,55 +178,7 @@ def _first_order(problem: _Problem, labels: Tensor, bias_gradient: Tensor) -> Te
     return (summed.unsqueeze(2) * mean.unsqueeze(1) - n * rows) / same.unsqueeze(2)
 
 
-def _search(problem: _Problem, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates of a local minimum, and the sum of squares there.
-
-    Where images share a label, minima lie in narrow and curved valleys. Steps follow the curve by their second-order
-    term (geodesic acceleration), and are damped alike in all directions, which have one unit (Transtrum and Sethna
-    2012, arXiv 1201.5885).
-    """
-    found, residual = start.clone(), problem.residual(start)
-    cost = torch.nan_to_num(residual.square().sum(dim=1), nan=torch.inf)
-    damping = torch.full_like(cost, _FIRST_DAMPING)
-    idle = torch.zeros_like(cost)  # steps in a row that gained little
-    moving = torch.arange(len(cost), device=cost.device)  # those that have not arrived
-    for _ in range(_STEPS):
-        part, at, its_damping, its_residual = problem.of(moving), found[moving], damping[moving], residual[moving]
-        there, failed = _step(part, at, its_residual, its_damping)
-        new_residual = part.residual(there)
-        new_cost, former = new_residual.square().sum(dim=1), cost[moving]
-        better = (new_cost < former) & ~failed
-        gained = moving[better]
-        found[gained], residual[gained], cost[gained] = there[better], new_residual[better], new_cost[better]
-        damping[moving] = torch.where(better, its_damping / 3, its_damping * 3).clamp_min(_LEAST_DAMPING)
-        little = former - new_cost < _GAIN * former
-        idle[moving] = torch.where(better, torch.where(little, idle[moving] + 1, 0), idle[moving])
-        moving = moving[(idle[moving] < _IN_A_ROW) & (damping[moving] <= _MOST_DAMPING)]
-        if len(moving) == 0:
-            break
-    return found, cost
-
-
-def _step(problem: _Problem, at: Tensor, residual: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Where one step leads, ``(B, N, N)``, and whether there is none, ``(B,)``."""
-    jacobian = problem.jacobian(at)
-    normal = jacobian.mT @ jacobian
-    unit = normal.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None].clamp_min(1e-300)
-    normal = normal / unit
-    normal.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
-    factor, failed = torch.linalg.cholesky_ex(normal)
-
-    def solve(right: Tensor) -> Tensor:
-        return torch.cholesky_solve(jacobian.mT @ right / unit, factor)
-
-    residual = residual.unsqueeze(2)
-    velocity = -solve(residual)
-    ahead = problem.residual(at + _AHEAD * velocity.view_as(at)).unsqueeze(2)
-    curvature = ((ahead - residual) / _AHEAD - jacobian @ velocity) * (2 / _AHEAD)
-    return at + (velocity - solve(curvature) / 2).view_as(at), failed != 0
-
-
-def _variance(problem: _Problem, found: Tensor) -> Tensor:
+def _variance(problem: Problem, found: Tensor) -> Tensor:
     """``(B, N)``: summed variance of each image's coordinates, where residuals are no larger than noise explains."""
     n = found.shape[1]
     jacobian, residual = problem.jacobian(found), problem.residual(found)

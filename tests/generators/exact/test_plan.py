@@ -222,10 +222,8 @@ def test_a_plan_up_to_some_results_ends_with_the_last_of_them():
     plan = separated_plan(convolutional(nn.Tanh()), 2)
     middle = plan.solves[1].layer
     assert plan.up_to(middle.inputs).actions[-1] == plan.solves[1]
-    for_delta = plan.up_to([], [middle.name]).actions
-    assert (for_delta[-1].do, for_delta[-1].layer.inputs[0]) == (Do.CARRY, middle.name)
-    undone = plan.up_to([middle.name]).actions
-    assert (undone[-1].do, undone[-1].layer.inputs[0]) == (Do.INVERT, middle.name)
+    for cut, do in ((plan.up_to([], [middle.name]), Do.CARRY), (plan.up_to([middle.name]), Do.INVERT)):
+        assert (cut.actions[-1].do, cut.actions[-1].layer.inputs[0]) == (do, middle.name)
     assert plan.up_to(middle.inputs, [middle.name]).actions == plan.up_to(middle.inputs).actions
     assert plan.up_to(plan.known, plan.deltas).actions == plan.actions
     assert plan.up_to(["never found"]).actions == ()

@@ -7,6 +7,7 @@ from torch.nn import functional
 from gitlight.generators.exact import separation
 from gitlight.generators.exact.labels import labels_of_batch, next_labels_of_batch
 from gitlight.generators.exact.separation import Typical, separable, separate
+from gitlight.generators.exact.separation_search import nearest
 
 N_CLASSES, N_FEATURES, N_LEAKS = 10, 30, 40
 
@@ -151,7 +152,7 @@ def test_the_jacobian_is_the_residuals_derivative():
     problems = []
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
-        patch.setattr(separation, "_search", lambda problem, start: problems.append((problem, start)) or 1 / 0)
+        patch.setattr(separation, "search", lambda problem, start: problems.append((problem, start)) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             separate(of_weight, of_bias, noise, weight, bias, typical, 3)
     ((problem, start),) = problems
@@ -171,3 +172,11 @@ def test_the_jacobian_is_the_residuals_derivative():
 )
 def test_more_images_than_equations_are_not_separable(n_images, n_classes, n_features, can):
     assert separable(n_images, n_classes, n_features) is can
+
+
+def test_of_several_searches_for_one_leak_the_nearest_counts():
+    found = torch.arange(6.0).view(6, 1, 1)
+    chosen, cost, number = nearest(3, found, torch.tensor([3.0, 1.0, 2.0, 5.0, 6.0, 4.0]))
+    assert chosen.flatten().tolist() == [1.0, 5.0]
+    assert cost.tolist() == [1.0, 4.0]
+    assert number.tolist() == [1, 2]

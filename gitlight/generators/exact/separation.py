@@ -7,20 +7,23 @@ from torch import Tensor
 
 from gitlight.generators.exact.labels import labels_of_batch, next_labels_of_batch
 from gitlight.generators.exact.separation_search import Problem, nearest, search
+from gitlight.generators.exact.separation_starts import can_turn, first_order, turned
 
-_ARRIVED = 1e-6
-"""What the squared residual may be, in units of the directions' own sizes, for the images to be told apart."""
+_EXPLAINED, _EXACT = 8.0, 1e-6
+"""What the squared residual may be for the images to be told apart: in units of what noise leaves (of eight images of
+LeNet it is 0 to 6 times as much where they are, and 80 times and more where not), or of the directions' own sizes."""
 
-_JITTER, _AGAIN = 0.05, (0.3, 1.0)
-"""How far a start is moved at random, in units of the spread over the images; and those of leaks that need more."""
+_TURNS, _ROUNDS = 8, 4
+"""Starts along the valley at once, and how often, for leaks whose search ends too early."""
+
+_FURTHER = (0.3, 1.0)
+"""How far starts are moved where there is no valley, in units of the spread over the images."""
 
 _OTHER_LABELS = 3
 """Sets of labels that are tried where those that were read off do not lead to any images."""
 
 _MOST_AT_ONCE = 1 << 25
 """Entries of all leaks' Jacobians at once, 256 MiB."""
-
-_SEED = 2505
 
 
 class Separated(NamedTuple):
@@ -80,7 +83,8 @@ def separate(
     leading right singular vectors, and ``δ_n = softmax(W a_n + b) − y_n``. What is left, ``N`` coordinates for each
     image, is found by damped least squares (Levenberg 1944, Marquardt 1963) on the gradient, from the first-order
     solution for probabilities that do not depend on the image: the rows of classes of which there is an image hold
-    ``−a_n``. Images with the same label differ by their probabilities.
+    ``−a_n``. Images with the same label differ by their probabilities; where several do, there are several minima, and
+    searches start again along the valley that these lie in.
 
     Args:
         weight_gradient: ``(B, classes, features)`` float64, finite.
@@ -92,7 +96,7 @@ def separate(
         n_images: ``N``; see `separable`.
     """
     equations, unknowns = n_equations_and_unknowns(n_images, len(bias))
-    chunk = max(1, _MOST_AT_ONCE // (equations * unknowns * max(len(_AGAIN), _OTHER_LABELS)))
+    chunk = max(1, _MOST_AT_ONCE // (equations * unknowns * max(_TURNS, _OTHER_LABELS)))
     if len(noise) > chunk:
         parts = zip(weight_gradient.split(chunk), bias_gradient.split(chunk), noise.split(chunk), strict=True)
         solved = [separate(w, b, its_noise, weight, bias, typical, n_images) for w, b, its_noise in parts]
@@ -111,7 +115,7 @@ def separate(
     basis = (left.mT @ joined) / sizes.unsqueeze(2)  # (B, N, features + 1)
     labels = labels_of_batch(bias_gradient, typical.probabilities, n_images)
     n_entries = joined.shape[2]
-    problem = Problem(
+    whitened = Problem(
         gradient=left * sizes.unsqueeze(1),
         unit=unit.unsqueeze(1),
         logits=torch.cat([weight, bias.unsqueeze(1)], dim=1) @ basis.mT,
@@ -121,61 +125,114 @@ def separate(
         weights=1 / torch.maximum(sizes, (noise * n_entries**0.5).unsqueeze(1)),
         doubt=torch.zeros_like(noise).unsqueeze(1),
     )
-    first = _first_order(problem, labels, bias_gradient)
-    generator = torch.Generator().manual_seed(_SEED)
-    jitter = torch.randn((1 + len(_AGAIN), *first.shape[1:]), generator=generator, dtype=torch.float64).to(first)
-    spread = first.std(dim=1, keepdim=True).clamp_min(1e-3 * first.abs().amax(dim=(1, 2), keepdim=True))
-    found, cost = search(problem, first + _JITTER * spread * jitter[0])
-    expected = (noise.square().unsqueeze(1) * problem.weights.square()).sum(dim=1) * len(bias)
-    arrived = (4 * expected).clamp_min(_ARRIVED)
-    left_over = (cost > arrived).nonzero().squeeze(1)
-    if len(left_over):
-        # All at once: a search takes as long for many as for few.
-        sizes_of_jitter = torch.tensor(_AGAIN, dtype=first.dtype, device=first.device).view(-1, 1, 1)
-        starts = first[left_over].unsqueeze(1) + (sizes_of_jitter * jitter[1:]) * spread[left_over].unsqueeze(1)
-        again = left_over.repeat_interleave(len(_AGAIN))
-        chosen, its_cost, _ = nearest(len(_AGAIN), *search(problem.of(again), starts.flatten(0, 1)))
-        gained = its_cost < cost[left_over]
-        found[left_over[gained]], cost[left_over[gained]] = chosen[gained], its_cost[gained]
-        left_over = (cost > arrived).nonzero().squeeze(1)
-    sets = next_labels_of_batch(bias_gradient[left_over], typical.probabilities, labels[left_over], _OTHER_LABELS)
-    doubtful = (sets != labels[left_over].unsqueeze(1)).flatten(1).any(dim=1)
-    left_over, sets = left_over[doubtful], sets[doubtful]
-    if len(left_over):
-        again, its_labels = left_over.repeat_interleave(sets.shape[1]), sets.flatten(0, 1)
-        tried = problem.of(again)._replace(labels=torch.nn.functional.one_hot(its_labels, len(bias)).to(joined))
-        start = _first_order(tried, its_labels, bias_gradient[again]) + _JITTER * spread[again] * jitter[0]
-        chosen, its_cost, which = nearest(sets.shape[1], *search(tried, start))
-        # Wrong labels may come nearer, too; where there is no noise, only right ones arrive.
-        gained = its_cost <= arrived[left_over]
-        found[left_over[gained]], labels[left_over[gained]] = chosen[gained], sets[gained, which[gained]]
-        problem = problem._replace(labels=torch.nn.functional.one_hot(labels, len(bias)).to(joined))
-    # From there by likelihood: all entries of the gradient have the same noise, and inputs are near the typical ones.
-    scale = noise.unsqueeze(1)
-    likely = problem._replace(
-        weights=(1 / scale).expand_as(problem.weights), doubt=torch.ones_like(scale) / typical.spread.clamp_min(1e-300)
+    # All entries of the gradient have the same noise, and inputs are near the typical ones.
+    likely = whitened._replace(
+        weights=(1 / noise).unsqueeze(1).expand_as(sizes),
+        doubt=(1 / typical.spread.clamp_min(1e-300)).expand_as(noise).unsqueeze(1),
     )
-    found, _ = search(likely, found)
+    # A direction that is weaker than noise is noise: of all the features, not of the classes alone.
+    by_noise = len(bias) + n_entries * (n_entries * (noise.unsqueeze(1) / sizes).square()).clamp_max(1)
+    leaks = _Leaks(whitened, likely, labels, bias_gradient, by_noise.sum(dim=1))
+    found, cost = leaks.solve(first_order(whitened, labels, bias_gradient))
+    leaks = _exchange_labels(leaks, found, cost, typical.probabilities)
+    _search_again(leaks, found, cost)
     # Errors of the space itself: those of a singular vector are the noise over its singular value.
     outside = noise.square().unsqueeze(1) * (found / sizes.unsqueeze(1)).square().sum(dim=2)
-    return Separated((found @ basis)[:, :, :-1], _variance(likely, found) / n_entries + outside, labels)
+    variance = _variance(leaks.likely, found) / n_entries + outside
+    return Separated((found @ basis)[:, :, :-1], variance, leaks.labels)
 
 
-def _first_order(problem: Problem, labels: Tensor, bias_gradient: Tensor) -> Tensor:
-    """Coordinates, as if all images had the same probabilities.
+class _Leaks(NamedTuple):
+    """Leaks whose images are looked for.
 
-    ``a_n = (Σ_i p_i,y · mean − N G_y) / images of class y``, where the sum follows from the bias gradient.
+    Attributes:
+        whitened: least squares in which all directions count alike, however weak.
+        likely: by likelihood, with typical inputs as prior.
+        labels: ``(B, N)``, ascending.
+        bias_gradient: ``(B, classes)``.
+        by_noise: ``(B,)``, squared residual of ``likely``, without the prior, that noise leaves.
     """
-    n = labels.shape[1]
-    absent = (problem.labels.sum(dim=1) == 0).to(bias_gradient)
-    # Rows of classes without an image hold the mean input, times their probability.
-    total = (absent * bias_gradient).sum(dim=1, keepdim=True).clamp_min(0)
-    gradient = problem.gradient * problem.unit.unsqueeze(2)
-    mean = ((absent.unsqueeze(1) @ gradient).squeeze(1) + 1e-4 * problem.mean) / (total + 1e-4)
-    same = (labels.unsqueeze(2) == labels.unsqueeze(1)).sum(dim=2).to(bias_gradient)
-    summed = n * bias_gradient.gather(1, labels) + same
-    rows = gradient.gather(1, labels.unsqueeze(2).expand(-1, -1, n))
-    return (summed.unsqueeze(2) * mean.unsqueeze(1) - n * rows) / same.unsqueeze(2)
+
+    whitened: Problem
+    likely: Problem
+    labels: Tensor
+    bias_gradient: Tensor
+    by_noise: Tensor
+
+    def of(self, which: Tensor) -> "_Leaks":
+        """Some of them."""
+        problems = (self.whitened.of(which), self.likely.of(which))
+        return _Leaks(*problems, self.labels[which], self.bias_gradient[which], self.by_noise[which])
+
+    def with_labels(self, labels: Tensor) -> "_Leaks":
+        """The same with other labels ``(B, N)``."""
+        hot = torch.nn.functional.one_hot(labels, self.bias_gradient.shape[1]).to(self.bias_gradient)
+        whitened, likely = (problem._replace(labels=hot) for problem in (self.whitened, self.likely))
+        return self._replace(whitened=whitened, likely=likely, labels=labels)
+
+    def solve(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates ``(B, N, N)`` that are likely, and their squared residual ``(B,)``."""
+        return search(self.likely, search(self.whitened, start)[0])
+
+    def arrived(self, found: Tensor) -> Tensor:
+        """``(B,)``: whether coordinates explain the gradient."""
+        without_prior = self.likely._replace(doubt=torch.zeros_like(self.likely.doubt))
+        explained = without_prior.residual(found).square().sum(dim=1) <= _EXPLAINED * self.by_noise
+        # Weights that were fitted are less exact than float64.
+        return explained | (self.whitened.residual(found).square().sum(dim=1) <= _EXACT)
+
+
+def _exchange_labels(leaks: _Leaks, found: Tensor, cost: Tensor, probabilities: Tensor) -> _Leaks:
+    """Try other labels where those read off lead to no images; where they do, overwrites what was found, and its cost."""
+    left_over = _not_arrived(leaks, found)
+    read_off = leaks.labels[left_over]
+    sets = next_labels_of_batch(leaks.bias_gradient[left_over], probabilities, read_off, _OTHER_LABELS)
+    doubtful = (sets != read_off.unsqueeze(1)).flatten(1).any(dim=1)
+    left_over, sets = left_over[doubtful], sets[doubtful]
+    if len(left_over) == 0:
+        return leaks
+    n_sets = sets.shape[1]
+    tried = leaks.of(left_over.repeat_interleave(n_sets)).with_labels(sets.flatten(0, 1))
+    chosen, its_cost, which = nearest(
+        n_sets, *tried.solve(first_order(tried.whitened, tried.labels, tried.bias_gradient))
+    )
+    labels = sets[torch.arange(len(sets), device=sets.device), which]
+    # Wrong labels may come nearer, too; where there is no noise, only right ones arrive.
+    gained = leaks.of(left_over).with_labels(labels).arrived(chosen)
+    found[left_over[gained]], cost[left_over[gained]] = chosen[gained], its_cost[gained]
+    return leaks.with_labels(leaks.labels.index_copy(0, left_over[gained], labels[gained]))
+
+
+def _search_again(leaks: _Leaks, found: Tensor, cost: Tensor) -> None:
+    """Search from elsewhere where a search has ended too early; overwrites what was found, and its cost.
+
+    That is from other points of the valley that it ended in, and where there is none, further from the first start.
+    """
+    left_over = _not_arrived(leaks, found)
+    if len(still := left_over[~can_turn(leaks.labels[left_over])]):
+        part = leaks.of(still)
+        starts = [first_order(part.whitened, part.labels, part.bias_gradient, size) for size in _FURTHER]
+        every = leaks.of(still.repeat_interleave(len(starts)))
+        _keep_nearest(found, cost, still, every.solve(torch.stack(starts, dim=1).flatten(0, 1)))
+    left_over = left_over[can_turn(leaks.labels[left_over])]
+    for number in range(_ROUNDS):
+        if len(left_over) == 0:
+            break
+        starts_there = turned(found[left_over], leaks.labels[left_over], _TURNS, number)
+        every = leaks.of(left_over.repeat_interleave(_TURNS))
+        _keep_nearest(found, cost, left_over, search(every.likely, starts_there.flatten(0, 1)))
+        left_over = left_over[_not_arrived(leaks.of(left_over), found[left_over])]
+
+
+def _not_arrived(leaks: _Leaks, found: Tensor) -> Tensor:
+    return (~leaks.arrived(found)).nonzero().squeeze(1)
+
+
+def _keep_nearest(found: Tensor, cost: Tensor, which: Tensor, searched: tuple[Tensor, Tensor]) -> None:
+    """Of several searches in a row for each of some leaks, the one that came nearest, if it is nearer than before."""
+    chosen, its_cost, _ = nearest(len(searched[1]) // len(which), *searched)
+    gained = its_cost < cost[which]
+    found[which[gained]], cost[which[gained]] = chosen[gained], its_cost[gained]
 
 
 def _variance(problem: Problem, found: Tensor) -> Tensor:

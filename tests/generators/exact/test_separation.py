@@ -57,6 +57,26 @@ def test_images_of_a_batch_are_told_apart_exactly_also_where_they_share_a_label(
     assert apart[worst < 1e-6].min() > 0.1
 
 
+@pytest.mark.parametrize(("n_images", "at_least"), [(8, 0.95), (9, 0.9)])
+def test_images_of_shared_labels_are_told_apart_where_one_search_ends_too_early(n_images, at_least, monkeypatch):
+    weight, bias, typical, inputs, labels, of_weight, of_bias, noise = leaks(n_images, seed=2)
+    found = separate(of_weight, of_bias, noise, weight, bias, typical, n_images)
+    apart = errors(found, inputs, labels).max(dim=1).values < 1e-6
+    monkeypatch.setattr(separation, "_ROUNDS", 0)
+    once = separate(of_weight, of_bias, noise, weight, bias, typical, n_images)
+    apart_at_once = errors(once, inputs, labels).max(dim=1).values < 1e-6
+    assert apart.double().mean() >= at_least
+    assert (apart_at_once & ~apart).sum() == 0
+    assert apart_at_once.sum() < apart.sum()
+
+
+def test_what_is_found_of_a_leak_does_not_depend_on_the_others():
+    weight, bias, typical, _, _, of_weight, of_bias, noise = leaks(8, seed=2)
+    found = separate(of_weight, of_bias, noise, weight, bias, typical, 8)
+    alone = separate(of_weight[:5], of_bias[:5], noise[:5], weight, bias, typical, 8)
+    torch.testing.assert_close(alone.inputs, found.inputs[:5], rtol=1e-6, atol=1e-6)
+
+
 def test_a_search_does_not_end_where_images_with_one_label_begin_as_their_mean():
     """Between two of them the squared residual has a saddle, and the first steps from it gain little."""
     weight, bias, typical, inputs, _, _, _, noise = leaks(2, seed=3)
@@ -140,7 +160,7 @@ def test_a_leak_of_an_impossible_size_spoils_no_other(scale):
 def test_leaks_are_the_same_in_parts(monkeypatch):
     weight, bias, typical, _, _, of_weight, of_bias, noise = leaks(3)
     whole = separate(of_weight, of_bias, noise, weight, bias, typical, 3)
-    monkeypatch.setattr(separation, "_MOST_AT_ONCE", 7 * 42 * 9)
+    monkeypatch.setattr(separation, "_MOST_AT_ONCE", 7 * 42 * 9 * 8)
     parts = separate(of_weight, of_bias, noise, weight, bias, typical, 3)
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-6, atol=1e-6)
     assert torch.equal(parts.labels, whole.labels)

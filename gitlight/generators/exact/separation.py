@@ -183,7 +183,7 @@ class _Leaks(NamedTuple):
 
 
 def _exchange_labels(leaks: _Leaks, found: Tensor, cost: Tensor, probabilities: Tensor) -> _Leaks:
-    """Try other labels where those read off lead to no images; where they do, overwrites what was found, and its cost."""
+    """Try other labels where those read off lead to no images; overwrites what was found and its cost where they do."""
     left_over = _not_arrived(leaks, found)
     read_off = leaks.labels[left_over]
     sets = next_labels_of_batch(leaks.bias_gradient[left_over], probabilities, read_off, _OTHER_LABELS)

@@ -17,16 +17,17 @@ from gitlight.attacks.variables import Pixels
 from gitlight.config import MatchingConfig
 from gitlight.data.pair import Gradients, as_rows
 from gitlight.data.sampling import mixed_seed
+from gitlight.generators.base import Reconstruction
 from gitlight.gradients.precision import full_float32
 
 
 class Prior(Protocol):
     """What a search starts from."""
 
-    def __call__(self, gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Reconstruction:
         """Leaks, their numbers and, if given, labels (as `IterativeAttack.search` takes them) to images.
 
-        These are ``(B, N, C, H, W)``; NaN where there is none.
+        Labels that come with the images are used where none are given.
         """
         ...
 
@@ -129,14 +130,14 @@ class IterativeAttack:
             with torch.autocast(first.device.type, enabled=False), full_float32():
                 known = None if labels is None else labels[which]
                 given = {name: gradient[which] for name, gradient in gradients.items()}
-                prior = None if self._prior is None else self._prior(given, numbers[which], known).to(found.images)
+                made = None if self._prior is None else self._prior(given, numbers[which], known)
                 begun = torch.zeros_like(which, dtype=torch.bool)
-                if prior is not None:
-                    begun = torch.isfinite(prior).flatten(1).all(dim=1)
+                if made is not None:
+                    begun = torch.isfinite(made.images).flatten(1).all(dim=1)
                 # A leak for which the prior has no image is searched for from noise, with noise's steps.
                 for rows, settings in ((begun, self.settings_from_prior), (~begun, self.settings)):
                     if bool(rows.any()):
-                        start = prior[rows] if prior is not None and rows is begun else None
+                        start = _some(made, rows, found.images) if made is not None and rows is begun else None
                         own = {name: gradient[rows] for name, gradient in given.items()}
                         its_labels = None if known is None else known[rows]
                         self._search(which[rows], own, numbers[which[rows]], its_labels, start, settings, found, told)
@@ -149,7 +150,7 @@ class IterativeAttack:
         gradients: Gradients,
         numbers: Tensor,
         labels: Tensor | None,
-        prior: Tensor | None,
+        prior: Reconstruction | None,
         settings: MatchingConfig,
         found: Searched,
         told: Told | None,
@@ -160,15 +161,16 @@ class IterativeAttack:
         leaks = {name: gradient.to(images.dtype) for name, gradient in gradients.items()}
         for restart in range(settings.restarts):
             seeds = [mixed_seed("attack start", self._seed, restart, int(number)) for number in numbers]
-            start = self._start(prior, restart, seeds, images)
-            targets = self._targets(function, gradients, seeds, labels, start, prior is not None)
+            near = None if prior is None else prior.images
+            start = self._start(near, restart, seeds, images)
+            targets = self._targets(function, gradients, seeds, labels, start, prior)
 
             def record(rows: Tensor, iteration: int, shown: Tensor, apart: Tensor, restart: int = restart) -> None:
                 assert told is not None
                 told(which[rows], restart, iteration, shown, apart)
 
             matched = self._matched(
-                function, leaks, settings, start, seeds, targets, None if told is None else record, prior
+                function, leaks, settings, start, seeds, targets, None if told is None else record, near
             )
             better = matched.distances < found.distances[which]
             rows = which[better]
@@ -213,11 +215,13 @@ class IterativeAttack:
         seeds: list[int],
         labels: Tensor | None,
         start: Tensor,
-        from_prior: bool,
+        prior: Reconstruction | None,
     ) -> Tensor:
         """Labels, or logits of labels that are searched for: ``(B, N, classes)``."""
         n_classes, searched = self._architecture.n_classes, self.settings.labels == "optimised"
-        if searched and not (from_prior and labels_leak(self._architecture)):
+        of_prior = None if prior is None else prior.labels
+        readable = of_prior is not None or labels_leak(self._architecture)
+        if searched and not (prior is not None and readable):
             logits = [
                 torch.randn(
                     (self._n_images, n_classes), generator=torch.Generator().manual_seed(seed + 1), device="cpu"
@@ -226,11 +230,14 @@ class IterativeAttack:
             ]
             return torch.stack(logits).to(start)
         if self.settings.labels != "given":
-            labels = labels_from_leak(self._architecture, gradients, self._n_images)
+            labels = of_prior
+            if labels is None:
+                labels = labels_from_leak(self._architecture, gradients, self._n_images)
         assert labels is not None, "attack.labels=given hands them over"
-        targets = torch.nn.functional.one_hot(labels.to(start.device), n_classes).to(start)
-        if from_prior and self._n_images > 1:
-            targets = _assigned(function, start, targets)
+        labels = labels.to(start.device)
+        if prior is not None and self._n_images > 1:
+            labels = _assigned(function, start, labels, of_prior)
+        targets = torch.nn.functional.one_hot(labels, n_classes).to(start)
         # Beside good images, labels drawn at random would be what is most wrong, and images would pay for it.
         return targets * math.log(_SURE / (1 - _SURE) * (n_classes - 1)) if searched else targets
 
@@ -248,17 +255,27 @@ def _near(settings: MatchingConfig, error: float) -> MatchingConfig:
     )
 
 
-def _assigned(function: LeakedFunction, images: Tensor, targets: Tensor) -> Tensor:
-    """Labels in the order of the images that a search starts from: those of least cross-entropy.
+def _some(made: Reconstruction, rows: Tensor, like: Tensor) -> Reconstruction:
+    """What was made of some of the leaks."""
+    return Reconstruction(made.images[rows].to(like), (), None if made.labels is None else made.labels[rows])
 
-    A prior's images of a client batch are in no order, and nor are labels.
+
+def _assigned(function: LeakedFunction, images: Tensor, labels: Tensor, of_prior: Tensor | None) -> Tensor:
+    """Labels ``(B, N)`` in the order of the images that a search starts from.
+
+    That is the prior's own order, if it has read off the same labels. Else its images are in no order, and nor are
+    labels: they are put in that of least cross-entropy.
     """
     result = []
-    for its_images, its_targets in zip(images, targets, strict=True):
+    for number, (its_images, its_labels) in enumerate(zip(images, labels, strict=True)):
+        own = None if of_prior is None else of_prior[number].to(its_labels)
+        if own is not None and torch.equal(own.sort().values, its_labels.sort().values):
+            result.append(own)
+            continue
         with torch.no_grad():
-            costs = -function.logits(its_images).log_softmax(dim=1) @ its_targets.T
+            costs = -function.logits(its_images).log_softmax(dim=1)[:, its_labels]
         _, order = linear_sum_assignment(costs.nan_to_num(1e30).double().cpu().numpy())
-        result.append(its_targets[torch.from_numpy(order).to(its_targets.device)])
+        result.append(its_labels[torch.from_numpy(order).to(its_labels.device)])
     return torch.stack(result)
 
 

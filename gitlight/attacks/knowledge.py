@@ -19,6 +19,7 @@ from gitlight.config_validation import component_settings
 from gitlight.data.pair import Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.errors import ConfigError
+from gitlight.generators.base import Reconstruction
 from gitlight.gradients.updates import describe_leak
 from gitlight.metrics import match
 from gitlight.runs import run_folder
@@ -181,13 +182,13 @@ def _start(
     if earlier is not None:
         search = build_search(earlier, datamodule.architecture, function, n_images, config.seed, None, device)
 
-        def found(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Tensor:
+        def found(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Reconstruction:
             known = labels if earlier.labels == "given" else None
             parts = []
             for rows in torch.arange(len(numbers)).split(search.at_once):
                 own = {name: gradient[rows] for name, gradient in gradients.items()}
                 parts.append(search.search(own, numbers[rows], None if known is None else known[rows]).images)
-            return torch.cat(parts)
+            return Reconstruction(torch.cat(parts), ("",) * len(numbers))
 
         error = _error(found, datamodule, device, _N_SEARCHED) if _scaled(settings) else None
         return _Start(found, ("image_prior", "prior") if isinstance(earlier, GIASConfig) else ("prior",), error)
@@ -198,17 +199,18 @@ def _start(
             path, "attack.prior", datamodule.architecture, datamodule.leaked_model.fingerprint(), n_images, device
         )
 
-        def reconstructed(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Tensor:
+        def reconstructed(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Reconstruction:
             with torch.no_grad():
-                return generator.reconstruct(gradients).images
+                return generator.reconstruct(gradients)
 
         error = _error(reconstructed, datamodule, device, _N_TRIED) if _scaled(settings) else None
         return _Start(reconstructed, ("pairs", "prior"), error)
     image = torch.full(shape, 0.5) if named == _GRAY else _image_file(path, shape)
-    return _Start(
-        lambda gradients, numbers, labels: image.expand(len(next(iter(gradients.values()))), n_images, *shape),
-        ("prior",),
-    )
+
+    def same(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Reconstruction:
+        return Reconstruction(image.expand(len(numbers), n_images, *shape), ("",) * len(numbers))
+
+    return _Start(same, ("prior",))
 
 
 def _earlier_attack(settings: MatchingConfig) -> MatchingConfig | None:
@@ -256,7 +258,7 @@ def _error(prior: Prior, datamodule: GradientPairDataModule, device: torch.devic
     """Root mean squared error on ``n`` public images held out; None where there is no image."""
     squares = []
     for pair in datamodule.held_out_pairs(device, max(n, datamodule.settings.client_batch_size)):
-        found = match(prior(pair.gradients, pair.indices[:, 0], pair.labels), pair.images)
+        found = match(prior(pair.gradients, pair.indices[:, 0], pair.labels).images, pair.images)
         error = (found - pair.images).square().flatten(1).mean(dim=1)
         squares.append(error[torch.isfinite(error)])
     errors = torch.cat(squares) if squares else torch.zeros(0)

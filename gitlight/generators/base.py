@@ -33,7 +33,7 @@ class Reconstruction(NamedTuple):
     Attributes:
         images: ``(B, N, C, H, W)`` in [0, 1]; NaN where there is none.
         verdicts: in words, what became of each leak; empty where a generator has nothing to say.
-        labels: ``(B, N)`` int64 in any order, where the generator reads them off a leak itself.
+        labels: ``(B, N)`` int64, each image's, where the generator reads them off a leak itself.
     """
 
     images: Tensor

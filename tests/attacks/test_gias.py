@@ -16,6 +16,7 @@ from gitlight.config import GIASConfig, ImagePriorConfig
 from gitlight.config_loading import load_config
 from gitlight.errors import ConfigError
 from gitlight.evaluation import evaluate
+from gitlight.generators.base import Reconstruction
 
 SHAPE = (3, 8, 8)
 
@@ -90,7 +91,8 @@ def test_from_anothers_images_gias_starts_where_the_encoder_puts_them(prior, fun
     _, leaks = leaks_of(function, images.double())
     settings = GIASConfig(iterations=1, latent_share=1.0, step_size=1e-12, dtype="float64")
     prior.float()
-    attack = GIAS(function.architecture, function, settings, 1, 0, lambda *_: images, image_prior=prior)
+    start = Reconstruction(images, ("", ""))
+    attack = GIAS(function.architecture, function, settings, 1, 0, lambda *_: start, image_prior=prior)
     found = attack.search(leaks, torch.arange(2)).images
     torch.testing.assert_close(found[:, 0], prior(images[:, 0]), rtol=0, atol=1e-4)
     prior.double()

@@ -10,14 +10,19 @@ from gitlight.generators.exact.separation_search import Problem, nearest, search
 from gitlight.generators.exact.separation_starts import can_turn, first_order, turned
 
 _EXPLAINED, _EXACT = 8.0, 1e-6
-"""What the squared residual may be for the images to be told apart: in units of what noise leaves (of eight images of
-LeNet it is 0 to 6 times as much where they are, and 80 times and more where not), or of the directions' own sizes."""
+"""What the squared residual may be where a search has arrived: in units of what noise leaves (of eight images of LeNet
+without noise it is 0 to 6 times as much, and 80 times and more elsewhere), or, as noise is not all that is inexact, of
+the directions' own sizes (there below 1e-7, and above 1e-5 elsewhere)."""
 
-_TURNS, _ROUNDS = 8, 4
-"""Starts along the valley at once, and how often, for leaks whose search ends too early."""
+_MOVED = (0.05, 0.3, 1.0)
+"""How far first starts are moved at random, in units of the spread over the images; one after the other, where searches
+from those before have not arrived."""
 
-_FURTHER = (0.3, 1.0)
-"""How far starts are moved where there is no valley, in units of the spread over the images."""
+_TURNS = 8
+"""Starts along the valley that each of them leads to."""
+
+_MOST_TO_TURN = 1 << 16
+"""Entries of one leak's Jacobian: beyond, so many searches would take seconds a leak."""
 
 _OTHER_LABELS = 3
 """Sets of labels that are tried where those that were read off do not lead to any images."""
@@ -133,9 +138,10 @@ def separate(
     # A direction that is weaker than noise is noise: of all the features, not of the classes alone.
     by_noise = len(bias) + n_entries * (n_entries * (noise.unsqueeze(1) / sizes).square()).clamp_max(1)
     leaks = _Leaks(whitened, likely, labels, bias_gradient, by_noise.sum(dim=1))
-    found, cost = leaks.solve(first_order(whitened, labels, bias_gradient))
+    found, cost = leaks.solve(first_order(whitened, labels, bias_gradient, _MOVED[0]))
     leaks = _exchange_labels(leaks, found, cost, typical.probabilities)
-    _search_again(leaks, found, cost)
+    if equations * unknowns <= _MOST_TO_TURN:
+        _search_again(leaks, found, cost)
     # Errors of the space itself: those of a singular vector are the noise over its singular value.
     outside = noise.square().unsqueeze(1) * (found / sizes.unsqueeze(1)).square().sum(dim=2)
     variance = _variance(leaks.likely, found) / n_entries + outside
@@ -193,35 +199,34 @@ def _exchange_labels(leaks: _Leaks, found: Tensor, cost: Tensor, probabilities: 
         return leaks
     n_sets = sets.shape[1]
     tried = leaks.of(left_over.repeat_interleave(n_sets)).with_labels(sets.flatten(0, 1))
-    chosen, its_cost, which = nearest(
-        n_sets, *tried.solve(first_order(tried.whitened, tried.labels, tried.bias_gradient))
-    )
-    labels = sets[torch.arange(len(sets), device=sets.device), which]
+    each, its_cost = tried.solve(first_order(tried.whitened, tried.labels, tried.bias_gradient, _MOVED[0]))
     # Wrong labels may come nearer, too; where there is no noise, only right ones arrive.
-    gained = leaks.of(left_over).with_labels(labels).arrived(chosen)
+    chosen, its_cost, which = nearest(n_sets, each, torch.where(tried.arrived(each), its_cost, torch.inf))
+    gained = torch.isfinite(its_cost)
     found[left_over[gained]], cost[left_over[gained]] = chosen[gained], its_cost[gained]
-    return leaks.with_labels(leaks.labels.index_copy(0, left_over[gained], labels[gained]))
+    labels = sets[gained, which[gained]]
+    return leaks.with_labels(leaks.labels.index_copy(0, left_over[gained], labels))
 
 
 def _search_again(leaks: _Leaks, found: Tensor, cost: Tensor) -> None:
-    """Search from elsewhere where a search has ended too early; overwrites what was found, and its cost.
+    """Search along the valleys where searches have ended too early, and from further starts.
 
-    That is from other points of the valley that it ended in, and where there is none, further from the first start.
+    Overwrites what was found, and its cost.
     """
     left_over = _not_arrived(leaks, found)
-    if len(still := left_over[~can_turn(leaks.labels[left_over])]):
-        part = leaks.of(still)
-        starts = [first_order(part.whitened, part.labels, part.bias_gradient, size) for size in _FURTHER]
-        every = leaks.of(still.repeat_interleave(len(starts)))
-        _keep_nearest(found, cost, still, every.solve(torch.stack(starts, dim=1).flatten(0, 1)))
-    left_over = left_over[can_turn(leaks.labels[left_over])]
-    for number in range(_ROUNDS):
-        if len(left_over) == 0:
-            break
-        starts_there = turned(found[left_over], leaks.labels[left_over], _TURNS, number)
-        every = leaks.of(left_over.repeat_interleave(_TURNS))
-        _keep_nearest(found, cost, left_over, search(every.likely, starts_there.flatten(0, 1)))
+    turns = can_turn(leaks.labels)
+    for number, moved in enumerate(_MOVED):
+        if number > 0:
+            part = leaks.of(left_over)
+            start = first_order(part.whitened, part.labels, part.bias_gradient, moved, salt=number)
+            _keep_nearest(found, cost, left_over, part.solve(start))
+        if len(turning := left_over[turns[left_over]]):
+            starts = turned(found[turning], leaks.labels[turning], _TURNS, salt=number).flatten(0, 1)
+            # All at once: a search takes as long for many as for few.
+            _keep_nearest(found, cost, turning, search(leaks.likely.of(turning.repeat_interleave(_TURNS)), starts))
         left_over = left_over[_not_arrived(leaks.of(left_over), found[left_over])]
+        if len(left_over) == 0:
+            return
 
 
 def _not_arrived(leaks: _Leaks, found: Tensor) -> Tensor:
@@ -229,7 +234,7 @@ def _not_arrived(leaks: _Leaks, found: Tensor) -> Tensor:
 
 
 def _keep_nearest(found: Tensor, cost: Tensor, which: Tensor, searched: tuple[Tensor, Tensor]) -> None:
-    """Of several searches in a row for each of some leaks, the one that came nearest, if it is nearer than before."""
+    """Of as many searches for each of some leaks, put in the one that came nearest, where it is nearer than before."""
     chosen, its_cost, _ = nearest(len(searched[1]) // len(which), *searched)
     gained = its_cost < cost[which]
     found[which[gained]], cost[which[gained]] = chosen[gained], its_cost[gained]

@@ -8,7 +8,7 @@ from gitlight.generators.exact.separation_search import Problem
 _SEED = 2505
 
 
-def first_order(problem: Problem, labels: Tensor, bias_gradient: Tensor, moved: float = 0.05) -> Tensor:
+def first_order(problem: Problem, labels: Tensor, bias_gradient: Tensor, moved: float, salt: int = 0) -> Tensor:
     """Coordinates ``(B, N, N)`` as if all images had the same probabilities, moved a little at random.
 
     ``a_n = (Σ_i p_i,y · mean − N G_y) / images of class y``, where the sum follows from the bias gradient.
@@ -18,6 +18,7 @@ def first_order(problem: Problem, labels: Tensor, bias_gradient: Tensor, moved: 
         labels: ``(B, N)``.
         bias_gradient: ``(B, classes)``.
         moved: how far, in units of the spread over the images.
+        salt: other random numbers for another one.
     """
     n = labels.shape[1]
     absent = (problem.labels.sum(dim=1) == 0).to(bias_gradient)
@@ -31,14 +32,14 @@ def first_order(problem: Problem, labels: Tensor, bias_gradient: Tensor, moved: 
     first = (summed.unsqueeze(2) * mean.unsqueeze(1) - n * rows) / same.unsqueeze(2)
     # Images with the same label would start, and stay, at their mean.
     spread = first.std(dim=1, keepdim=True).clamp_min(1e-3 * first.abs().amax(dim=(1, 2), keepdim=True))
-    return first + moved * spread * _random((n, n), first, round(100 * moved))
+    return first + moved * spread * _random((n, n), first, salt)
 
 
 def contrasts(labels: Tensor) -> Tensor:
     """Differences between images of one label: ``(B, N, N)``, orthonormal rows, and rows of zeros.
 
-    Of ``g`` images in a row that share a label, ``g − 1`` rows have the mean of the first ``k`` less the next one
-    (Helmert 1876), as ``k`` goes from 1 to ``g − 1``.
+    Of ``g`` images that share a label, ``g − 1`` rows have the mean of the first ``k`` less the next one (Helmert
+    1876), as ``k`` goes from 1 to ``g − 1``.
 
     Args:
         labels: ``(B, N)``, in any order.
@@ -68,17 +69,19 @@ def turned(found: Tensor, labels: Tensor, n_starts: int, salt: int) -> Tensor:
         found: ``(B, N, N)``, coordinates of a minimum.
         labels: ``(B, N)``.
         n_starts: how many.
-        salt: other starts for another number; they depend on nothing else but the labels.
+        salt: other turns for another number; beside it, they depend on the labels alone.
     """
     rows = contrasts(labels).to(found).unsqueeze(1)
     active = rows.any(dim=3)
     both = active.unsqueeze(3) & active.unsqueeze(2)
     eye = torch.eye(found.shape[1], dtype=found.dtype, device=found.device)
-    turn = torch.linalg.qr(torch.where(both, _random((n_starts, *found.shape[1:]), found, salt), eye)).Q
+    factors = torch.linalg.qr(torch.where(both, _random((n_starts, *found.shape[1:]), found, salt), eye))
+    # With a positive diagonal of R, Q is drawn uniformly from all orthogonal matrices (Mezzadri 2007).
+    turn = factors.Q * factors.R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return found.unsqueeze(1) + rows.mT @ ((turn - eye) @ (rows @ found.unsqueeze(1)))
 
 
-def _random(shape: tuple[int, ...], like: Tensor, salt: int = 0) -> Tensor:
+def _random(shape: tuple[int, ...], like: Tensor, salt: int) -> Tensor:
     """Standard normal numbers, the same for every leak: what is made of it does not depend on the others."""
     generator = torch.Generator().manual_seed(_SEED + salt)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)

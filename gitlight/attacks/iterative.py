@@ -18,6 +18,7 @@ from gitlight.config import MatchingConfig
 from gitlight.data.pair import Gradients, as_rows
 from gitlight.data.sampling import mixed_seed
 from gitlight.generators.base import Reconstruction
+from gitlight.generators.exact.labels import NO_LABEL
 from gitlight.gradients.precision import full_float32
 
 
@@ -63,6 +64,7 @@ class Searched:
         distances: ``(B,)``, of the gradients.
         iterations: ``(B,)``, steps taken by the search that counts.
         restarts: ``(B,)``, which one that is, from 0.
+        labels: ``(B, N)``, those that came with a prior's images, if they were used; -1 where there is none.
     """
 
     images: Tensor
@@ -70,6 +72,7 @@ class Searched:
     distances: Tensor
     iterations: Tensor
     restarts: Tensor
+    labels: Tensor | None = None
 
 
 class IterativeAttack:
@@ -134,6 +137,9 @@ class IterativeAttack:
                 begun = torch.zeros_like(which, dtype=torch.bool)
                 if made is not None:
                     begun = torch.isfinite(made.images).flatten(1).all(dim=1)
+                    if made.labels is not None and known is None:
+                        found.labels = torch.full((len(first), self._n_images), NO_LABEL).to(made.labels)
+                        found.labels[which] = made.labels
                 # A leak for which the prior has no image is searched for from noise, with noise's steps.
                 for rows, settings in ((begun, self.settings_from_prior), (~begun, self.settings)):
                     if bool(rows.any()):

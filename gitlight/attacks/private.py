@@ -202,6 +202,7 @@ def _searched(
         "numbers": numbers,
         "images": found.images.cpu(),
         "verdicts": list(found.verdicts),
+        "labels": None if found.labels is None else found.labels.cpu(),
         "seconds": seconds,
         # Leaks by number from here on, and of restarts the one that counts alone.
         "lines": torch.cat([numbers[all_lines[:, :1].long()].double(), all_lines[:, 2:]], dim=1),
@@ -214,18 +215,21 @@ def _joined(
     pair: GradientPair, numbers: Tensor, done: dict[int, tuple[dict[str, Any], int]], identifiers: Any
 ) -> Attacked:
     """A batch's searches, from the parts that hold them."""
-    images, verdicts, seconds = [], [], 0.0
+    images, verdicts, labels, seconds = [], [], [], 0.0
     points: list[Point] = []
     snapshots: list[Snapshot] = []
     for position, number in enumerate(numbers.tolist()):
         part, row = done[number]
         images.append(part["images"][row])
         verdicts.append(part["verdicts"][row])
+        if (its_labels := part.get("labels")) is not None:  # nor had parts of before any
+            labels.append(its_labels[row])
         seconds += part["seconds"] / len(part["numbers"])
         lines = part["lines"][part["lines"][:, 0] == number]
         name = identifiers[int(pair.indices[position, 0])]
         points += [Point(number, name, int(step), distance, psnr) for _, step, distance, psnr in lines.tolist()]
         shown = (part["places"][:, 0] == number).nonzero().flatten().tolist()
         snapshots += [Snapshot(number, int(part["places"][at, 1]), part["snapshots"][at]) for at in shown]
-    found = Reconstruction(torch.stack(images).to(pair.images.device), tuple(verdicts))
+    read_off = torch.stack(labels).to(pair.labels.device) if len(labels) == len(images) else None
+    found = Reconstruction(torch.stack(images).to(pair.images.device), tuple(verdicts), read_off)
     return Attacked(pair, found, seconds, points, snapshots)

@@ -121,6 +121,7 @@ def test_labels_that_a_prior_has_read_off_are_its_images_labels():
         _, attack = make(settings, 3, prior=always(images, labels))
         found = attack.search(gradients, torch.arange(6), labels.flip(1) if how == "given" else None)
         assert (found.distances < 1e-9).all()
+        assert found.labels is None if how == "given" else torch.equal(found.labels, labels)
         _, without = make(settings, 3, prior=always(images))
         searched = without.search(gradients, torch.arange(6), labels.flip(1) if how == "given" else None)
         assert (searched.distances > 1e-3).any()  # labels of a network of random weights say nothing of its images

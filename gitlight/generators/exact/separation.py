@@ -21,6 +21,10 @@ from those before have not arrived."""
 _TURNS = 8
 """Starts along the valley that each of them leads to."""
 
+_IN_VALLEY = 1e-3
+"""Squared residual, in units of the directions' own sizes, that a whitened search leaves at most where weights are
+right: beyond, searching along a valley would take long, and lead nowhere."""
+
 _MOST_TO_TURN = 1 << 16
 """Entries of one leak's Jacobian: beyond, so many searches would take seconds a leak."""
 
@@ -138,10 +142,10 @@ def separate(
     # A direction that is weaker than noise is noise: of all the features, not of the classes alone.
     by_noise = len(bias) + n_entries * (n_entries * (noise.unsqueeze(1) / sizes).square()).clamp_max(1)
     leaks = _Leaks(whitened, likely, labels, bias_gradient, by_noise.sum(dim=1))
-    found, cost = leaks.solve(first_order(whitened, labels, bias_gradient, _MOVED[0]))
+    found, cost, in_valley = leaks.solve(first_order(whitened, labels, bias_gradient, _MOVED[0]))
     leaks = _exchange_labels(leaks, found, cost, typical.probabilities)
     if equations * unknowns <= _MOST_TO_TURN:
-        _search_again(leaks, found, cost)
+        _search_again(leaks, found, cost, in_valley)
     # Errors of the space itself: those of a singular vector are the noise over its singular value.
     outside = noise.square().unsqueeze(1) * (found / sizes.unsqueeze(1)).square().sum(dim=2)
     variance = _variance(leaks.likely, found) / n_entries + outside
@@ -176,9 +180,10 @@ class _Leaks(NamedTuple):
         whitened, likely = (problem._replace(labels=hot) for problem in (self.whitened, self.likely))
         return self._replace(whitened=whitened, likely=likely, labels=labels)
 
-    def solve(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates ``(B, N, N)`` that are likely, and their squared residual ``(B,)``."""
-        return search(self.likely, search(self.whitened, start)[0])
+    def solve(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates ``(B, N, N)`` that are likely, their squared residual ``(B,)``, whether they lie in a valley."""
+        there, whitened_cost = search(self.whitened, start)
+        return *search(self.likely, there), whitened_cost <= _IN_VALLEY
 
     def arrived(self, found: Tensor) -> Tensor:
         """``(B,)``: whether coordinates explain the gradient."""
@@ -199,7 +204,7 @@ def _exchange_labels(leaks: _Leaks, found: Tensor, cost: Tensor, probabilities: 
         return leaks
     n_sets = sets.shape[1]
     tried = leaks.of(left_over.repeat_interleave(n_sets)).with_labels(sets.flatten(0, 1))
-    each, its_cost = tried.solve(first_order(tried.whitened, tried.labels, tried.bias_gradient, _MOVED[0]))
+    each, its_cost, _ = tried.solve(first_order(tried.whitened, tried.labels, tried.bias_gradient, _MOVED[0]))
     # Wrong labels may come nearer, too; where there is no noise, only right ones arrive.
     chosen, its_cost, which = nearest(n_sets, each, torch.where(tried.arrived(each), its_cost, torch.inf))
     gained = torch.isfinite(its_cost)
@@ -208,18 +213,19 @@ def _exchange_labels(leaks: _Leaks, found: Tensor, cost: Tensor, probabilities: 
     return leaks.with_labels(leaks.labels.index_copy(0, left_over[gained], labels))
 
 
-def _search_again(leaks: _Leaks, found: Tensor, cost: Tensor) -> None:
+def _search_again(leaks: _Leaks, found: Tensor, cost: Tensor, in_valley: Tensor) -> None:
     """Search along the valleys where searches have ended too early, and from further starts.
 
     Overwrites what was found, and its cost.
     """
     left_over = _not_arrived(leaks, found)
-    turns = can_turn(leaks.labels)
+    turns = in_valley & can_turn(leaks.labels)
     for number, moved in enumerate(_MOVED):
         if number > 0:
             part = leaks.of(left_over)
             start = first_order(part.whitened, part.labels, part.bias_gradient, moved, salt=number)
-            _keep_nearest(found, cost, left_over, part.solve(start))
+            there, its_cost, _ = part.solve(start)
+            _keep_nearest(found, cost, left_over, (there, its_cost))
         if len(turning := left_over[turns[left_over]]):
             starts = turned(found[turning], leaks.labels[turning], _TURNS, salt=number).flatten(0, 1)
             # All at once: a search takes as long for many as for few.

@@ -85,7 +85,7 @@ def test_what_is_found_of_a_leak_does_not_depend_on_the_others():
 def test_a_search_has_arrived_where_noise_explains_what_is_left(monkeypatch):
     weight, bias, typical, inputs, labels, of_weight, of_bias, noise = leaks(8, seed=2, relative_noise=1e-7)
     seen = []
-    monkeypatch.setattr(separation, "_search_again", lambda leaks, found, cost: seen.append(leaks.arrived(found)))
+    monkeypatch.setattr(separation, "_search_again", lambda leaks, found, *_: seen.append(leaks.arrived(found)))
     found = separate(of_weight, of_bias, noise, weight, bias, typical, 8)
     apart = errors(found, inputs, labels).max(dim=1).values < 0.1 * typical.spread
     assert 0 < apart.sum() < N_LEAKS

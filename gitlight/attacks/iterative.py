@@ -136,6 +136,7 @@ class IterativeAttack:
                 made = None if self._prior is None else self._prior(given, numbers[which], known)
                 begun = torch.zeros_like(which, dtype=torch.bool)
                 if made is not None:
+                    made = made._replace(images=made.images.to(found.images))
                     begun = torch.isfinite(made.images).flatten(1).all(dim=1)
                     if made.labels is not None and known is None:
                         found.labels = torch.full((len(first), self._n_images), NO_LABEL).to(made.labels)
@@ -143,7 +144,7 @@ class IterativeAttack:
                 # A leak for which the prior has no image is searched for from noise, with noise's steps.
                 for rows, settings in ((begun, self.settings_from_prior), (~begun, self.settings)):
                     if bool(rows.any()):
-                        start = _some(made, rows, found.images) if made is not None and rows is begun else None
+                        start = _some(made, rows) if made is not None and rows is begun else None
                         own = {name: gradient[rows] for name, gradient in given.items()}
                         its_labels = None if known is None else known[rows]
                         self._search(which[rows], own, numbers[which[rows]], its_labels, start, settings, found, told)
@@ -261,9 +262,9 @@ def _near(settings: MatchingConfig, error: float) -> MatchingConfig:
     )
 
 
-def _some(made: Reconstruction, rows: Tensor, like: Tensor) -> Reconstruction:
+def _some(made: Reconstruction, rows: Tensor) -> Reconstruction:
     """What was made of some of the leaks."""
-    return Reconstruction(made.images[rows].to(like), (), None if made.labels is None else made.labels[rows])
+    return Reconstruction(made.images[rows], (), None if made.labels is None else made.labels[rows])
 
 
 def _assigned(function: LeakedFunction, images: Tensor, labels: Tensor, of_prior: Tensor | None) -> Tensor:

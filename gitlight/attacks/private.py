@@ -222,7 +222,7 @@ def _joined(
         part, row = done[number]
         images.append(part["images"][row])
         verdicts.append(part["verdicts"][row])
-        if (its_labels := part.get("labels")) is not None:  # nor had parts of before any
+        if (its_labels := part.get("labels")) is not None:  # parts that an earlier version kept have none
             labels.append(its_labels[row])
         seconds += part["seconds"] / len(part["numbers"])
         lines = part["lines"][part["lines"][:, 0] == number]

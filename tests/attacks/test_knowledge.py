@@ -8,7 +8,7 @@ from gitlight.config_loading import load_config
 from gitlight.errors import CheckpointError, ConfigError
 from gitlight.evaluation import evaluate
 from gitlight.trained import generator_of_run
-from gitlight.training import build_pairs
+from gitlight.training import build_pairs, train
 
 
 @pytest.mark.parametrize(
@@ -127,3 +127,16 @@ def test_steps_of_lbfgs_have_their_own_length(run, tmp_path):
     config = load_config(run / "small.yaml", overrides)
     near = knowledge_of(config, build_pairs(config), torch.device("cpu")).search.settings_from_prior
     assert (near.step_size, near.kink_width) == (1.0, 0.0)
+
+
+def test_labels_that_a_prior_has_read_off_are_those_of_the_attack(run, tmp_path):
+    def load(name, *overrides):
+        batches = ["data.client_batch_size=4", "evaluation.n_images=32", f"output_dir={tmp_path / name}"]
+        return load_config(run / "small.yaml", [*batches, *overrides])
+
+    hybrid = ["generator.name=hybrid", "generator.exact_depth=1", "generator.channels=4"]
+    train(load("hybrid", *hybrid))
+    by_prior = evaluate(load("hybrid", *hybrid, "attack=generator")).result.label_accuracy
+    read_off = evaluate(load("noise", "attack=ig", "attack.iterations=1")).result.label_accuracy
+    attack = load("attack", "attack=ig", "attack.iterations=1", f"attack.prior={tmp_path / 'hybrid'}")
+    assert read_off < by_prior == evaluate(attack).result.label_accuracy

@@ -290,15 +290,3 @@ def test_a_prior_of_another_leaked_model_is_refused(load, trained):
 def test_a_generator_that_knows_no_weights_recovers_none(load, trained):
     with pytest.raises(ConfigError, match=r"attack\.recovered_from: .*run of mlp, which has identified no weight"):
         evaluate(load("attack.knowledge=recovered", f"attack.recovered_from={trained / 'mlp'}"))
-
-
-def test_labels_that_a_prior_has_read_off_are_those_of_the_attack(load, tmp_path):
-    batches = ["data.client_batch_size=4", "evaluation.n_images=32", "attack.iterations=1"]
-    hybrid = ["generator.name=hybrid", "generator.exact_depth=1", "generator.channels=4", "attack=generator"]
-    train(load(*batches[:1], *hybrid[:3], f"output_dir={tmp_path / 'hybrid'}"))
-    evaluate(load(*batches[:2], *hybrid, f"output_dir={tmp_path / 'hybrid'}"))
-    evaluate(load(*batches))
-    read_off = entry(tmp_path / "run")["label_accuracy"]
-    evaluate(load(*batches, f"attack.prior={tmp_path / 'hybrid'}", f"output_dir={tmp_path / 'from_prior'}"))
-    by_prior = entry(tmp_path / "hybrid")["label_accuracy"]
-    assert read_off < by_prior == entry(tmp_path / "from_prior")["label_accuracy"]

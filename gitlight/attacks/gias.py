@@ -9,6 +9,7 @@ from gitlight.architecture import Architecture
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.image_prior import ImagePrior
 from gitlight.attacks.iterative import IterativeAttack, Prior
+from gitlight.attacks.labels import LabelReader
 from gitlight.attacks.matching import Matched, Record, match_gradients, searches_at_once
 from gitlight.attacks.variables import DecoderWeights, Latents, n_weights
 from gitlight.config import GIASConfig, MatchingConfig
@@ -33,9 +34,10 @@ class GIAS(IterativeAttack):
         prior: Prior | None = None,
         *,
         image_prior: ImagePrior,
+        read_labels: LabelReader | None = None,
     ) -> None:
         """Args: those of `IterativeAttack`, and the image prior."""
-        super().__init__(architecture, function, settings, client_batch_size, seed, prior)
+        super().__init__(architecture, function, settings, client_batch_size, seed, prior, read_labels=read_labels)
         self._image_prior = image_prior
         # A search holds its own weights, their gradient, Adam's two means, the best so far, and copies under way.
         further = 10 * n_weights(image_prior.decoder) + 4 * client_batch_size * image_prior.n_activations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gitlight.architecture import Architecture
 from gitlight.attacks.gradients import LeakedFunction
-from gitlight.attacks.labels import labels_from_leak, labels_leak
+from gitlight.attacks.labels import LabelReader
 from gitlight.attacks.matching import Matched, Record, match_gradients, searches_at_once
 from gitlight.attacks.variables import Pixels
 from gitlight.config import MatchingConfig
@@ -93,14 +93,16 @@ class IterativeAttack:
         seed: int,
         prior: Prior | None = None,
         prior_error: float | None = None,
+        read_labels: LabelReader | None = None,
     ) -> None:
         """Args: the leaked model as the attack knows it, settings, images per leak, a seed, what to start from.
 
         ``prior_error`` is the root mean squared error of that start, in whose proportion searches from it take steps;
-        None: they are as from noise.
+        None: they are as from noise. ``read_labels`` reads labels off leaks; None: with no pair to learn from.
         """
         self._architecture, self._function, self.settings = architecture, function, settings
         self._n_images, self._seed, self._prior = client_batch_size, seed, prior
+        self._read_labels = read_labels or LabelReader(architecture, client_batch_size)
         self._restart_spread = 0.2 * min(_SPREAD, _SPREAD if prior_error is None else prior_error)
         self.settings_from_prior = settings
         if prior_error is not None:
@@ -227,7 +229,7 @@ class IterativeAttack:
         """Labels, or logits of labels that are searched for: ``(B, N, classes)``."""
         n_classes, searched = self._architecture.n_classes, self.settings.labels == "optimised"
         of_prior = None if prior is None else prior.labels
-        readable = of_prior is not None or labels_leak(self._architecture)
+        readable = of_prior is not None or self._read_labels.readable
         if searched and not (prior is not None and readable):
             logits = [
                 torch.randn(
@@ -237,9 +239,7 @@ class IterativeAttack:
             ]
             return torch.stack(logits).to(start)
         if self.settings.labels != "given":
-            labels = of_prior
-            if labels is None:
-                labels = labels_from_leak(self._architecture, gradients, self._n_images)
+            labels = self._read_labels(gradients) if of_prior is None else of_prior
         assert labels is not None, "attack.labels=given hands them over"
         labels = labels.to(start.device)
         if prior is not None and self._n_images > 1:

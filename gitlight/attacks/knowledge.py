@@ -13,6 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from gitlight.attacks import ATTACKS
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.iterative import IterativeAttack, Prior
+from gitlight.attacks.labels import LabelReader
 from gitlight.attacks.searches import build_search, check_image_prior
 from gitlight.config import Config, GIASConfig, MatchingConfig
 from gitlight.config_validation import component_settings
@@ -42,10 +43,12 @@ class Knowledge(NamedTuple):
 
     Attributes:
         search: the attack, with what it is given.
+        read_labels: reads labels off leaks.
         items: for ``metrics.json``.
     """
 
     search: IterativeAttack
+    read_labels: LabelReader
     items: tuple[str, ...]
 
 
@@ -121,15 +124,19 @@ def knowledge_of(config: Config, datamodule: GradientPairDataModule, device: tor
             f"{', …' if len(missing) > 5 else ''}, without which no gradient can be computed."
             + (" Give attack.knowledge=parameters." if settings.knowledge == "recovered" else "")
         )
+    n_images = config.data.client_batch_size
+    read_labels = LabelReader.of(datamodule, device)
     if settings.labels == "given":
         items.append("labels")
+    elif n_images > 1 and read_labels.readable and (settings.labels == "recovered" or settings.prior is not None):
+        items.append("pairs")
     for folder in _image_priors(settings):
         warn_of_other_images("attack.image_prior", folder, config)
     function = LeakedFunction(architecture, weights)
-    start = _start(config, settings, function, datamodule, device)
+    start = _start(config, settings, function, datamodule, device, read_labels)
     items += start.items
     search = build_search(
-        settings, architecture, function, config.data.client_batch_size, config.seed, start.prior, device, start.error
+        settings, architecture, function, n_images, config.seed, start.prior, device, read_labels, start.error
     )
     if start.error is not None:
         log.info(
@@ -143,7 +150,7 @@ def knowledge_of(config: Config, datamodule: GradientPairDataModule, device: tor
     if isinstance(settings, GIASConfig):
         items.append("image_prior")
     order = ("architecture", "pairs", "parameters", "labels", "image_prior", "prior")
-    return Knowledge(search, tuple(item for item in order if item in items))
+    return Knowledge(search, read_labels, tuple(item for item in order if item in items))
 
 
 def _image_priors(settings: MatchingConfig) -> list[Path]:
@@ -174,13 +181,16 @@ def _start(
     function: LeakedFunction,
     datamodule: GradientPairDataModule,
     device: torch.device,
+    read_labels: LabelReader,
 ) -> _Start:
     named, n_images, shape = settings.prior, config.data.client_batch_size, datamodule.architecture.image_shape
     if named is None:
         return _Start()
     earlier = _earlier_attack(settings)
     if earlier is not None:
-        search = build_search(earlier, datamodule.architecture, function, n_images, config.seed, None, device)
+        search = build_search(
+            earlier, datamodule.architecture, function, n_images, config.seed, None, device, read_labels
+        )
 
         def found(gradients: Gradients, numbers: Tensor, labels: Tensor | None) -> Reconstruction:
             known = labels if earlier.labels == "given" else None

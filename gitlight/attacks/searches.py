@@ -10,6 +10,7 @@ from gitlight.attacks import ATTACKS
 from gitlight.attacks.gradients import LeakedFunction
 from gitlight.attacks.image_prior import load_image_prior
 from gitlight.attacks.iterative import IterativeAttack, Prior
+from gitlight.attacks.labels import LabelReader
 from gitlight.config import GIASConfig, MatchingConfig
 from gitlight.errors import ConfigError
 
@@ -37,6 +38,7 @@ def build_search(
     seed: int,
     prior: Prior | None,
     device: torch.device,
+    read_labels: LabelReader,
     prior_error: float | None = None,
 ) -> IterativeAttack:
     """Args: those of `IterativeAttack`, and where an image prior is to be.
@@ -45,7 +47,7 @@ def build_search(
         ConfigError, CheckpointError: the image prior that the settings name is missing or does not fit.
     """
     check_image_prior(settings)
-    further: dict[str, Any] = {}
+    further: dict[str, Any] = {"read_labels": read_labels}
     if not isinstance(settings, GIASConfig):
         further["prior_error"] = prior_error
     elif settings.image_prior is not None:

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from gitlight.architecture import Architecture
-from gitlight.attacks.labels import in_the_order_of, labels_from_leak
+from gitlight.attacks.labels import LabelReader, in_the_order_of
 from gitlight.data.pair import GradientPair
 from gitlight.data.pair_datamodule import GradientPairDataModule
 from gitlight.generators.base import Reconstruction
-from gitlight.generators.exact.labels import below_rescaling, labels_from_bias_gradient
 from gitlight.lpips import load_lpips
 from gitlight.metrics import SMALLEST_LPIPS_IMAGE, PerceptualDistance, match
 from gitlight.report.attacked import AttackedImages, measure, to_bytes
@@ -19,6 +18,7 @@ def measured(
     found: Reconstruction,
     datamodule: GradientPairDataModule,
     class_names: tuple[str, ...],
+    read_labels: LabelReader,
     lpips: PerceptualDistance | None,
 ) -> AttackedImages:
     """A batch's reconstructions beside the truth."""
@@ -33,7 +33,7 @@ def measured(
         positions=positions.flatten(),
         labels=pair.labels.flatten().cpu(),
         class_names=class_names,
-        recovered_labels=_recovered_labels(pair, found.labels, datamodule.architecture),
+        recovered_labels=_recovered_labels(pair, found.labels, read_labels),
         metrics={name: values.flatten() for name, values in metrics.items()},
         failed=failed.flatten(),
         verdicts=tuple(verdict for verdict in found.verdicts for _ in range(per_leak)),
@@ -42,21 +42,17 @@ def measured(
     )
 
 
-def _recovered_labels(pair: GradientPair, found: Tensor | None, architecture: Architecture) -> Tensor | None:
+def _recovered_labels(pair: GradientPair, found: Tensor | None, read_labels: LabelReader) -> Tensor | None:
     """``(B · N,)``: read off the leaks, each beside an equal true one where there is one; None where none can be.
 
     By the attack itself, where it does so (``found``), or else from the gradients alone.
     """
-    if found is not None:
-        return in_the_order_of(found.cpu(), pair.labels.cpu()).flatten()
-    last, _ = below_rescaling(architecture)
-    bias = last.parameters.get("bias")
-    if bias is None or bias in architecture.sketched or last.kind != "linear" or len(last.input_shape) != 1:
-        return None
-    if pair.images.shape[1] == 1:
-        return labels_from_bias_gradient(pair.gradients[bias]).cpu()
-    recovered = labels_from_leak(architecture, pair.gradients, pair.images.shape[1])
-    return in_the_order_of(recovered.cpu(), pair.labels.cpu()).flatten()
+    if found is None:
+        if not read_labels.of_bias:
+            return None
+        found = read_labels(pair.gradients)
+    # Of one image a wrong label is shown as it was read.
+    return (found if found.shape[1] == 1 else in_the_order_of(found.cpu(), pair.labels.cpu())).flatten().cpu()
 
 
 def perceptual_distance(architecture: Architecture) -> PerceptualDistance | None:

@@ -27,11 +27,11 @@ def evaluate_search(
     settings, folder = check_attack(config), run_folder(config)
     knowledge = knowledge_of(config, datamodule, device)
     name = described(settings.name, search_changes(settings) | leak_changes(config, trained))
-    lpips = perceptual_distance(datamodule.architecture)
+    lpips, class_names = perceptual_distance(datamodule.architecture), datamodule.class_names
     parts: list[AttackedImages] = []
     seconds, points, snapshots = 0.0, [], []
     for attacked in attack_iteratively(config, datamodule, knowledge, device, config.evaluation.n_images):
-        parts.append(measured(attacked.pair, attacked.found, datamodule, datamodule.class_names, lpips))
+        parts.append(measured(attacked.pair, attacked.found, datamodule, class_names, knowledge.read_labels, lpips))
         seconds += attacked.seconds
         points += attacked.points
         snapshots += attacked.snapshots

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gitlight.attacks.labels import LabelReader
 from gitlight.config import Config, GivenConfig
 from gitlight.data.pair import Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
@@ -68,7 +69,7 @@ def attack(
         pass through the generator once more before the clock starts, to leave out one-off set-up costs.
     """
     generator.to(device).eval()
-    lpips = perceptual_distance(generator.architecture)
+    lpips, read_labels = perceptual_distance(generator.architecture), LabelReader.of(datamodule, device)
     parts: list[AttackedImages] = []
     seconds = 0.0
     for pair in datamodule.private_pairs(device, n_images):
@@ -76,7 +77,7 @@ def attack(
             _timed_forward(generator, {name: g[:_WARM_UP] for name, g in pair.gradients.items()}, device)
         found, elapsed = _timed_forward(generator, pair.gradients, device)
         seconds += elapsed
-        parts.append(measured(pair, found, datamodule, class_names, lpips))
+        parts.append(measured(pair, found, datamodule, class_names, read_labels, lpips))
     return AttackedImages.joined(parts), seconds
 
 

@@ -132,7 +132,8 @@ def test_steps_of_lbfgs_have_their_own_length(run, tmp_path):
 def test_labels_that_a_prior_has_read_off_are_those_of_the_attack(run, tmp_path):
     def load(name, *overrides):
         batches = ["data.client_batch_size=4", "evaluation.n_images=32", f"output_dir={tmp_path / name}"]
-        return load_config(run / "small.yaml", [*batches, *overrides])
+        pruned = "channel=[{name: pruning, fraction: 0.8}]"  # of which labels cannot simply be read
+        return load_config(run / "small.yaml", [*batches, pruned, *overrides])
 
     hybrid = ["generator.name=hybrid", "generator.exact_depth=1", "generator.channels=4"]
     train(load("hybrid", *hybrid))
@@ -140,3 +141,17 @@ def test_labels_that_a_prior_has_read_off_are_those_of_the_attack(run, tmp_path)
     read_off = evaluate(load("noise", "attack=ig", "attack.iterations=1")).result.label_accuracy
     attack = load("attack", "attack=ig", "attack.iterations=1", f"attack.prior={tmp_path / 'hybrid'}")
     assert read_off < by_prior == evaluate(attack).result.label_accuracy
+
+
+def test_labels_of_client_batches_are_read_as_pairs_tell(run, tmp_path):
+    def attack(*overrides):
+        batches = ["data.client_batch_size=4", "evaluation.n_images=32", f"output_dir={tmp_path}"]
+        config = load_config(run / "small.yaml", [*batches, "attack.name=ig", "attack.iterations=1", *overrides])
+        return evaluate(config).result
+
+    result = attack()
+    assert result.knowledge == ("architecture", "pairs", "parameters")
+    assert result.label_accuracy == 1
+    assert attack("attack.labels=given").knowledge == ("architecture", "parameters", "labels")
+    assert attack("attack.labels=optimised").knowledge == ("architecture", "parameters")
+    assert attack("data.client_batch_size=1").knowledge == ("architecture", "parameters")

@@ -10,14 +10,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from gitlight.architecture import Architecture
+from gitlight.architecture import Architecture, Layer
 from gitlight.config import SketchConfig
 from gitlight.data.pair import Gradients, as_rows
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 
-_EMBEDDINGS = ("add", "expand", "embedding")
-"""Operations whose parameters are embeddings: added to all images' features, or repeated for them."""
+_EMBEDDINGS = ("add", "expand", "expand_as", "broadcast_to", "repeat", "slice", "embedding")
+"""Operations whose parameters are embeddings: added to all images' features, or repeated or cut for them."""
 
 
 class Sketch:
@@ -100,10 +100,15 @@ def _exact(architecture: Architecture, settings: SketchConfig) -> set[str]:
                     f"Its parameters: {', '.join(list(shapes)[:50])}{', …' if len(shapes) > 50 else ''}."
                 )
         return {name for pattern in settings.keep_exact for name in fnmatch.filter(shapes, pattern)}
-    last = [layer for layer in architecture.layers if layer.parameters][-1:]
+    last: list[Layer] = []
+    for layer in reversed([layer for layer in architecture.layers if layer.parameters]):
+        last.append(layer)
+        if any(len(shapes[name]) > 1 for name in layer.parameters.values()):
+            break  # what came before is a temperature, or a bias whose weight is computed
     embeddings = [layer.parameters.values() for layer in architecture.layers if layer.kind in _EMBEDDINGS]
     return {
         *chain(*(layer.parameters.values() for layer in last)),
         *chain(*embeddings),
+        *(layer.parameters["bias"] for layer in architecture.layers if "bias" in layer.parameters),
         *(name for name, shape in shapes.items() if len(shape) == 1),
     }

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from gitlight.architecture import Architecture
 from gitlight.config import ExactGeneratorConfig, GradientsConfig, LeNetConfig, MLPGeneratorConfig, SketchConfig
@@ -36,6 +37,29 @@ def test_weights_are_sketched_and_the_last_layer_and_biases_are_kept(architectur
     assert list(shapes) == list(architecture.parameter_shapes)
     for name, shape in architecture.parameter_shapes.items():
         assert shapes[name] == ((64,) if name.startswith("conv") and name.endswith("weight") else shape)
+
+
+class Positions(nn.Module):
+    """Embeddings that are repeated and cut, a norm over maps, a head of weights by length, a temperature."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(48, 48)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 48)), nn.Parameter(torch.randn(1, 80, 48))
+        self.norm = nn.LayerNorm([17, 48])
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(48, 10))
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        patches = self.inner(images.flatten(1).view(len(images), 16, 48))
+        tokens = torch.cat([self.token.repeat(images.shape[0], 1, 1), patches], dim=1)
+        return self.head(self.norm(tokens + self.positions[:, :17]).mean(1)) / self.temperature
+
+
+def test_embeddings_biases_and_the_last_layer_are_kept_in_whatever_form_they_come():
+    architecture = Architecture.of(Positions(), SHAPE, 10)
+    shapes, whole = Sketch(architecture, SketchConfig(name="count", size=16)).shapes, architecture.parameter_shapes
+    assert {name for name, shape in shapes.items() if shape != whole[name]} == {"inner.weight", "norm.weight"}
 
 
 def test_patterns_choose_what_is_kept(architecture):

@@ -31,6 +31,23 @@ def test_products_of_leaks_are_those_of_float64(by_onednn, n_images):
     torch.testing.assert_close(out.double(), (left.double() @ right.double()).sum(1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("n_images", [1, 3])
+@pytest.mark.parametrize("n_positions", [1, 7, 64])
+@pytest.mark.parametrize("layout", ["by position", "by channel", "with gaps"])
+def test_products_of_layers_outputs_are_those_of_float64_however_they_lie(by_onednn, n_images, n_positions, layout):
+    torch.manual_seed(0)
+    size = (4, n_images, n_positions)
+    delta, x = torch.randn(*size, 200), torch.randn(*size, 100)
+    if layout == "by channel":
+        delta = delta.mT.contiguous().mT
+    if layout == "with gaps":
+        delta, x = torch.randn(*size[:2], n_positions + 1, 200)[:, :, 1:], x.repeat(1, 2, 1, 1)[:, ::2]
+    out = torch.full((4, 200, 100), torch.nan)
+    write_products(delta.transpose(2, 3), x, out)
+    wanted = torch.einsum("bnlo,bnli->boi", delta.double(), x.double())
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("order", ["dense", "swapped", "with gaps"])
 def test_a_frozen_linear_layer_and_its_derivative_are_those_of_float64(by_onednn, order, with_bias):

@@ -6,8 +6,9 @@ parameters' gradients, leak by leak, from δ and the operation's input at once (
 Rochette et al. 2019, arXiv 1912.06015). Autograd itself never computes a gradient of a parameter.
 """
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,13 @@ class CapturedGradients:
         except Exception as error:  # a rule of the user's own may raise anything
             raise NoRuleError(f"its graph does not run: {first_line(error)}") from error
 
+    def in_precision(self, dtype: torch.dtype) -> "CapturedGradients":
+        """The same graph for tensors of another precision, which it need not bear: it may name its own."""
+        twin = copy.copy(self)
+        constants = {name: plain_tensor(tensor, dtype) for name, tensor in self._traced.constants.items()}
+        twin._traced, twin._scratch = replace(self._traced, constants=constants), Scratch()
+        return twin
+
     def prepare(self, tensors: Mapping[str, Tensor]) -> Prepared:
         """What many chunks share.
 
@@ -86,6 +94,8 @@ class CapturedGradients:
         """
         traced = self._traced
         values = {**traced.constants, **{name: tensors[target] for name, target in traced.held.items()}}
+        # The model's own buffers stay as they are.
+        values |= {name: values[name].clone() for name in traced.overwritten}
         leaves: dict[str, Tensor] = {}
         if traced.prologue:
             leaves = {name: tensors[name].detach().requires_grad_() for name in self._names}

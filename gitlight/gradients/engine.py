@@ -18,7 +18,7 @@ from gitlight.gradients.labels import check_labels
 from gitlight.gradients.layer_gradients import NoRuleError
 from gitlight.gradients.memory import MemoryModel
 from gitlight.gradients.precision import autograd_on, full_float32, plain_autograd, plain_tensor
-from gitlight.gradients.self_check import MOST_OF_ROUNDING, GradientsDifferError, check_against_autograd
+from gitlight.gradients.self_check import check_against_autograd
 from gitlight.gradients.sketch import Sketch
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ class GradientEngine:
         self._dtype = _DTYPES[settings.dtype]
         self._buffers = ResultBuffers()
         self._memory_models: dict[str, MemoryModel] = {}
-        self._captured: dict[Hashable, CapturedGradients | None] = {}
+        self._captured: dict[Hashable, CapturedGradients] = {}
+        self._refused: set[Hashable] = set()
         self._functional_gradients = FunctionalGradients(network, self._method, falls_back=settings.method == "auto")
 
     def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
@@ -126,7 +127,11 @@ class GradientEngine:
             return None
         # A client batch of one may be treated otherwise than larger ones; these are treated alike.
         images_per_leak = min(images.shape[1], 2)
-        key = (tuple(_state(module) for module in self._network.modules()), images.device, images_per_leak)
+        modules = tuple(self._network.modules())
+        place = (tuple(_state(module) for module in modules), images.device, images_per_leak)
+        if place in self._refused:  # whatever its attributes: they may count how often it ran
+            return None
+        key = (place, tuple(_attributes(module) for module in modules))
         if key not in self._captured:
             device_type = images.device.type
             like = torch.empty(0, dtype=self._dtype, device=images.device)
@@ -140,23 +145,36 @@ class GradientEngine:
                         "Give gradients.method=vmap, or auto."
                     ) from error
                 log.info("Gradients are made by %s: %s", self._method, error)
-                self._keep(key, None)
+                self._refused.add(place)
+                return None
         return self._captured[key]
 
     def _checked(self, like: Tensor, images_per_leak: int) -> CapturedGradients:
         """The captured method, once it has been seen to give autograd's gradients; else NoRuleError."""
-        captured = CapturedGradients(self._network, self._names, self._architecture.image_shape, like)
+        captured = self._capture(like)
+        if like.dtype != torch.float64:
+            self._check(captured, like, images_per_leak)
+        if like.device.type == "mps":  # has no float64
+            self._check(captured, like, images_per_leak, shaken=True)
+            return captured
+        exact = like.double()
         try:
-            with full_float32():  # within which torch.export does not work
-                check_against_autograd(captured, self._network, self._architecture, like, images_per_leak)
-        except GradientsDifferError as error:
-            # A ReLU that rounding switches, or a wrong graph: float64 tells them apart.
-            if like.dtype == torch.float64 or like.device.type == "mps" or error.share > MOST_OF_ROUNDING:
+            self._check(captured.in_precision(exact.dtype), exact, images_per_leak, shaken=True)
+        except NoRuleError:
+            if like.dtype == torch.float64:
                 raise
-            self._checked(like.double(), images_per_leak)
+            # A graph can name the precision that it was traced in; one of float64 then stands for it.
+            self._check(self._capture(exact), exact, images_per_leak, shaken=True)
         return captured
 
-    def _keep(self, key: Hashable, captured: CapturedGradients | None) -> None:
+    def _capture(self, like: Tensor) -> CapturedGradients:
+        return CapturedGradients(self._network, self._names, self._architecture.image_shape, like)
+
+    def _check(self, captured: CapturedGradients, like: Tensor, images_per_leak: int, shaken: bool = False) -> None:
+        with full_float32():  # within which torch.export does not work
+            check_against_autograd(captured, self._network, self._architecture, like, images_per_leak, shaken)
+
+    def _keep(self, key: Hashable, captured: CapturedGradients) -> None:
         self._captured[key] = captured
         if len(self._captured) > _MOST_CAPTURED:
             del self._captured[next(iter(self._captured))]
@@ -186,7 +204,7 @@ class GradientEngine:
 
 
 def _state(module: nn.Module) -> Hashable:
-    """All that makes a module compute something else, short of changes to its attributes."""
+    """Which module it is, its mode, and who changes what goes through it."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -194,6 +212,17 @@ def _state(module: nn.Module) -> Hashable:
         module._backward_pre_hooks,
     )
     return module, module.training, tuple(map(tuple, hooks))  # a hook's key is never used again
+
+
+def _attributes(module: nn.Module) -> Hashable:
+    """A module's own numbers and names, which its computation may depend on: a slope, a temperature, a switch."""
+    return tuple((name, value) for name, value in vars(module).items() if _is_plain(value))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(one) for one in value)
+    return value is None or isinstance(value, bool | int | float | complex | str | torch.dtype)
 
 
 def _attention(device_type: str) -> list[SDPBackend]:

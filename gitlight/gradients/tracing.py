@@ -2,7 +2,7 @@
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class TracedNetwork:
         body: the rest, as ``body(recorder, image, externals)``; a step is ``recorder.run(number, *tensors)``.
         steps: the operations that use leaked parameters.
         overwrites: whether the body overwrites anything, images perhaps.
+        overwritten: names of constants, and in the graph of parameters and buffers, that may be overwritten.
     """
 
     constants: Mapping[str, Tensor]
@@ -50,6 +51,7 @@ class TracedNetwork:
     body: Any
     steps: tuple[Step, ...]
     overwrites: bool
+    overwritten: frozenset[str]
 
 
 def trace(
@@ -77,8 +79,15 @@ def trace(
     builder = _Builder(held, constants, leaked, frozenset(exported.graph_signature.user_inputs))
     for node in exported.graph.nodes:
         builder.add(node)
-    overwrites = depends_on_memory(exported.graph)
-    return TracedNetwork(constants, held, tuple(builder.prologue), builder.module(), tuple(builder.steps), overwrites)
+    return TracedNetwork(
+        constants,
+        held,
+        tuple(builder.prologue),
+        builder.module(),
+        tuple(builder.steps),
+        depends_on_memory(exported.graph),
+        frozenset(_overwritten(exported.graph)) & frozenset({*held, *constants}),
+    )
 
 
 def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> Any:
@@ -104,6 +113,20 @@ def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> 
     except Exception as error:  # torch.export raises many kinds, its own and the model's
         cause = first_line(error)
         raise NoRuleError(f"torch.export cannot trace the model for any number of images: {cause}") from error
+
+
+def _overwritten(graph: fx.Graph) -> Iterator[str]:
+    """Names of what goes into a graph and may be overwritten, itself or a view of it."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for argument in schema.arguments:
+            source = arguments_of(node).get(argument.name) if argument.is_write else None
+            while isinstance(source, fx.Node) and source.op != "placeholder":
+                source = source.args[0] if source.args else None
+            if isinstance(source, fx.Node):
+                yield source.name
 
 
 class _Builder:

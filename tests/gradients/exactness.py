@@ -40,3 +40,15 @@ def assert_exact(network, client_batch_size=2, method="auto"):
     assert torch.equal(images, before)
     for name, wanted in autograd_loop(network, images, labels).items():
         assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, backward with the sign changed: a gradient reversal layer (Ganin et al. 2016)."""
+
+    @staticmethod
+    def forward(context, x):
+        return x * 1
+
+    @staticmethod
+    def backward(context, delta):
+        return -delta

@@ -11,10 +11,11 @@ from torchmetrics import MeanMetric
 
 from gitlight.architecture import Architecture, ImageShape
 from gitlight.config import LeakedConfig, OptimizerConfig
-from gitlight.errors import ArchitectureError, CheckpointError, misfit
+from gitlight.errors import ArchitectureError
 from gitlight.leaked import LEAKED_MODELS
 from gitlight.leaked.batch_norm import use_batch_statistics
 from gitlight.leaked.custom import given
+from gitlight.leaked.weights import load_weights
 from gitlight.optimization import configure_optimizer
 from gitlight.sharding import ShardableModule
 
@@ -64,7 +65,7 @@ class LeakedModel(ShardableModule):
                 for parameter in self.network.parameters():
                     nn.init.uniform_(parameter, -settings.init_range, settings.init_range)
         if settings.weights is not None:
-            _load_weights(self.network, Path(settings.weights))
+            load_weights(self.network, Path(settings.weights))
         # A model in training has the statistics of its batches anyway, and keeps running ones for later.
         if settings.batch_norm == "batch" and optimizer is None:
             use_batch_statistics(self.network)
@@ -171,25 +172,3 @@ def _check_no_dropout(architecture: Architecture) -> None:
                 f"{layer.place} of the leaked model drops values at random in evaluation mode, too. Use "
                 "torch.nn.Dropout, or pass training=self.training to torch.nn.functional.dropout."
             )
-
-
-def _load_weights(network: nn.Module, path: Path) -> None:
-    """Load a state dict, a Lightning checkpoint of a `LeakedModel`, or the last checkpoint of a run folder."""
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise CheckpointError(
-            f"leaked.weights: {path} does not exist. Give a state dict saved by torch.save, a checkpoint, "
-            "or the folder of a run of `python train.py CONFIG task=leaked`."
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise CheckpointError(f"leaked.weights: {path} cannot be read as weights: {error}") from error
-    if "state_dict" in state:
-        state = state["state_dict"]
-    state = {name.removeprefix("network."): value for name, value in state.items()}
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"leaked.weights: {path} is of another architecture: {misfit(error)}") from error

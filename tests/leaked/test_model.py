@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gitlight.config import FullyConnectedConfig, LeakedConfig, LeNetConfig, OptimizerConfig, ResNetConfig
-from gitlight.errors import CheckpointError, ConfigError
+from gitlight.errors import ConfigError
 from gitlight.leaked.model import LeakedModel
 
 SHAPE = (3, 32, 32)
@@ -64,25 +64,6 @@ def test_default_weights_are_pytorchs():
     wanted = torch.nn.Conv2d(3, 12, 5, 2, 2).weight
     found = LeakedModel(LeNetConfig(init="default", seed=5), SHAPE, 10).network.conv1.weight
     assert torch.equal(found, wanted)
-
-
-def test_weights_load_from_a_state_dict_and_from_a_lightning_checkpoint(tmp_path):
-    source = LeakedModel(LeNetConfig(seed=3), SHAPE, 10)
-    torch.save(source.network.state_dict(), tmp_path / "plain.pt")
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    torch.save({"state_dict": source.state_dict()}, tmp_path / "run" / "checkpoints" / "last.ckpt")
-    for weights in ("plain.pt", "run/checkpoints/last.ckpt", "run"):
-        loaded = LeakedModel(LeNetConfig(weights=str(tmp_path / weights)), SHAPE, 10)
-        assert loaded.fingerprint() == source.fingerprint()
-
-
-def test_weights_that_do_not_load_are_named(tmp_path):
-    (tmp_path / "broken.pt").write_bytes(b"not weights")
-    torch.save(LeakedModel(LeNetConfig(width=6), SHAPE, 10).network.state_dict(), tmp_path / "narrow.pt")
-    mistakes = {"missing.pt": "does not exist", "broken.pt": "cannot be read", "narrow.pt": "another architecture"}
-    for name, words in mistakes.items():
-        with pytest.raises(CheckpointError, match=rf"{name} {words}|{name} is of {words}"):
-            LeakedModel(LeNetConfig(weights=str(tmp_path / name)), SHAPE, 10)
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -48,7 +48,8 @@ class LeakedModel(ShardableModule):
             network: a model of the user's own, which is copied, instead of one that ``settings.name`` builds.
 
         Raises:
-            CheckpointError: ``leaked.weights`` is missing, unreadable, or of another architecture.
+            CheckpointError: ``leaked.weights`` is missing, unreadable, of another architecture, or holds numbers that
+                are not finite.
             ArchitectureError: the network has no parameters, cannot be traced, does not put out one row of
                 ``n_classes`` logits per image, or draws random numbers in evaluation mode.
             ConfigError: settings that the network cannot have.

@@ -41,8 +41,14 @@ def test_weights_load_from_a_state_dict_and_from_a_lightning_checkpoint(tmp_path
 
 def test_weights_that_do_not_load_are_named(tmp_path):
     (tmp_path / "broken.pt").write_bytes(b"not weights")
+    torch.save(LeakedModel(LeNetConfig(), SHAPE, 10).network, tmp_path / "pickled.pt")
     torch.save(LeakedModel(LeNetConfig(width=6), SHAPE, 10).network.state_dict(), tmp_path / "narrow.pt")
-    mistakes = {"missing.pt": "does not exist", "broken.pt": "cannot be read", "narrow.pt": "another architecture"}
+    mistakes = {
+        "missing.pt": "does not exist. Give what",
+        "broken.pt": "cannot be read .*damaged.* Give what",
+        "pickled.pt": "cannot be read .*a whole model that was pickled.* Give what",
+        "narrow.pt": "another architecture",
+    }
     for name, words in mistakes.items():
         with pytest.raises(CheckpointError, match=rf"{name} {words}|{name} is of {words}"):
             LeakedModel(LeNetConfig(weights=str(tmp_path / name)), SHAPE, 10)
@@ -63,3 +69,66 @@ def test_the_names_of_weights_that_do_not_fit_are_the_networks_own(tmp_path):
     for name in ("wide.pt", "wide.ckpt"):
         with pytest.raises(CheckpointError, match=rf"{name} is of another .* size mismatch for network\.1\.weight"):
             wrapped(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([torch.zeros(2)], "list"),
+        (torch.zeros(2), "Tensor"),
+        (3, "int"),
+        ({0: torch.zeros(2)}, "Tensor under 0"),
+        ({"network.1.bias": 0.5}, "float under 'network.1.bias'"),
+        ({"model": {"network.1.bias": torch.zeros(2)}, "epoch": 3}, "dict under 'model'"),
+        ({"state_dict": None}, "NoneType as its state_dict"),
+        ({"state_dict": {"network.1.bias": None}}, "NoneType under 'network.1.bias' as its state_dict"),
+    ],
+    ids=["list", "tensor", "number", "names", "float", "nested", "none", "none inside"],
+)
+def test_a_file_that_holds_no_state_dict_is_named_with_what_it_holds(tmp_path, content, found):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(
+        CheckpointError, match=rf"leaked.weights: .*other.pt holds {found}, where a tensor is .*Give what"
+    ):
+        wrapped(tmp_path / "other.pt")
+
+
+def test_a_modules_own_extra_state_is_loaded(tmp_path):
+    class Stateful(Wrapped):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            self.found = state
+
+    network = Stateful()
+    torch.save(network.state_dict(), tmp_path / "stateful.pt")
+    settings = GivenConfig(weights=str(tmp_path / "stateful.pt"))
+    assert LeakedModel(settings, (3, 2, 2), 2, network=network).network.found == {"version": 3}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_parameter_that_is_not_finite_is_named(tmp_path, value):
+    state = Wrapped().state_dict()
+    state["network.2.weight"][1, 2] = state["network.2.bias"][0] = value
+    torch.save(state, tmp_path / "diverged.pt")
+    with pytest.raises(CheckpointError, match=r"diverged.pt holds NaN or infinity in 'network\.2\.weight'"):
+        wrapped(tmp_path / "diverged.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_buffer_may_be_infinite_and_not_nan(tmp_path, value):
+    network = Wrapped()
+    network.register_buffer("mask", torch.zeros(2))
+    state = network.state_dict()
+    state["mask"] = torch.full((2,), value)
+    torch.save(state, tmp_path / "masked.pt")
+
+    def load():
+        return LeakedModel(GivenConfig(weights=str(tmp_path / "masked.pt")), (3, 2, 2), 2, network=network)
+
+    if value == float("-inf"):
+        assert load().network.mask.isinf().all()
+    else:
+        with pytest.raises(CheckpointError, match=r"masked.pt holds NaN in 'mask'"):
+            load()

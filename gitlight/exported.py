@@ -3,7 +3,7 @@
 import copy
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,21 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
         else:
             found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
     return found
+
+
+def draws_random_numbers(operation: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether an operation draws random numbers.
+
+    Args:
+        operation: an ATen operation, or a library's own that carries PyTorch's tag for it.
+        arguments: by name, defaults included; None or a node for tensors.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(operation, "tags", ()):
+        return False
+    # What drops values, and RReLU, carries the tag also where it is told to do nothing.
+    trains = arguments.get("train", arguments.get("training", True))
+    share = next((arguments[name] for name in ("p", "dropout_p", "dropout") if name in arguments), None)
+    return bool(trains) and share != 0
 
 
 def module_path(node: fx.Node) -> str:

@@ -16,6 +16,7 @@ from gitlight.errors import ArchitectureError, first_line
 from gitlight.exported import (
     arguments_of,
     copied,
+    draws_random_numbers,
     held_tensors,
     kind_of,
     lifted_constants,
@@ -297,12 +298,7 @@ def _mixes_images(node: fx.Node) -> bool:
     name, given = kind_of(node).removesuffix("_"), arguments_of(node)
     if name == "batch_norm":
         return bool(given["training"])
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    if name == "scaled_dot_product_attention":
-        return bool(given["dropout_p"] > 0)
-    trains = bool(given.get("train", given.get("training", True)))
-    return trains and given.get("p", given.get("dropout", 1)) > 0
+    return draws_random_numbers(node.target, given)
 
 
 def _place(node: fx.Node) -> str:

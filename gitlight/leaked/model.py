@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from gitlight.architecture import Architecture, ImageShape
 from gitlight.config import LeakedConfig, OptimizerConfig
 from gitlight.errors import ArchitectureError
+from gitlight.exported import draws_random_numbers
 from gitlight.leaked import LEAKED_MODELS
 from gitlight.leaked.batch_norm import use_batch_statistics
 from gitlight.leaked.custom import given
@@ -74,7 +75,7 @@ class LeakedModel(ShardableModule):
         if not self.architecture.parameter_shapes:
             raise ArchitectureError(f"{type(self.network).__name__} has no parameters, so no gradient leaks.")
         _check_logits(self.architecture, type(self.network).__name__)
-        _check_no_dropout(self.architecture)
+        _check_not_random(self.architecture)
         # Lightning's own epoch mean rounds the ranks' batch counts, which is wrong for shares of unequal size.
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self._optimizer = optimizer
@@ -165,11 +166,18 @@ def _warn_of_zeros(network: nn.Module, architecture: Architecture) -> None:
         )
 
 
-def _check_no_dropout(architecture: Architecture) -> None:
-    """Raises: ArchitectureError, if dropout is active in evaluation mode, so that no two gradients would be alike."""
+def _check_not_random(architecture: Architecture) -> None:
+    """Raises: ArchitectureError, if it draws random numbers in evaluation mode, so that no two gradients are alike."""
     for layer in architecture.layers:
-        if ("dropout" in layer.kind and layer.arguments.get("train")) or layer.arguments.get("dropout_p"):
+        if not draws_random_numbers(layer.operation, layer.arguments):
+            continue
+        if "dropout" in layer.kind or layer.arguments.get("dropout_p"):
             raise ArchitectureError(
                 f"{layer.place} of the leaked model drops values at random in evaluation mode, too. Use "
                 "torch.nn.Dropout, or pass training=self.training to torch.nn.functional.dropout."
             )
+        raise ArchitectureError(
+            f"{layer.place} of the leaked model draws random numbers in evaluation mode, too: no two gradients of an "
+            "image would be alike. Draw them only if self.training, or pass training=self.training where the function "
+            "takes it."
+        )

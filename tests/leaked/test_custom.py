@@ -148,6 +148,66 @@ def test_dropout_that_no_mode_switches_off_is_named():
         LeakedModel(GivenConfig(), SHAPE, 10, network=Dropping(functional=True))
 
 
+class Computing(nn.Module):
+    """Computes something with its image on the way."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.compute, self.linear = compute, nn.Linear(192, 10)
+
+    def forward(self, images):
+        return self.linear(self.compute(images.flatten(1)))
+
+
+def attention(dropout):
+    def compute(values):
+        maps = values.unflatten(1, (1, 8, 24))
+        return nn.functional.scaled_dot_product_attention(maps, maps, maps, dropout_p=dropout).flatten(1)
+
+    return compute
+
+
+def with_random_mask(values):
+    return values * torch.empty_like(values).bernoulli_(torch.sigmoid(values))
+
+
+@pytest.mark.parametrize(
+    ("compute", "named"),
+    [
+        (lambda values: values + torch.randn_like(values), "randn_like"),
+        (lambda values: values + torch.rand(192, device=values.device), "rand"),
+        (lambda values: values[:, torch.randperm(192, device=values.device)], "randperm"),
+        (lambda values: values * torch.bernoulli(torch.sigmoid(values)), "bernoulli"),
+        (with_random_mask, "bernoulli"),
+        (lambda values: nn.functional.rrelu(values, training=True), "rrelu"),
+        (nn.functional.gumbel_softmax, "exponential"),
+    ],
+    ids=["noise", "made alone", "order", "bernoulli", "in place", "rrelu", "gumbel"],
+)
+def test_random_numbers_that_no_mode_switches_off_are_named(compute, named):
+    with pytest.raises(ArchitectureError, match=rf"^{named} '.*' of the leaked model draws random .*self.training"):
+        LeakedModel(GivenConfig(), SHAPE, 10, network=Computing(compute))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda values: nn.functional.dropout(values, training=False),
+        lambda values: nn.functional.dropout(values, 0.0),
+        lambda values: nn.functional.rrelu(values, training=False),
+        attention(0.0),
+    ],
+    ids=["dropout off", "dropout of nothing", "rrelu", "attention"],
+)
+def test_what_could_draw_random_numbers_and_does_not_is_let_through(compute):
+    LeakedModel(GivenConfig(), SHAPE, 10, network=Computing(compute))
+
+
+def test_attention_that_drops_values_is_named_as_dropout():
+    with pytest.raises(ArchitectureError, match=r"scaled_dot_product_attention .* drops values at random in"):
+        LeakedModel(GivenConfig(), SHAPE, 10, network=Computing(attention(0.2)))
+
+
 class Tied(nn.Module):
     """One matrix used twice, once transposed, as two modules' weight; and one module used three times."""
 

@@ -35,15 +35,42 @@ class ClientBatchNorm(nn.Module):
         )
 
 
+# A client computes alone, and has no other processes to synchronise its statistics with.
+_REPLACEABLE = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
 def use_batch_statistics(network: nn.Module) -> None:
-    """Replace every batch norm layer by a `ClientBatchNorm`, in place; parameters keep their names and order."""
+    """Replace batch norm layers by `ClientBatchNorm`, in place; parameters keep their names and order.
+
+    Layers with a ``forward`` of their own stay: what they do is not known. `check_replaced` finds those that matter.
+    """
     replacements: dict[_BatchNorm, ClientBatchNorm] = {}
     for parent in list(network.modules()):
         for name, child in parent._modules.items():
-            # One that its user has taught to do something else goes on doing it.
-            if isinstance(child, _BatchNorm) and type(child).forward is _BatchNorm.forward:
+            if isinstance(child, _BatchNorm) and type(child).forward in _REPLACEABLE:
                 # A layer that is used at several places stays one layer.
                 parent._modules[name] = replacements.setdefault(child, ClientBatchNorm(child))
+
+
+def check_replaced(architecture: Architecture) -> None:
+    """Check that a model normalises by the client's batch, after `use_batch_statistics`.
+
+    Raises:
+        ConfigError: it has no batch norm, or one that goes on using running statistics; the message names it.
+    """
+    norms = [layer for layer in architecture.layers if layer.kind == "batch_norm"]
+    if not norms:
+        raise ConfigError(
+            "leaked.batch_norm: batch: the leaked model has no batch norm whose statistics could be those of the "
+            "client's batch. Give leaked.batch_norm=running."
+        )
+    for layer in norms:
+        if not layer.arguments["training"]:
+            raise ConfigError(
+                f"leaked.batch_norm: batch: {layer.place} of the leaked model goes on using running statistics: it is "
+                "computed by a forward of the model's own, which cannot be replaced. Write it as torch.nn.BatchNorm2d "
+                "(or 1d, 3d) and a module of its own for the rest, or give leaked.batch_norm=running."
+            )
 
 
 def check_batch_statistics(architecture: Architecture, smallest_batch: int) -> None:

@@ -14,7 +14,7 @@ from gitlight.config import LeakedConfig, OptimizerConfig
 from gitlight.errors import ArchitectureError
 from gitlight.exported import draws_random_numbers
 from gitlight.leaked import LEAKED_MODELS
-from gitlight.leaked.batch_norm import use_batch_statistics
+from gitlight.leaked.batch_norm import check_replaced, use_batch_statistics
 from gitlight.leaked.custom import given
 from gitlight.leaked.weights import load_weights
 from gitlight.optimization import configure_optimizer
@@ -53,7 +53,7 @@ class LeakedModel(ShardableModule):
                 are not finite.
             ArchitectureError: the network has no parameters, cannot be traced, does not put out one row of
                 ``n_classes`` logits per image, or draws random numbers in evaluation mode.
-            ConfigError: settings that the network cannot have.
+            ConfigError: settings that the network cannot have, as batch statistics without batch norm.
         """
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -69,9 +69,11 @@ class LeakedModel(ShardableModule):
         if settings.weights is not None:
             load_weights(self.network, Path(settings.weights))
         # A model in training has the statistics of its batches anyway, and keeps running ones for later.
-        if settings.batch_norm == "batch" and optimizer is None:
+        if replaces := settings.batch_norm == "batch" and optimizer is None:
             use_batch_statistics(self.network)
         self.architecture = Architecture.of(self.network, image_shape, n_classes)
+        if replaces:
+            check_replaced(self.architecture)
         if not self.architecture.parameter_shapes:
             raise ArchitectureError(f"{type(self.network).__name__} has no parameters, so no gradient leaks.")
         _check_logits(self.architecture, type(self.network).__name__)

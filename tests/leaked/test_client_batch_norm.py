@@ -10,6 +10,7 @@ from gitlight.config import (
     DataConfig,
     GivenConfig,
     GradientsConfig,
+    LeNetConfig,
     OptimizerConfig,
     ResNetConfig,
     UpdatesConfig,
@@ -40,11 +41,19 @@ class TwoNorms(nn.Module):
         return self.head(self.vector_norm(self.hidden(maps.square().mean((2, 3)))))
 
 
-@pytest.fixture(params=["resnet20", "two norms"])
+class Synchronised(TwoNorms):
+    """The same, whose first is synchronised between processes; parameters keep their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = self.same_norm = nn.SyncBatchNorm(4)
+
+
+@pytest.fixture(params=["resnet20", "two norms", "synchronised"])
 def models(request):
     """The leaked model with batch statistics, and the plain network in training mode."""
     torch.manual_seed(0)
-    network = None if request.param == "resnet20" else TwoNorms()
+    network = {"resnet20": lambda: None, "two norms": TwoNorms, "synchronised": Synchronised}[request.param]()
     settings = {"init": "uniform", "batch_norm": "batch"}
     config = ResNetConfig(width=2, activation="tanh", **settings) if network is None else GivenConfig(**settings)
     leaked = LeakedModel(config, SHAPE, 10, network=network)
@@ -116,6 +125,51 @@ def test_weights_with_running_statistics_load_all_the_same(tmp_path):
 def test_a_model_in_training_keeps_its_running_statistics():
     leaked = LeakedModel(ResNetConfig(width=2, batch_norm="batch"), SHAPE, 10, optimizer=OptimizerConfig())
     assert not any(isinstance(module, ClientBatchNorm) for module in leaked.network.modules())
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, maps):
+        return torch.tanh(super().forward(maps))
+
+
+class FunctionalNorm(nn.Module):
+    def __init__(self, training):
+        super().__init__()
+        self.always = training
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("variance", torch.ones(4))
+
+    def forward(self, maps):
+        if self.always:
+            return nn.functional.batch_norm(maps, None, None, training=True)
+        return nn.functional.batch_norm(maps, self.mean, self.variance, training=self.training)
+
+
+def with_norm(norm):
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    return LeakedModel(
+        GivenConfig(batch_norm="batch"),
+        SHAPE,
+        10,
+        network=nn.Sequential(conv, nn.BatchNorm2d(4), norm, nn.Flatten(), nn.Linear(256, 10)),
+    )
+
+
+@pytest.mark.parametrize("norm", [NormAndActivation(4), FunctionalNorm(training=False)], ids=["subclass", "function"])
+def test_a_norm_that_cannot_be_replaced_is_named(norm):
+    with pytest.raises(
+        ConfigError, match=r"^leaked.batch_norm: batch: batch_norm '2.*' of the leaked model goes on .*=running\.$"
+    ):
+        with_norm(norm)
+
+
+def test_a_norm_of_the_users_own_that_uses_the_batchs_statistics_stays():
+    assert isinstance(with_norm(FunctionalNorm(training=True)).network[2], FunctionalNorm)
+
+
+def test_a_model_without_batch_norm_has_no_statistics_of_batches():
+    with pytest.raises(ConfigError, match=r"leaked.batch_norm: batch: the leaked model has no batch norm .*=running"):
+        LeakedModel(LeNetConfig(batch_norm="batch"), SHAPE, 10)
 
 
 def pairs_of(n_images, **updates):

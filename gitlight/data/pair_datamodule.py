@@ -135,7 +135,8 @@ class GradientPairDataModule(ImageDataModule):
         """A seed ``(B,)`` for each leak from its first image: the same on any rank, fresh in each training epoch."""
         counter = epoch if split in ("train", "fit") else 0
         return torch.tensor(
-            [mixed_seed(f"{split} {purpose}", self._seed, counter, index) for index in indices[:, 0].tolist()]
+            [mixed_seed(f"{split} {purpose}", self._seed, counter, index) for index in indices[:, 0].tolist()],
+            dtype=torch.int64,
         )
 
     def fit_pairs(

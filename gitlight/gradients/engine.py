@@ -13,8 +13,8 @@ from gitlight.data.pair import Gradients
 from gitlight.errors import ConfigError
 from gitlight.gradients.buffers import ResultBuffers, keep_freed_memory
 from gitlight.gradients.captured import CapturedGradients
+from gitlight.gradients.checks import check_images, check_labels
 from gitlight.gradients.functional_gradients import FunctionalGradients
-from gitlight.gradients.labels import check_labels
 from gitlight.gradients.layer_gradients import NoRuleError
 from gitlight.gradients.memory import MemoryModel
 from gitlight.gradients.precision import autograd_on, full_float32, plain_autograd, plain_tensor
@@ -72,10 +72,10 @@ class GradientEngine:
         self._functional_gradients = FunctionalGradients(network, self._method, falls_back=settings.method == "auto")
 
     def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
-        """Gradients of ``B`` leaks.
+        """Gradients of ``B`` leaks; ``B`` may be 0.
 
         Args:
-            images: ``(B, N, C, H, W)`` in [0, 1].
+            images: ``(B, N, C, H, W)`` in [0, 1], of floating point; ``N`` is at least 1.
             labels: ``(B, N)`` int64, in ``range(n_classes)``.
 
         Returns:
@@ -85,8 +85,9 @@ class GradientEngine:
         Raises:
             ConfigError: one leak alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method`` names a
                 method that does not fit the model, as ``captured`` where an operation has no rule.
-            DataError: labels are of another shape, or, on the CPU, no classes of the model.
+            DataError: images are none of the model's, or labels of another shape or, on the CPU, no classes of it.
         """
+        check_images(images, self._architecture.image_shape)
         check_labels(images, labels, self._architecture.n_classes)
         if images.device.type == "cpu":
             keep_freed_memory()

@@ -11,8 +11,8 @@ from gitlight.config import GradientsConfig, UpdatesConfig
 from gitlight.data.pair import Gradients
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
+from gitlight.gradients.checks import check_images, check_labels, check_seeds
 from gitlight.gradients.functional_gradients import FunctionalGradients
-from gitlight.gradients.labels import check_labels
 from gitlight.gradients.precision import plain_autograd, plain_tensor
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -79,10 +79,10 @@ class LocalUpdates:
         )
 
     def __call__(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Gradients:
-        """Updates of ``B`` clients.
+        """Updates of ``B`` clients; ``B`` may be 0.
 
         Args:
-            images: ``(B, N, C, H, W)`` in [0, 1].
+            images: ``(B, N, C, H, W)`` in [0, 1], of floating point; ``N`` is at least 1.
             labels: ``(B, N)`` int64, in ``range(n_classes)``.
             seeds: ``(B,)`` int64, which fix the order of each client's images, whatever batch it is computed in.
 
@@ -92,11 +92,14 @@ class LocalUpdates:
         Raises:
             ConfigError: one client alone needs more than ``gradients.memory_limit_gb``; or ``gradients.method=vmap``
                 and the model cannot be vectorised.
-            DataError: labels are of another shape, or, on the CPU, no classes of the model.
+            DataError: images are none of the model's, labels of another shape or, on the CPU, no classes of it, or
+                there is not one seed for each client.
         """
+        check_images(images, self._architecture.image_shape)
         check_labels(images, labels, self._architecture.n_classes)
+        check_seeds(images, seeds)
         chunk = self._clients_per_chunk(len(images), images.shape[1])
-        orders = torch.stack([self._order(seed, images.shape[1]) for seed in seeds.tolist()]).to(images.device)
+        orders = self._orders(seeds, images.shape[1]).to(images.device)
         # For the fused kernels of attention vmap has no rule.
         with plain_autograd(images.device.type), sdpa_kernel(SDPBackend.MATH):
             # Tensors made in inference mode cannot be differentiated through; copies can.
@@ -117,15 +120,15 @@ class LocalUpdates:
                 self._descend(leaked, tensors, images[part], labels[part], orders[part], sums)
         return result
 
-    def _order(self, seed: int, n_images: int) -> Tensor:
-        """The order of a client's images in each local epoch, ``(epochs, N)``."""
+    def _orders(self, seeds: Tensor, n_images: int) -> Tensor:
+        """The orders of all clients' images in each local epoch, ``(B, epochs, N)``."""
         generator = torch.Generator()
-        return torch.stack(
-            [
-                torch.randperm(n_images, generator=generator.manual_seed(mixed_seed("local order", seed, epoch)))
-                for epoch in range(self._settings.updates.epochs)
-            ]
-        )
+        orders = torch.empty(len(seeds), self._settings.updates.epochs, n_images, dtype=torch.int64)
+        for client, seed in enumerate(seeds.tolist()):
+            for epoch in range(orders.shape[1]):
+                generator.manual_seed(mixed_seed("local order", seed, epoch))
+                orders[client, epoch] = torch.randperm(n_images, generator=generator)
+        return orders
 
     def _descend(
         self,

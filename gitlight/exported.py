@@ -148,12 +148,13 @@ def lifted_constants(exported: Any) -> dict[str, str]:
 def held_tensors(exported: Any, model: nn.Module) -> dict[str, str]:
     """Nodes of the model's parameters and buffers → their names.
 
-    Of a parameter that modules share it is the one that `named_parameters` gives.
+    Of one that has several it is the first, which `named_parameters` and `named_buffers` give.
     """
     signature = exported.graph_signature
     held = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
     first: dict[int, str] = {}
-    names = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    everywhere = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in everywhere}
     return {str(node): names.get(name, str(name)) for node, name in held.items()}
 
 

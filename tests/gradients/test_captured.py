@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from captured_checks import N_CLASSES, SHAPE, check
+from captured_checks import N_CLASSES, SHAPE, check, randomise_norms
 from torch import nn
 from torch.nn import functional as F
 
@@ -133,6 +133,29 @@ class Merged(nn.Module):
 def test_batches_merged_with_another_dimension():
     torch.manual_seed(0)
     check(Merged(), 2)
+
+
+class OneBufferTwice(nn.Module):
+    """Has one buffer under two names, and uses the second alone."""
+
+    def __init__(self):
+        super().__init__()
+        scale = torch.rand(768)
+        self.register_buffer("scale", scale)
+        self.register_buffer("same_scale", scale)
+        self.head = nn.Linear(768, N_CLASSES)
+
+    def forward(self, images):
+        return self.head(images.flatten(1) * self.same_scale)
+
+
+def test_buffers_that_have_several_names():
+    torch.manual_seed(0)
+    check(OneBufferTwice(), 2)
+    norm = nn.BatchNorm2d(3)
+    network = nn.Sequential(norm, nn.Tanh(), norm, nn.Flatten(), nn.Linear(768, N_CLASSES)).eval()
+    randomise_norms(network)
+    check(network, 2)
 
 
 class TwoViews(nn.Module):

@@ -8,7 +8,7 @@ Rochette et al. 2019, arXiv 1912.06015). Autograd itself never computes a gradie
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -82,8 +82,7 @@ class CapturedGradients:
     def in_precision(self, dtype: torch.dtype) -> "CapturedGradients":
         """The same graph for tensors of another precision, which it need not bear: it may name its own."""
         twin = copy.copy(self)
-        constants = {name: plain_tensor(tensor, dtype) for name, tensor in self._traced.constants.items()}
-        twin._traced, twin._scratch = replace(self._traced, constants=constants), Scratch()
+        twin._traced, twin._scratch = self._traced.in_precision(dtype), Scratch()
         return twin
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> Prepared:

@@ -7,7 +7,7 @@ tensor of zeros with its part in it: `select_together` has one operation do it.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,20 @@ def depends_on_memory(graph: fx.Graph) -> bool:
     schemas = (getattr(node.target, "_schema", None) for node in graph.nodes)
     overwritten = any(schema is not None and schema.is_mutable for schema in schemas)
     return overwritten or any(node.target == aten.as_strided.default for node in graph.nodes)
+
+
+def overwritten_inputs(graph: fx.Graph) -> Iterator[str]:
+    """Names of what goes into a graph and may be overwritten, itself or a view of it."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for argument in schema.arguments:
+            source = arguments_of(node).get(argument.name) if argument.is_write else None
+            while isinstance(source, fx.Node) and source.op != "placeholder":
+                source = source.args[0] if source.args else None
+            if isinstance(source, fx.Node):
+                yield source.name
 
 
 def _kind(node: Any) -> str:

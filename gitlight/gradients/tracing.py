@@ -2,8 +2,8 @@
 
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from gitlight.exported import (
 )
 from gitlight.gradients import broadcast_gradients  # noqa: F401  # registers its rules
 from gitlight.gradients.layer_gradients import NoRuleError, differentiated, rule_for
-from gitlight.gradients.selection import depends_on_memory, move_selections
+from gitlight.gradients.precision import plain_tensor
+from gitlight.gradients.selection import depends_on_memory, move_selections, overwritten_inputs
 from gitlight.gradients.steps import FoldedNorm, Slot, Step
 
 # Any number but 0 and 1, which torch.export would take for constants.
@@ -53,6 +54,10 @@ class TracedNetwork:
     steps: tuple[Step, ...]
     overwrites: bool
     overwritten: frozenset[str]
+
+    def in_precision(self, dtype: torch.dtype) -> "TracedNetwork":
+        """The same, with constants of another precision."""
+        return replace(self, constants={name: plain_tensor(each, dtype) for name, each in self.constants.items()})
 
 
 def trace(
@@ -87,7 +92,7 @@ def trace(
         builder.module(),
         tuple(builder.steps),
         depends_on_memory(exported.graph),
-        frozenset(_overwritten(exported.graph)) & frozenset({*held, *constants}),
+        frozenset(overwritten_inputs(exported.graph)) & frozenset({*held, *constants}),
     )
 
 
@@ -114,20 +119,6 @@ def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> 
     except Exception as error:  # torch.export raises many kinds, its own and the model's
         cause = first_line(error)
         raise NoRuleError(f"torch.export cannot trace the model for any number of images: {cause}") from error
-
-
-def _overwritten(graph: fx.Graph) -> Iterator[str]:
-    """Names of what goes into a graph and may be overwritten, itself or a view of it."""
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        for argument in schema.arguments:
-            source = arguments_of(node).get(argument.name) if argument.is_write else None
-            while isinstance(source, fx.Node) and source.op != "placeholder":
-                source = source.args[0] if source.args else None
-            if isinstance(source, fx.Node):
-                yield source.name
 
 
 class _Builder:

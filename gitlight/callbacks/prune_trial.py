@@ -104,7 +104,7 @@ class PruneTrial(Callback):
         return True
 
     def _was_told_to_stop(self, trial: optuna.Trial) -> bool:
-        """By now, or by a process that was killed: the pruner counts each of its judgements, and makes none twice."""
+        """By now, or by a process that was killed before its training came to its end."""
         with naming_database(self._which.storage):
             return bool(trial.user_attrs.get(PRUNED_AFTER, math.inf) <= self._validations)
 

@@ -13,6 +13,7 @@ from optuna.distributions import distribution_to_json
 
 from gitlight.errors import ConfigError
 from gitlight.registry import did_you_mean
+from gitlight.sweep.early_termination import EarlyTermination
 from gitlight.sweep.parameters import Space, grid_values, parse_parameters
 from gitlight.sweep.settings import ARGUMENTS, COMMAND, checked_settings
 
@@ -22,19 +23,6 @@ _MACROS = ("${env}", "${interpreter}", "${program}", ARGUMENTS)
 _KEYS = ("program", "command", "method", "metric", "parameters", "early_terminate", "run_cap")
 _MEANINGLESS_HERE = ("name", "description", "project", "entity")
 """Keys that only W&B's site has a use for."""
-
-
-@dataclass(frozen=True)
-class EarlyTermination:
-    """``early_terminate: {type: hyperband}``.
-
-    Attributes:
-        first: validations before a trial is judged for the first time; then after ``eta``, ``eta²``, … times as many.
-        eta: of the trials that come this far, one in ``eta`` goes on.
-    """
-
-    first: int
-    eta: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ class Specification:
 
     def fixed(self) -> dict[str, str]:
         """What must stay as it is while a sweep lasts, by the file's keys: text that can be compared."""
-        terminate = None if self.early_terminate is None else [self.early_terminate.first, self.early_terminate.eta]
+        terminate = None if self.early_terminate is None else self.early_terminate.kept()
         return {
             "method": self.method,
             "metric": f"{self.goal} {self.metric}",
@@ -218,8 +206,9 @@ def _early_terminate(given: Any, file: Path) -> EarlyTermination | None:
             f"early_terminate.{unknown[0]} (in {file}): no such key.{did_you_mean(unknown[0], known)} "
             f"Keys of hyperband: {', '.join(known)}."
         )
-    if given.get("strict", False) is not False:
-        raise ConfigError(f"early_terminate.strict: {given['strict']!r} (in {file}) is not supported; leave it out.")
+    strict = given.get("strict", False)
+    if not isinstance(strict, bool):
+        raise ConfigError(f"early_terminate.strict: {strict!r} (in {file}): expected true or false.")
     min_iter, max_iter, s, eta = (
         _positive(f"early_terminate.{key}", given.get(key), file) for key in ("min_iter", "max_iter", "s", "eta")
     )
@@ -228,11 +217,17 @@ def _early_terminate(given: Any, file: Path) -> EarlyTermination | None:
         raise ConfigError(f"early_terminate.eta: {eta} (in {file}): expected 2 or more.")
     if (min_iter is None) == (max_iter is None) or (max_iter is None) != (s is None):
         raise ConfigError(f"early_terminate (in {file}): expected min_iter, or max_iter with s.")
-    if max_iter is not None and s is not None:
-        # W&B's brackets are max_iter over eta, eta², …, eta to the power s.
-        min_iter = max(1, max_iter // eta ** min(s, max_iter.bit_length()))
-    assert min_iter is not None
-    return EarlyTermination(min_iter, eta)
+    if min_iter is not None:
+        return EarlyTermination.upwards(min_iter, eta, strict)
+    assert max_iter is not None
+    assert s is not None
+    termination = EarlyTermination.downwards(max_iter, s, eta, strict)
+    if not termination.brackets:
+        raise ConfigError(
+            f"early_terminate.max_iter: {max_iter} (in {file}) is below eta {eta}, and no trial would be judged: they "
+            "are after max_iter over eta, eta², … validations. Give a larger max_iter, or min_iter."
+        )
+    return termination
 
 
 def _positive(key: str, given: Any, file: Path) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
@@ -18,7 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gitlight.errors import ConfigError, differences
 from gitlight.sweep.database import full_disk, shown_url
-from gitlight.sweep.specification import EarlyTermination, Specification
+from gitlight.sweep.early_termination import EarlyTermination, Hyperband
+from gitlight.sweep.specification import Specification
 
 SPECIFICATION, SETTINGS, TERMINATION, METRIC = "specification", "settings", "early_termination", "metric"
 """Attributes of a study: `Specification.fixed` and its ``settings``, what makes its pruner, what its trials report."""
@@ -113,7 +114,7 @@ def open_study(specification: Specification, storage: RDBStorage) -> optuna.Stud
     began = study.user_attrs.get(SPECIFICATION)
     if began is None:
         termination = specification.early_terminate
-        study.set_user_attr(TERMINATION, None if termination is None else [termination.first, termination.eta])
+        study.set_user_attr(TERMINATION, None if termination is None else termination.kept())
         study.set_user_attr(METRIC, specification.metric)
         study.set_user_attr(SETTINGS, dict(specification.settings))
         study.set_user_attr(SPECIFICATION, now)
@@ -145,7 +146,7 @@ def load_study(storage: RDBStorage, name: str) -> optuna.Study:
     """The study of a trial, in the trial's own process, with the sweep's pruner."""
     study = optuna.load_study(study_name=name, storage=storage)
     termination = study.user_attrs[TERMINATION]
-    study.pruner = make_pruner(None if termination is None else EarlyTermination(*termination))
+    study.pruner = make_pruner(None if termination is None else EarlyTermination.from_kept(termination))
     return study
 
 
@@ -160,13 +161,8 @@ def trial_id(study: optuna.Study, storage: RDBStorage, number: int) -> int:
 
 
 def make_pruner(termination: EarlyTermination | None) -> BasePruner:
-    """What W&B does under the name of hyperband: successive halving, judged whenever a trial gets to a rung.
-
-    Optuna's HyperbandPruner runs several such halvings side by side, in which a share of the trials is never stopped.
-    """
-    if termination is None:
-        return NopPruner()
-    return SuccessiveHalvingPruner(min_resource=termination.first, reduction_factor=termination.eta)
+    """What stops bad trials."""
+    return NopPruner() if termination is None else Hyperband(termination)
 
 
 def make_sampler(specification: Specification, place: int) -> BaseSampler:

@@ -18,14 +18,14 @@ from gitlight.sweep.trial import SweepTrial
 
 @pytest.fixture
 def study(tmp_path: Path) -> optuna.Study:
-    """A study whose trials are judged at their second validation: the best half goes on."""
+    """A study whose trials are judged at their second validation: about the best third goes on."""
     study = optuna.create_study(
         storage=open_storage(f"sqlite:///{tmp_path / 'study.db'}", shared=False),
         study_name="mine",
         direction="maximize",
     )
     study.set_user_attr(METRIC, "val/psnr")
-    study.set_user_attr(TERMINATION, [2, 2])
+    study.set_user_attr(TERMINATION, [2, 3])
     return study
 
 
@@ -74,7 +74,7 @@ def test_each_validation_is_reported_and_the_end_said(study: optuna.Study, fit: 
     assert trial.state == TrialState.RUNNING  # its sweep concludes it
 
 
-def test_a_trial_that_is_worse_is_stopped_at_the_rung(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
+def test_a_trial_that_is_worse_is_stopped_at_the_bracket(study: optuna.Study, fit: Fit, tmp_path: Path) -> None:
     fit([callback(study, tmp_path)], Quality(5.0), max_epochs=4)
     trainer = fit([callback(study, tmp_path)], Quality(2.0), max_epochs=4)
     good, bad = study.trials
@@ -117,6 +117,25 @@ def test_a_trial_that_was_judged_and_then_killed_does_not_go_on(
         ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"),
     )
     assert trainer.current_epoch == 2
+    assert study.trials[1].intermediate_values == {1: 2.0, 2: 1.0}
+    assert study.trials[1].user_attrs == {PRUNED_AFTER: 2, FINISHED: True}
+
+
+def test_a_judgement_is_not_lost_with_a_trial_that_is_killed_before_it_is_written_down(
+    study: optuna.Study, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    fit([callback(study, tmp_path)], Quality(5.0), max_epochs=4)
+    trial = SweepTrial(f"sqlite:///{tmp_path / 'study.db'}", "mine", study.ask().number)
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Trial, "set_user_attr", killed)
+        with pytest.raises(KilledError):
+            fit([PruneTrial(trial, Config()), last_checkpoint(tmp_path)], Quality(2.0), max_epochs=4)
+    assert study.trials[1].user_attrs == {}
+    checkpoint = str(tmp_path / "checkpoints" / "last.ckpt")
+    fit([PruneTrial(trial, Config()), last_checkpoint(tmp_path)], Quality(2.0), max_epochs=4, ckpt_path=checkpoint)
     assert study.trials[1].intermediate_values == {1: 2.0, 2: 1.0}
     assert study.trials[1].user_attrs == {PRUNED_AFTER: 2, FINISHED: True}
 

@@ -230,7 +230,7 @@ TINY = [*SMALL, "data.n_public_images=48", "data.image_size=16", "generator.name
 @pytest.mark.slow
 def test_training_is_killed_and_goes_on_is_pruned_and_fails_in_a_sweep(sweep: Sweeping) -> None:
     parameters = "{trainer.strategy: {values: [auto, nonsense]}, optimizer.learning_rate: {values: [1.0e-4, 10.0]}}"
-    early = "{type: hyperband, min_iter: 1, eta: 2}"
+    early = "{type: hyperband, min_iter: 1, eta: 3}"
     settings = [*TINY, "trainer.max_epochs=6"]
     sweep.write(ROOT / "train.py", parameters, settings, early_terminate=early, run_cap="3")
     process = sweep.start()

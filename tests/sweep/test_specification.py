@@ -8,8 +8,9 @@ from sweep_files import ROOT, write_sweep
 from gitlight.callbacks import MONITORS
 from gitlight.callbacks.metrics import METRICS
 from gitlight.errors import ConfigError
+from gitlight.sweep.early_termination import EarlyTermination
 from gitlight.sweep.metrics import VALIDATED
-from gitlight.sweep.specification import EarlyTermination, load_specification
+from gitlight.sweep.specification import load_specification
 
 DEMO = ROOT / "configs" / "demo.yaml"
 
@@ -31,10 +32,12 @@ def test_the_goal_is_to_minimize_if_none_is_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("{type: hyperband, min_iter: 2}", EarlyTermination(first=2, eta=3)),
-        ("{type: hyperband, min_iter: 4, eta: 2, strict: false}", EarlyTermination(first=4, eta=2)),
-        ("{type: hyperband, max_iter: 27, s: 2}", EarlyTermination(first=3, eta=3)),
-        ("{type: hyperband, max_iter: 27, s: 10000000000}", EarlyTermination(first=1, eta=3)),
+        ("{type: hyperband, min_iter: 2}", EarlyTermination.upwards(2, 3)),
+        ("{type: hyperband, min_iter: 4, eta: 2, strict: false}", EarlyTermination.upwards(4, 2)),
+        ("{type: hyperband, min_iter: 2, strict: true}", EarlyTermination.upwards(2, 3, strict=True)),
+        ("{type: hyperband, max_iter: 27, s: 2}", EarlyTermination((3, 9), 3)),
+        ("{type: hyperband, max_iter: 27, s: 10000000000}", EarlyTermination((1, 3, 9), 3)),
+        ("{type: hyperband, max_iter: 25, s: 2, strict: true}", EarlyTermination((2, 8), 3, strict=True)),
     ],
 )
 def test_early_termination_is_that_of_wandb(tmp_path: Path, given: str, expected: EarlyTermination) -> None:
@@ -93,8 +96,12 @@ def test_early_termination_is_that_of_wandb(tmp_path: Path, given: str, expected
         ({"early_terminate": "{type: hyperband, min_iter: 2.5}"}, "early_terminate.min_iter: 2.5 (in {file})"),
         ({"early_terminate": "{type: hyperband, min_iter: 2, eta: 1}"}, "early_terminate.eta: 1 (in {file})"),
         (
-            {"early_terminate": "{type: hyperband, min_iter: 2, strict: true}"},
-            "early_terminate.strict: True (in {file})",
+            {"early_terminate": "{type: hyperband, min_iter: 2, strict: 1}"},
+            "early_terminate.strict: 1 (in {file}): expected true or false.",
+        ),
+        (
+            {"early_terminate": "{type: hyperband, max_iter: 2, s: 1}"},
+            "early_terminate.max_iter: 2 (in {file}) is below eta 3, and no trial would be judged",
         ),
         ({"early_terminate": "{type: hyperband, minn_iter: 2}"}, "early_terminate.minn_iter (in {file}): no such key."),
         (

@@ -11,14 +11,17 @@ from sweep_files import write_sweep
 
 from gitlight.errors import ConfigError
 from gitlight.sweep.database import shown_url
+from gitlight.sweep.early_termination import EarlyTermination
 from gitlight.sweep.running import Runner
-from gitlight.sweep.specification import EarlyTermination, Specification, load_specification
+from gitlight.sweep.specification import Specification, load_specification
 from gitlight.sweep.study import (
     FINISHED,
     PLACE,
     PRUNED_AFTER,
     REASON,
     SETTINGS,
+    SPECIFICATION,
+    TERMINATION,
     best_value,
     by_place,
     conclude,
@@ -63,6 +66,10 @@ def test_a_study_goes_on_with_the_same_file_and_with_other_limits(sweep: Open) -
         ({"parameters": "{generator.channels: {values: [32]}}"}, "parameters.generator.channels: "),
         ({"parameters": "{generator.blocks: {values: [1]}}"}, "parameters.generator.blocks: none then"),
         ({"early_terminate": "{type: hyperband, min_iter: 3}"}, "early_terminate: null then, [3, 3] now"),
+        (
+            {"early_terminate": "{type: hyperband, max_iter: 9, s: 1}"},
+            'early_terminate: null then, {"brackets": [3], "eta": 3, "strict": false} now',
+        ),
     ],
 )
 def test_a_changed_file_does_not_go_on_with_a_study(sweep: Open, changes: dict[str, str], named: str) -> None:
@@ -70,6 +77,15 @@ def test_a_changed_file_does_not_go_on_with_a_study(sweep: Open, changes: dict[s
     with pytest.raises(ConfigError, match="undo the change, or give the changed file another name") as raised:
         sweep(**changes)
     assert named in str(raised.value)
+
+
+def test_a_study_that_kept_its_early_termination_as_two_numbers_goes_on(sweep: Open) -> None:
+    early = "{type: hyperband, min_iter: 2}"
+    specification, study, storage = sweep(early_terminate=early)
+    study.set_user_attr(TERMINATION, [2, 3])
+    study.set_user_attr(SPECIFICATION, {**specification.fixed(), "early_terminate": "[2, 3]"})
+    sweep(early_terminate=early)
+    assert load_study(storage, study.study_name).pruner._termination == specification.early_terminate  # type: ignore[attr-defined]
 
 
 def test_a_changed_config_does_not_go_on_with_a_study(sweep: Open, tmp_path: Path) -> None:
@@ -239,13 +255,13 @@ def test_the_trial_of_a_machine_that_falls_silent_is_run_by_another(tmp_path: Pa
 
 def test_bad_trials_are_pruned_by_the_pruner_that_a_trials_process_loads(sweep: Open) -> None:
     specification, study, storage = sweep(early_terminate="{type: hyperband, min_iter: 2, eta: 3}")
-    assert specification.early_terminate == EarlyTermination(first=2, eta=3)
+    assert specification.early_terminate == EarlyTermination.upwards(2, 3)
     loaded = load_study(storage, study.study_name)
     verdicts = []
     for value in (10.0, 9.0, 8.0, 11.0):
         trial = trial_of(loaded, storage, ask(study, storage))
         trial.report(value, 1)
-        assert not trial.should_prune()  # before its first rung
+        assert not trial.should_prune()  # before its first bracket
         trial.report(value, 2)
         verdicts.append(trial.should_prune())
         study.tell(trial.number, state=TrialState.PRUNED)

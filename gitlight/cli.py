@@ -14,6 +14,7 @@ from gitlight.config_loading import load_config
 from gitlight.config_validation import COMPONENTS
 from gitlight.disk import FULL, cannot_write, say_last
 from gitlight.errors import (
+    BusyFolderError,
     ConfigError,
     DatabaseError,
     GitlightError,
@@ -147,7 +148,8 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
     except GitlightError as error:
         # From a process that reads images an error arrives with that process's traceback before it.
         say_last(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}")
-        return _exit_code_of_surroundings() if isinstance(error, UnwrittenError | DatabaseError) else USER_ERROR
+        surroundings = isinstance(error, UnwrittenError | DatabaseError | BusyFolderError)
+        return _exit_code_of_surroundings() if surroundings else USER_ERROR
     except LostRankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

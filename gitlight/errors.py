@@ -18,6 +18,10 @@ class ConfigError(GitlightError):
     """A setting is unknown, of the wrong type, or has a value that is not allowed."""
 
 
+class BusyFolderError(ConfigError):
+    """Another process is writing the run's folder; it may be free later."""
+
+
 class DataError(GitlightError):
     """Images are missing, unreadable, or do not fit the settings."""
 

@@ -15,7 +15,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from gitlight.config import Config
 from gitlight.config_loading import save_config
 from gitlight.disk import check_writable, writing
-from gitlight.errors import CheckpointError, ConfigError, first_line
+from gitlight.errors import BusyFolderError, CheckpointError, ConfigError, first_line
+from gitlight.run_lock import PATIENCE_SECONDS, lock_path
+from gitlight.sweep.trial import trial_from_environment
 
 log = logging.getLogger(__name__)
 
@@ -153,20 +155,24 @@ def check_run_folder(config: Config) -> None:
 def run_lock(folder: Path) -> Iterator[None]:
     """Keeps other runs from the folder while this one writes it; ends with the process, however that ends.
 
+    A trial of a sweep waits a minute for it: it may continue one whose process is about to end.
+
     Raises:
-        ConfigError: another run is writing it.
+        BusyFolderError: another run is writing it.
+        ConfigError: it cannot be locked.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
-    real = folder.resolve()  # one lock, whatever the folder is called
-    path = real.parent / f".{real.name}.lock"
+    path = lock_path(folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path, timeout=0 if trial_from_environment() is None else PATIENCE_SECONDS)
         lock.acquire()
     except Timeout as error:
-        raise ConfigError(f"output_dir: another run is writing {folder}; choose another folder, or wait.") from error
+        raise BusyFolderError(
+            f"output_dir: another run is writing {folder}; choose another folder, or wait."
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"output_dir: {folder} cannot be locked ({error.strerror}: {path}); choose another folder."

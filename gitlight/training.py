@@ -49,6 +49,7 @@ from gitlight.runs import (
 from gitlight.sharding import ShardableModule, check_shardable
 from gitlight.speed import speed_up
 from gitlight.stop_signals import StopSignals
+from gitlight.sweep.trial import end_with_the_sweep
 from gitlight.trainer import build_trainer, trainer_settings
 from gitlight.virtual_ranks import DividedBatch, add_up, mean_loss, n_processes
 
@@ -219,6 +220,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
         RunStopped: SIGTERM or SIGUSR1 came; a checkpoint is written.
         LostRankError: another process of the run is gone.
     """
+    end_with_the_sweep()  # train.py did, and programs of users need not know
     # Around everything: until there is something to save, a warning is to end the process with an error; and after a
     # stop hardly anything is left to do that another signal could end.
     with StopSignals() as signals:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gitlight.cli import evaluate_command, settings_help, train_command
-from gitlight.errors import CheckpointError, DatabaseError, LostRankError, RunStopped, UnwrittenError
+from gitlight.errors import BusyFolderError, CheckpointError, DatabaseError, LostRankError, RunStopped, UnwrittenError
 from gitlight.sweep.trial import INTERRUPTED, SweepTrial
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,7 @@ def test_how_a_run_ends_shows_in_its_exit_code(monkeypatch, capsys, error, code,
         (OSError(errno.ENOSPC, "No space left on device", "metrics.csv"), INTERRUPTED),
         (UnwrittenError("last.ckpt cannot be written"), INTERRUPTED),
         (DatabaseError("The sweep's database failed"), INTERRUPTED),
+        (BusyFolderError("output_dir: another run is writing runs/demo"), INTERRUPTED),
         (CheckpointError("last.ckpt is damaged"), 2),
     ],
 )

@@ -1,10 +1,13 @@
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from gitlight.config import Config, TrainerConfig
-from gitlight.errors import CheckpointError, ConfigError
+from gitlight.errors import BusyFolderError, CheckpointError, ConfigError
+from gitlight.run_lock import is_being_written, lock_path
 from gitlight.runs import (
     check_run_folder,
     checkpoint_to_resume,
@@ -14,6 +17,7 @@ from gitlight.runs import (
     run_folder,
     run_lock,
 )
+from gitlight.sweep.trial import SweepTrial
 
 
 @pytest.fixture
@@ -135,6 +139,22 @@ def test_a_run_is_locked_by_whatever_name(monkeypatch: pytest.MonkeyPatch, tmp_p
                 pass
     with run_lock(Path(".")):
         pass
+
+
+def test_a_trial_waits_for_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "trial-0003"
+    for name, value in SweepTrial("sqlite://", "mine", 3).environment().items():
+        monkeypatch.setenv(name, value)
+    former = FileLock(lock_path(folder), thread_local=False)
+    former.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr("gitlight.runs.PATIENCE_SECONDS", 0.1)
+        with pytest.raises(BusyFolderError, match="another run is writing"), run_lock(folder):
+            pass
+    threading.Timer(0.2, former.release).start()
+    with run_lock(folder):
+        assert is_being_written(folder)
+    assert not is_being_written(folder)
 
 
 def test_a_run_behind_a_link_is_moved_and_the_link_stays(tmp_path: Path) -> None:

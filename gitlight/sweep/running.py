@@ -17,6 +17,7 @@ from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from gitlight.errors import GitlightError
+from gitlight.run_lock import PATIENCE_SECONDS, is_being_written
 from gitlight.sweep.processes import STOPPED, TrialProcesses, signals_as_exceptions, trial_environment
 from gitlight.sweep.specification import Specification
 from gitlight.sweep.study import (
@@ -44,7 +45,7 @@ STOP_SECONDS = 2.0
 
 
 class SurroundingsError(GitlightError):
-    """A trial could not write to its disk or database, and the next one could not either."""
+    """A trial could not write to its disk, database or folder, through no fault of its own; nor might the next one."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ class Runner:
         """Its exit code; None if the sweep ended before it could start."""
         folder = self._folder / f"trial-{job.place:04d}"
         command = [*self._specification.expand_command(job.values), f"output_dir={folder}"]
+        if job.again:
+            self._wait_for_former(job.place, folder)
         goes_on = job.again and (folder / "checkpoints" / "last.ckpt").is_file()
         if goes_on:
             command.append("trainer.resume=last")
@@ -182,6 +185,21 @@ class Runner:
         return self._processes.run(
             job.number, command, {**environment, **trial.environment()}, log_path(self._folder, job.place)
         )
+
+    def _wait_for_former(self, place: int, folder: Path) -> None:
+        """Until no process writes the trial's folder: one that outlived its sweep does, or another machine's.
+
+        Raises:
+            SurroundingsError: there still is one.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while is_being_written(folder) and not self._processes.ended:
+            if time.monotonic() > deadline:
+                raise SurroundingsError(
+                    f"trial {place} could not go on: another process is still writing {folder}, perhaps one of the "
+                    "sweep before, or of another machine. End it, or wait; the same command goes on with the sweep."
+                )
+            self._processes.wait_for_end(0.2)
 
     def _say_end(self, place: int, trial: FrozenTrial) -> None:
         if trial.state == TrialState.FAIL:

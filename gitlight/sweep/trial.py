@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ STORAGE, STUDY, NUMBER = "GITLIGHT_SWEEP_STORAGE", "GITLIGHT_SWEEP_STUDY", "GITL
 """Environment variables that a sweep sets for its trials."""
 
 INTERRUPTED = 75
-"""Exit code (sysexits' EX_TEMPFAIL) of a trial's process that a full disk or a lost database ended.
+"""Exit code (sysexits' EX_TEMPFAIL) of a trial's process that a full disk, a lost database or a busy folder ended.
 
 Its settings may be good: the sweep ends as well, and goes on with the trial later.
 """
@@ -57,10 +58,24 @@ def end_with_the_sweep() -> None:
     """In a trial's process: end it, and what it started, as soon as the sweep's process is gone, however it ended.
 
     The sweep holds the other end of the standard input, and never writes. A signal on the parent's death would do for
-    Linux alone, and for the first process of several alone.
+    Linux alone, and for the first process of several alone. Asked again, it does nothing; nor where the input is no
+    pipe, as in processes that Python's multiprocessing started.
     """
-    if trial_from_environment() is not None:
-        threading.Thread(target=_wait_for_the_end, name="end_with_the_sweep", daemon=True).start()
+    if trial_from_environment() is None or _watch.is_set() or not _is_pipe(0):
+        return
+    _watch.set()
+    threading.Thread(target=_wait_for_the_end, name="end_with_the_sweep", daemon=True).start()
+
+
+_watch = threading.Event()
+"""Whether the process watches already."""
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False  # it was closed
 
 
 def _wait_for_the_end() -> None:

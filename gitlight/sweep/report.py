@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from gitlight.disk import writing
 from gitlight.sweep.running import log_path, state_name
@@ -16,7 +16,7 @@ from gitlight.sweep.specification import Specification
 from gitlight.sweep.study import EXIT_CODE, GIVEN_UP, REASON, best_value, by_place
 
 FEWEST_TRIALS = 10
-"""Finished trials below which importances would be chance."""
+"""Finished and pruned trials below which importances would be chance."""
 
 SHOWN = 10
 """Trials in the printed table."""
@@ -82,21 +82,40 @@ def best_trials(specification: Specification, trials: Mapping[int, FrozenTrial])
 def importances(specification: Specification, study: optuna.Study) -> dict[str, float] | str:
     """How much each parameter decides whether a trial is among the best; largest first, together 1.
 
-    PED-ANOVA (Watanabe et al. 2023, https://arxiv.org/abs/2304.10255), over finished trials.
+    PED-ANOVA (Watanabe et al. 2023, https://arxiv.org/abs/2304.10255), over finished and pruned trials, each with the
+    best that its metric was: few trials of a sweep with ``early_terminate`` finish, and the others are why.
 
     Returns:
         Parameter → importance, or why there are none.
     """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    compared = _compared(specification, study)
     varied = [name for name, distribution in specification.space.items() if not distribution.single()]
     if len(varied) < 2:
         return f"{len(varied)} of the parameters varies, so there is nothing to compare"
-    if len(complete) < FEWEST_TRIALS:
-        return f"{len(complete)} trials finished, and it takes {FEWEST_TRIALS}"
-    if len({trial.value for trial in complete}) == 1:
+    if len(compared) < FEWEST_TRIALS:
+        return f"{len(compared)} trials finished or were pruned, and it takes {FEWEST_TRIALS}"
+    if len({trial.value for trial in compared}) == 1:
         return f"all trials have the same {specification.metric}"
-    evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, _IN_THE_TOP / len(complete)))
-    return get_param_importances(study, evaluator=evaluator, params=varied)
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, _IN_THE_TOP / len(compared)))
+    # It looks at finished trials alone.
+    as_if_finished = optuna.create_study(direction=study.direction)
+    as_if_finished.add_trials(compared)
+    return get_param_importances(as_if_finished, evaluator=evaluator, params=varied)
+
+
+def _compared(specification: Specification, study: optuna.Study) -> list[FrozenTrial]:
+    """The finished and pruned trials as finished ones, each with its best value."""
+    trials = by_place(study.get_trials(deepcopy=False)).values()
+    found = [
+        (trial, best_value(trial, specification.goal))
+        for trial in trials
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    ]
+    return [
+        create_trial(value=value, params=trial.params, distributions=trial.distributions)
+        for trial, value in found
+        if value is not None
+    ]
 
 
 def draw_importances(specification: Specification, study: optuna.Study, folder: Path) -> str:

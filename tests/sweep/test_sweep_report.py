@@ -1,4 +1,5 @@
 import csv
+from collections.abc import Container
 from pathlib import Path
 
 import optuna
@@ -13,8 +14,10 @@ from gitlight.sweep.study import FINISHED, PLACE, conclude, make_sampler, open_s
 TWO = "{optimizer.learning_rate: {min: 0.5, max: 1.5}, optimizer.weight_decay: {min: 0.0, max: 1.0}}"
 
 
-def run(folder: Path, n_trials: int, **changes: str) -> tuple[Specification, optuna.Study]:
-    """A sweep whose metric is at best the learning rate; the second trial fails, the third is pruned."""
+def run(
+    folder: Path, n_trials: int, pruned: Container[int] = (2,), **changes: str
+) -> tuple[Specification, optuna.Study]:
+    """A sweep whose metric is at best the learning rate; the second trial fails, those at some places are pruned."""
     specification = load_specification(write_sweep(folder, **changes))
     storage = open_storage(f"sqlite:///{folder / 'study.db'}", shared=False)
     study = open_study(specification, storage)
@@ -25,7 +28,7 @@ def run(folder: Path, n_trials: int, **changes: str) -> tuple[Specification, opt
         values = suggest(trial, specification)
         trial.report(values["optimizer.learning_rate"], 1)
         trial.report(0.0 if specification.goal == "maximize" else 9.0, 2)
-        if place != 2:
+        if place not in pruned:
             trial.set_user_attr(FINISHED, True)
             conclude(study, storage, place, specification.metric, exit_code=2 if place == 1 else 0)
         else:
@@ -63,9 +66,18 @@ def test_importances_are_drawn_and_right(tmp_path: Path) -> None:
     assert (tmp_path / "importances.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pruned_trials_count_for_importances(tmp_path: Path) -> None:
+    specification, study = run(tmp_path, 30, pruned=range(3, 30), parameters=TWO)
+    found = importances(specification, study)
+    assert isinstance(found, dict)
+    assert found["optimizer.learning_rate"] > 0.9
+
+
 def test_importances_are_left_out_with_a_reason(tmp_path: Path) -> None:
     specification, study = run(tmp_path, 8, parameters=TWO)
-    assert "importances.png: none: 6 trials finished, and it takes 10." in write_report(specification, study, tmp_path)
+    assert "importances.png: none: 7 trials finished or were pruned, and it takes 10." in write_report(
+        specification, study, tmp_path
+    )
 
 
 def test_one_parameter_alone_has_no_importance(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ class PruneTrial(Callback):
             self._trial = trial_of(study, storage, self._which.number)
         leaked = getattr(getattr(pl_module, "generator", None), "architecture", None)
         names = None if leaked is None else leaked.parameter_shapes
-        check_metric(self._metric, self._config, f"(of the sweep {self._which.study})", names)
+        trains = any(parameter.requires_grad for parameter in pl_module.parameters())
+        check_metric(self._metric, self._config, f"(of the sweep {self._which.study})", names, trains)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go no further where it was told to stop, and was killed before it could say that it had."""

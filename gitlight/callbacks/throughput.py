@@ -106,6 +106,15 @@ class Throughput(Callback):
             self._window = _Tally()
             self._reported_step = step
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the epoch's mean so far to whoever looks at metrics when a validation ends, as sweeps do.
+
+        By then fewer than ``log_every_n_steps`` steps may have been made, and nothing logged. Loggers do not get it.
+        """
+        if self._epoch.seconds > 0:
+            for name, value in self._of_the_epoch(trainer).items():
+                pl_module.log(name, value, logger=False, sync_dist=True)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the validation's time out."""
         self._set_marks(trainer)
@@ -113,9 +122,12 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the epoch's mean."""
         if self._epoch.seconds > 0:
-            pl_module.log(PAIRS_PER_SECOND, self._epoch.rate, prog_bar=True, sync_dist=True)
-            if _makes_pairs(trainer):
-                pl_module.log(SHARE_MAKING_PAIRS, self._epoch.share_making, sync_dist=True)
+            for name, value in self._of_the_epoch(trainer).items():
+                pl_module.log(name, value, prog_bar=name == PAIRS_PER_SECOND, sync_dist=True)
+
+    def _of_the_epoch(self, trainer: Trainer) -> dict[str, float]:
+        found = {PAIRS_PER_SECOND: self._epoch.rate}
+        return {**found, SHARE_MAKING_PAIRS: self._epoch.share_making} if _makes_pairs(trainer) else found
 
     def _stop_counting(self, trainer: Trainer) -> int:
         """FLOPs of the step, without those of making pairs."""

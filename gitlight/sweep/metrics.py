@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from gitlight.config import Config
+from gitlight.config import Config, ExactGeneratorConfig
 from gitlight.errors import ConfigError
 from gitlight.registry import did_you_mean
 
@@ -21,6 +21,7 @@ TRAINED = {
 }
 """Task → what it logs while it trains, and a sweep may look at, too."""
 
+_LOSS = "train/loss"
 _DISTANCE = "weight_distance/"
 ESTIMATING = ("exact", "hybrid")
 """Generators that estimate the leaked parameters, and log ``weight_distance/``."""
@@ -28,7 +29,9 @@ ESTIMATING = ("exact", "hybrid")
 _SMALLEST_FOR_LPIPS = 31
 
 
-def check_metric(metric: str, config: Config, where: str, parameters: Iterable[str] | None = None) -> None:
+def check_metric(
+    metric: str, config: Config, where: str, parameters: Iterable[str] | None = None, trains: bool = True
+) -> None:
     """Refuse a metric that no run of a config logs.
 
     Args:
@@ -36,6 +39,7 @@ def check_metric(metric: str, config: Config, where: str, parameters: Iterable[s
         config: the run's.
         where: who gives the name, for the message: ``(in sweep.yaml)``.
         parameters: names of the leaked model's, as far as they are known already.
+        trains: False if it is known that what is built has nothing to train.
 
     Raises:
         ConfigError: there is no such metric.
@@ -57,8 +61,19 @@ def check_metric(metric: str, config: Config, where: str, parameters: Iterable[s
             f"{f' with generator.name={config.generator.name}' if metric.startswith(_DISTANCE) else ''}.{near} "
             f"At a validation it logs: {', '.join(known)}."
         )
+    if metric == _LOSS and config.task == "generator" and (_in_closed_form(config) or not trains):
+        how = " with generator.fit=layerwise" if _in_closed_form(config) else " for this leaked model"
+        raise ConfigError(
+            f"metric.name: {metric} {where}: generator.name={config.generator.name}{how} is fitted in closed form "
+            f"alone, and has no training loss. At a validation it logs: {', '.join(known)}."
+        )
     if metric == "val/lpips":
         _check_lpips(config, where)
+
+
+def _in_closed_form(config: Config) -> bool:
+    """Whether the settings say that there is nothing to train; with some leaked models it is so for hybrid, too."""
+    return isinstance(config.generator, ExactGeneratorConfig) and config.generator.fit == "layerwise"
 
 
 def _check_lpips(config: Config, where: str) -> None:

@@ -2,8 +2,10 @@ import csv
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
 from sweep_files import write_sweep
 
+from gitlight.callbacks import build_callbacks
 from gitlight.config import Config
 from gitlight.config_loading import load_config
 from gitlight.errors import ConfigError
@@ -28,6 +30,11 @@ def config_of(*settings: str) -> Config:
         ("throughput/pairs_per_secnd", [], r"Did you mean throughput/pairs_per_second\?"),
         ("val/accuracy", ["task=image_prior"], "is not logged by a run of task=image_prior"),
         ("weight_distance/total", ["generator.name=mlp"], r"not logged by a run of .* with generator\.name=mlp"),
+        (
+            "train/loss",
+            ["generator.name=exact"],
+            r"generator\.name=exact with .*=layerwise is fitted in closed form alone",
+        ),
         ("val/lpips", ["data.image_size=16"], r"at least 31 × 31 pixels, and these have data\.image_size=16"),
     ],
 )
@@ -42,6 +49,16 @@ def test_a_distance_is_that_of_a_parameter() -> None:
         check_metric(f"weight_distance/{known}", config_of("generator.name=exact"), "HERE", names)
     with pytest.raises(ConfigError, match=r"no parameter 0\.wieght\. Did you mean 0\.weight\?"):
         check_metric("weight_distance/0.wieght", config_of("generator.name=exact"), "HERE", names)
+
+
+def test_what_trains_has_a_loss_and_what_turns_out_not_to_has_none() -> None:
+    check_metric("train/loss", config_of("generator.name=exact", "generator.fit=descent"), "HERE")
+    hybrid = config_of("generator.name=hybrid")
+    check_metric("train/loss", hybrid, "HERE")
+    with pytest.raises(
+        ConfigError, match=r"train/loss HERE: generator\.name=hybrid for this leaked model is fitted in"
+    ):
+        check_metric("train/loss", hybrid, "HERE", trains=False)
 
 
 def test_the_generators_that_estimate_parameters_are_known() -> None:
@@ -66,15 +83,27 @@ def test_an_evaluation_is_no_trial(tmp_path: Path) -> None:
         load_specification(write_sweep(tmp_path, program=str(program)))
 
 
+class Seen(Callback):
+    """The names of metrics that are there when a validation ends, where a sweep looks."""
+
+    def __init__(self) -> None:
+        self.names: list[set[str]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.names.append(set(trainer.callback_metrics))
+
+
 @pytest.mark.parametrize("task", ["generator", "leaked", "image_prior"])
 def test_what_is_known_is_what_a_run_logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: str) -> None:
     monkeypatch.setattr("gitlight.callbacks.metrics.load_lpips", lambda: None)
+    seen = Seen()
+    monkeypatch.setattr("gitlight.trainer.build_callbacks", lambda *given: [*build_callbacks(*given), seen])
     settings = [f"task={task}", f"output_dir={tmp_path / 'run'}", "generator.name=mlp", "generator.hidden_size=4"]
     settings += ["data.n_public_images=32", "data.n_validation=16", "data.batch_size=16", "data.image_size=16"]
-    settings += ["image_prior.channels=8", "image_prior.latent_size=4", "leaked.width=2", "trainer.max_epochs=1"]
-    settings += ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "logging.wandb=off", "logging.quiet=true"]
+    settings += ["image_prior.channels=8", "image_prior.latent_size=4", "leaked.width=2", "trainer.max_epochs=2"]
+    settings += ["trainer.accelerator=cpu", "logging.wandb=off", "logging.quiet=true"]
     with (train(config_of(*settings)) / "metrics.csv").open(newline="") as file:
         logged = set(next(csv.reader(file)))
     known = {*VALIDATED[task], *TRAINED[task]} - {"val/lpips"}
-    assert known <= logged
+    assert [known - names for names in seen.names] == [set(), set()]
     assert {name for name in logged if name.startswith("val/")} == {name for name in known if name.startswith("val/")}

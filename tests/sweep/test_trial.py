@@ -59,5 +59,5 @@ def test_training_in_a_program_of_ones_own_ends_with_the_sweep(monkeypatch: pyte
     done: list[str] = []
     monkeypatch.setattr(gitlight.training, "end_with_the_sweep", lambda: done.append("watches"))
     monkeypatch.setattr(gitlight.training, "_train", lambda *_: done.append("trains") or tmp_path)
-    gitlight.training.train(Config())
+    gitlight.training.train(Config(output_dir=str(tmp_path / "run")))
     assert done == ["watches", "trains"]

@@ -1,6 +1,7 @@
 """The settings of a sweep's trials: whether their config accepts what is varied, and what all have in common."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,17 +37,29 @@ def checked_settings(specification: "Specification") -> dict[str, str]:
     """What all trials have in common, by dotted names, in JSON.
 
     Raises:
-        ConfigError: the config does not accept some parameter with all its bounds or choices; or the metric is not one
-            of the task's.
+        ConfigError: the command is none that trials could have; the config does not accept some parameter with all its
+            bounds or choices; or the metric is not one of the task's.
     """
     if own := [name for name in specification.space if name in _OF_THE_SWEEP]:
         raise ConfigError(
             f"parameters.{own[0]} (in {specification.file}): the sweep gives each trial its own; leave it out."
         )
     items = specification.command[specification.command.index("${program}") + 1 :]
+    if ARGUMENTS not in items:
+        raise ConfigError(
+            f"command: {ARGUMENTS} (in {specification.file}) stands before ${{program}}; expected "
+            f"behind, as in {COMMAND}."
+        )
     named = [item for item in items if item != ARGUMENTS and "=" not in item]
     if not named:
         raise ConfigError(f"command (in {specification.file}): expected a config file in it, as in {COMMAND}.")
+    if own := [item for item in items if item.partition("=")[0] in _OF_THE_SWEEP and "=" in item]:
+        raise ConfigError(
+            f"command: {own[0]} (in {specification.file}): the sweep gives each trial its own; leave it out."
+        )
+    trains = Path(specification.program).name == "train.py"
+    if trains:
+        _check_call(items, specification)
     fixed = [item for item in items if "=" in item]
     after = [item for item in items[items.index(ARGUMENTS) :] if "=" in item]
     first = {name: extreme_values(distribution)[0] for name, distribution in specification.space.items()}
@@ -69,7 +82,7 @@ def checked_settings(specification: "Specification") -> dict[str, str]:
                 f"command: {' '.join(after)} (in {specification.file}) stands after {ARGUMENTS} and sets what the "
                 f"sweep varies, {' '.join(varied)}. Write it before, or leave it out."
             )
-        if Path(specification.program).name == "train.py":  # a training within another program looks by itself
+        if trains:  # a training within another program looks by itself
             check_metric(specification.metric, config, f"(in {specification.file})")
         configs.append(config)
     return {
@@ -77,3 +90,23 @@ def checked_settings(specification: "Specification") -> dict[str, str]:
         for name, value in dotted(configs[0]).items()
         if not name.startswith(_FREE) and name not in specification.space
     }
+
+
+def _check_call(items: Sequence[str], specification: "Specification") -> None:
+    """Refuse what ``train.py`` would end at, in every trial.
+
+    Args:
+        items: of the command, after ``${program}``.
+        specification: the sweep.
+    """
+    if helps := [item for item in items if item in ("-h", "--help")]:
+        raise ConfigError(
+            f"command: {helps[0]} (in {specification.file}): train.py would print its help, and train nothing; leave "
+            "it out."
+        )
+    wrong = [item for at, item in enumerate(items) if item != ARGUMENTS and ("=" in item) == (at == 0)]
+    if wrong or items[0] == ARGUMENTS:
+        raise ConfigError(
+            f"command: {[*wrong, ARGUMENTS][0]} (in {specification.file}): train.py takes one config file, right after "
+            f"${{program}}, and then settings such as seed=1, as in {COMMAND}."
+        )

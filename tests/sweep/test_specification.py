@@ -81,6 +81,38 @@ def test_early_termination_is_that_of_wandb(tmp_path: Path, given: str, expected
             {"command": f'["${{program}}", {DEMO}, "${{args_no_hyphens}}", generator.channels=8]'},
             "command: generator.channels=8 (in {file}) stands after ${args_no_hyphens} and sets what the sweep varies",
         ),
+        (
+            {"command": f'["${{program}}", {DEMO}, output_dir=runs/x, "${{args_no_hyphens}}"]'},
+            "command: output_dir=runs/x (in {file}): the sweep gives each trial its own; leave it out.",
+        ),
+        (
+            {"command": f'["${{program}}", {DEMO}, "${{args_no_hyphens}}", trainer.resume=best]'},
+            "command: trainer.resume=best (in {file}): the sweep gives each trial its own; leave it out.",
+        ),
+        (
+            {"command": f'["${{program}}", {DEMO}, --help, "${{args_no_hyphens}}"]'},
+            "command: --help (in {file}): train.py would print its help, and train nothing",
+        ),
+        (
+            {"command": f'["${{program}}", {DEMO}, -v, "${{args_no_hyphens}}"]'},
+            "command: -v (in {file}): train.py takes one config file, right after ${program}, and then settings",
+        ),
+        (
+            {"command": f'["${{program}}", {DEMO}, {DEMO}, "${{args_no_hyphens}}"]'},
+            f"command: {DEMO} (in {{file}}): train.py takes one config file, right after ${{program}}",
+        ),
+        (
+            {"command": f'["${{program}}", seed=1, {DEMO}, "${{args_no_hyphens}}"]'},
+            "command: seed=1 (in {file}): train.py takes one config file, right after ${program}",
+        ),
+        (
+            {"command": f'["${{program}}", "${{args_no_hyphens}}", {DEMO}]'},
+            f"command: {DEMO} (in {{file}}): train.py takes one config file, right after ${{program}}",
+        ),
+        (
+            {"command": f'["${{args_no_hyphens}}", "${{program}}", {DEMO}]'},
+            "command: ${args_no_hyphens} (in {file}) stands before ${program}; expected behind",
+        ),
         ({"parameters": "{output_dir: {values: [a, b]}}"}, "parameters.output_dir (in {file}): the sweep gives each"),
         (
             {"parameters": "{trainer: {parameters: {resume: {values: [last]}}}}"},

@@ -20,6 +20,9 @@ from gitlight.sharding import FullyShardedStrategy
 from gitlight.stop_signals import StopSignals
 from gitlight.virtual_ranks import mean_gradients
 
+_NOTHING_TO_TRAIN = "closed form"
+"""Name of our own strategy, beside Lightning's."""
+
 
 def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, Any], int]:
     """The arguments that `Trainer` takes from ``trainer.*``, and for how many processes they are.
@@ -28,7 +31,7 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, 
 
     Args:
         config: the run's settings.
-        nothing_to_train: whether the module is in closed form; it then needs, and can use, one device only.
+        nothing_to_train: whether the module is in closed form: processes then share its fits, whatever the strategy.
 
     Raises:
         ConfigError: Lightning does not accept them on this machine.
@@ -38,7 +41,7 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, 
         settings.pop(own)
     settings["accelerator"] = accelerator(config.trainer)
     if nothing_to_train:
-        settings["devices"] = 1
+        settings["precision"] = "32-true"  # of trained layers; loss scaling would miss its gradients
         if settings["strategy"] in ("ddp", "fsdp"):  # which want something to train
             settings["strategy"] = "auto"
     try:
@@ -46,16 +49,27 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, 
     except (MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         given = ", ".join(f"trainer.{key}={value}" for key, value in settings.items() if value != _default(key))
         raise ConfigError(f"trainer: Lightning refuses these settings ({given or 'the defaults'}): {error}") from error
-    if nothing_to_train and trial.world_size > 1:
-        raise ConfigError(
-            "trainer.num_nodes: this generator inverts in closed form and has nothing to train; use one machine."
-        )
+    if nothing_to_train and trial.world_size > 1 and settings["strategy"] == "auto":
+        settings["strategy"] = _NOTHING_TO_TRAIN
     return settings, trial.world_size
 
 
 def _with_strategy(settings: dict[str, Any]) -> dict[str, Any]:
     """For one `Trainer`, which keeps its strategy to itself."""
-    return {**settings, "strategy": FullyShardedStrategy()} if settings["strategy"] == "fsdp" else dict(settings)
+    own = {"fsdp": FullyShardedStrategy, _NOTHING_TO_TRAIN: _ClosedFormStrategy}.get(settings["strategy"])
+    return dict(settings) if own is None else {**settings, "strategy": own()}
+
+
+class _ClosedFormStrategy(DDPStrategy):
+    """Processes that share fits and validation. DDP takes no module without something to train."""
+
+    def configure_ddp(self) -> None:
+        """The module stays as it is: there are no gradients to add up."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A loss of nothing: of several processes Lightning accepts no step without one."""
+        super().training_step(*args, **kwargs)
+        return torch.zeros((), device=self.root_device, requires_grad=True)
 
 
 class _PairwiseDDPStrategy(DDPStrategy):

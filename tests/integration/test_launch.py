@@ -15,6 +15,8 @@ import slurm_cluster
 import torch
 from small_run import SMALL
 
+from gitlight.runs import load_checkpoint
+
 ROOT = Path(__file__).parent.parent.parent
 RUN = ["configs/demo.yaml", *SMALL, "generator.name=mlp", "generator.hidden_size=8", "trainer.max_epochs=1"]
 HOSTS = ("gitlight0", "gitlight1")
@@ -52,6 +54,21 @@ def test_torchrun_on_one_machine(tmp_path, of_one_process):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert losses(tmp_path / "run") == pytest.approx(of_one_process, rel=1e-5)
+
+
+def test_torchrun_shares_out_what_has_nothing_to_train(tmp_path):
+    (tmp_path / "exact.yaml").write_text("generator: {name: exact}\ntrainer: {max_epochs: 1}\n")
+    # More pairs than fits need: where they are underdetermined, rounding decides.
+    run = [str(tmp_path / "exact.yaml"), *SMALL, "data.n_public_images=416", "data.image_size=16"]
+    process = start(sys.executable, "train.py", *run, "trainer.devices=1", f"output_dir={tmp_path / 'one'}")
+    assert process.wait(timeout=200) == 0, process.communicate()[0]
+    process = start("scripts/torchrun.sh", *run, f"output_dir={tmp_path / 'two'}", PROCESSES="2", MASTER_PORT="29418")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert output.count("epoch 1/1") == 1, "one run of two processes, not two of one"
+    one, two = (load_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("one", "two"))
+    for name, fitted in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], fitted, rtol=1e-6, atol=1e-6 * float(fitted.max()))
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])

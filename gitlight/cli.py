@@ -167,7 +167,8 @@ def _run(arguments: Sequence[str], usage: str, command: Callable[[Config], None]
         say_last(f"error: {said}. Make room. A training goes on with trainer.resume=auto.")
         return _exit_code_of_surroundings()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if _is_first_process():
+            print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -217,7 +217,7 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     Raises:
         GitlightError: the settings, the images or the checkpoint to resume from are not right, and nothing is trained;
             or a checkpoint cannot be written.
-        RunStopped: SIGTERM or SIGUSR1 came; a checkpoint is written.
+        RunStopped: SIGTERM, SIGUSR1 or SIGINT came; a checkpoint is written.
         LostRankError: another process of the run is gone.
     """
     end_with_the_sweep()  # train.py did, and programs of users need not know

@@ -9,6 +9,7 @@ import pytest
 
 from gitlight.cli import evaluate_command, settings_help, train_command
 from gitlight.errors import BusyFolderError, CheckpointError, DatabaseError, LostRankError, RunStopped, UnwrittenError
+from gitlight.stop_signals import STOP_SIGNALS
 from gitlight.sweep.trial import INTERRUPTED, SweepTrial
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def test_a_config_may_have_an_equals_sign_in_its_name(tmp_path, capsys):
 @pytest.fixture
 def signals_as_before():
     # What comes in spite of all ends no test.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -92,6 +93,8 @@ def signals_as_before():
     [
         (RunStopped(signal.SIGTERM, Path("last.ckpt"), 7), 143, "SIGTERM: stopped at step 7; last.ckpt continues"),
         (RunStopped(signal.SIGUSR1, Path("last.ckpt"), 7), 128 + signal.SIGUSR1, "SIGUSR1: stopped at step 7"),
+        (RunStopped(signal.SIGINT, Path("last.ckpt"), 7), 130, "SIGINT: stopped at step 7"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (LostRankError("rank 1 was killed."), 1, "error: rank 1 was killed."),
         (OSError(errno.ENOSPC, "No space left on device", "metrics.csv"), 2, "metrics.csv cannot be written (No space"),
         (OSError(errno.EFBIG, "File too large", "metrics.csv"), 2, "metrics.csv cannot be written (File too large); "),

@@ -5,11 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gitlight.stop_signals import STOP_SIGNALS, StopSignals, heed_the_parent_alone
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_as_at_a_terminal() -> Iterator[None]:
+    """Not ignored, as it is where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -37,6 +46,36 @@ def test_before_there_is_anything_to_save_a_warning_ends_the_process_without_the
     assert signal.getsignal(signal.SIGUSR1) == sigusr1
 
 
+def test_a_second_ctrl_c_is_the_systems(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignals() as signals:
+        signals.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert "SIGINT: stopping with a checkpoint" in capfd.readouterr().err
+
+
+def test_before_there_is_anything_to_save_ctrl_c_interrupts_without_lightnings_exit() -> None:
+    def as_lightning() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    with pytest.raises(KeyboardInterrupt), StopSignals():
+        as_lightning()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_ctrl_c_that_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignals() as signals:
+        signals.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == 0
+
+
 def wait(ready: multiprocessing.synchronize.Event) -> None:
     heed_the_parent_alone()
     ready.set()
@@ -51,6 +90,7 @@ def test_a_process_that_reads_images_is_ended_by_its_parent_alone(method: str) -
     process.start()
     assert ready.wait(60)
     assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
     other = os.fork()
     if other == 0:
         os.kill(process.pid, signal.SIGTERM)

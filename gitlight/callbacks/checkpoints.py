@@ -91,7 +91,7 @@ class _LastCheckpoint(_MovableCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
         if self._signals is not None:
-            self._signals.listen()
+            self._signals.listen(announce=trainer.is_global_zero)
             if trainer.world_size > 1:
                 # Over the network from CPU to CPU: asking a GPU would make every step wait for the one before.
                 self._group = torch.distributed.new_group(backend="gloo")

@@ -17,7 +17,7 @@ class Given(StopSignals):
         super().__init__()
         self.received = number
 
-    def listen(self) -> None:
+    def listen(self, announce: bool = True) -> None:
         pass
 
 

@@ -73,6 +73,14 @@ def train(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def ctrl_c():
+    """As at a terminal; tests may run in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.SIGINT
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def evaluate():
     """``evaluate.py`` in this process; gives the exit code."""
     return lambda *arguments: evaluate_command(list(arguments))

@@ -120,3 +120,18 @@ def test_two_processes_stop_together_and_one_goes_on(command, train, tmp_path):
     assert stopped_at < load_checkpoint(last)["global_step"] < 20 * 6
     assert train(*settings) == 0
     assert logged(run, "train/loss") == pytest.approx(logged(tmp_path / "one", "train/loss"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_two_processes_together(command, tmp_path, ctrl_c):
+    """A terminal sends it to both of them."""
+    (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 8}\ntrainer: {max_epochs: 500}\n")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    process = command.start("train.py", "run.yaml", *SMALL, *TWO_PROCESSES, f"output_dir={tmp_path / 'run'}")
+    command.wait_for(process, last.exists)
+    for one in (process.pid, command.child_of(process)):
+        os.kill(one, ctrl_c)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert output.count("SIGINT: stopped at step ") == output.count("SIGINT: stopping") == 1, "the first one says so"
+    assert "Traceback" not in output

@@ -113,6 +113,22 @@ def test_a_killed_and_stopped_run_resumed_ends_like_one_never_interrupted(
     assert not (tmp_path / "killed.1").exists()
 
 
+def test_ctrl_c_stops_a_run_with_a_checkpoint(train, run, monkeypatch, capsys, ctrl_c):
+    last = run / "checkpoints" / "last.ckpt"
+    stopped_at(monkeypatch, STEPS_AN_EPOCH + 2, ctrl_c)
+    assert train(str(run), "trainer.resume=last", "trainer.max_epochs=2") == 130
+    assert f"SIGINT: stopped at step {STEPS_AN_EPOCH + 3}; {last} continues from there (trainer.resume=last)" in (
+        capsys.readouterr().err
+    )
+    assert load_checkpoint(last)["global_step"] == STEPS_AN_EPOCH + 3
+
+
+def test_ctrl_c_during_the_fits_ends_a_run_with_a_word(train, config, tmp_path, monkeypatch, capsys, ctrl_c):
+    monkeypatch.setattr("gitlight.training.fit_in_closed_form", lambda *_: os.kill(os.getpid(), ctrl_c))
+    assert train(str(config), *SMALL, f"output_dir={tmp_path / 'run'}") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("steps", [STEPS_AN_EPOCH, STEPS_AN_EPOCH + 3])
 def test_a_run_that_max_steps_ended_goes_on_like_one_never_ended(train, config, of_two_epochs, tmp_path, steps, capsys):
     ended = tmp_path / "ended"

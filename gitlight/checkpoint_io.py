@@ -64,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
             _former_of(target).unlink(missing_ok=True)
             if _of_writing(error):
-                raise UnwrittenError(_cannot_write(target, error)) from error
+                raise UnwrittenError(self._cannot_write(target, error)) from error
             raise
         _sync_folder(target.parent)
 
@@ -82,6 +82,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if (newer := previous_path(last, number - 1)).exists():
                 os.replace(newer, previous_path(last, number))
         os.replace(linked, previous_path(last, 1))
+
+    def _cannot_write(self, target: Path, error: BaseException) -> str:
+        last = target.with_name(LAST)
+        if last.is_file() and self._last_is_good:
+            advice = (
+                "Those written before are as they were. Make room, and trainer.resume=last goes on; or give another "
+                f"output_dir and trainer.resume={last}."
+            )
+        else:
+            advice = (
+                f"This run has written no {LAST} yet to go on from. Make room, or give another output_dir, and start "
+                "it as before."
+            )
+        return f"The checkpoint {cannot_write(target, error)}. {advice}"
 
     def load_checkpoint(
         self,
@@ -129,13 +143,6 @@ def _of_writing(error: BaseException) -> bool:
     """On a full disk `torch.save` raises an OSError, or its writer a RuntimeError, as does a GPU that fails."""
     of_the_writer = any(name in str(error) for name in ("inline_container", "PytorchStreamWriter"))
     return isinstance(error, OSError) or (isinstance(error, RuntimeError) and of_the_writer)
-
-
-def _cannot_write(target: Path, error: BaseException) -> str:
-    return (
-        f"The checkpoint {cannot_write(target, error)}. Those written before are as they were. Make room, and "
-        f"trainer.resume=last goes on; or give another output_dir and trainer.resume={target}."
-    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -82,6 +82,23 @@ def test_a_disk_that_is_full_of_former_checkpoints_moves_none_of_them(
     assert kept == [2, 1, 0]
 
 
+def test_after_a_full_disk_only_what_is_there_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match=r"best\.ckpt cannot be written .* no last\.ckpt yet") as failure:
+            AtomicCheckpointIO().save_checkpoint({}, tmp_path / "best.ckpt")
+    assert "trainer.resume" not in str(failure.value)
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"best\.ckpt cannot be written .* trainer\.resume=.*last\.ckpt\.$"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "best.ckpt")
+    with pytest.raises(CheckpointError, match="start it as before"):  # with what it went on from
+        AtomicCheckpointIO(last_is_good=False).save_checkpoint({}, tmp_path / "best.ckpt")
+
+
 def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -224,13 +224,15 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     # Around everything: until there is something to save, a warning is to end the process with an error; and after a
     # stop hardly anything is left to do that another signal could end.
     with StopSignals() as signals:
-        return _train(config, network, signals)
+        config = with_decisions(with_network(config, network))
+        check_loss(config)
+        check_run_folder(config)
+        with run_lock(folder := run_folder(config)):  # also while a checkpoint is read, which another run may replace
+            _train(config, network, signals, folder)
+    return folder
 
 
-def _train(config: Config, network: nn.Module | None, signals: StopSignals) -> Path:
-    config = with_decisions(with_network(config, network))
-    check_loss(config)
-    check_run_folder(config)
+def _train(config: Config, network: nn.Module | None, signals: StopSignals, folder: Path) -> None:
     resume = checkpoint_to_resume(config)
     module: LightningModule
     datamodule: ImageDataModule
@@ -261,20 +263,17 @@ def _train(config: Config, network: nn.Module | None, signals: StopSignals) -> P
     check_virtual_ranks(config, trained, world_size)
     datamodule.virtual_ranks = config.trainer.virtual_ranks
     datamodule.check_shares(world_size, settings["limit_train_batches"], settings["limit_val_batches"])
-    folder = run_folder(config)
     if resumed is not None and resume is not None and resume.resolve().parent.parent != folder.resolve():
         resumed[WANDB_ID] = None  # a run that begins where another one was is not that one
-    with run_lock(folder):
-        prepare_run_folder(config, resume)
-        trainer = build_trainer(config, settings, world_size, folder, resume, resumed, signals)
-        with RankWatch(trainer) as watch:
-            try:
-                trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
-            except Exception as error:
-                if lost := watch.explain(error):
-                    raise LostRankError(lost) from error
-                raise
-    return folder
+    prepare_run_folder(config, resume)
+    trainer = build_trainer(config, settings, world_size, folder, resume, resumed, signals)
+    with RankWatch(trainer) as watch:
+        try:
+            trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+        except Exception as error:
+            if lost := watch.explain(error):
+                raise LostRankError(lost) from error
+            raise
 
 
 def _checked_checkpoint(

@@ -11,7 +11,7 @@ from small_run import SMALL
 
 from gitlight.callbacks.max_time import MaxTime
 from gitlight.cli import train_command
-from gitlight.runs import load_checkpoint
+from gitlight.runs import load_checkpoint, run_lock
 from gitlight.training import GITModule
 
 EPOCHS = 4
@@ -185,6 +185,14 @@ def test_a_run_on_a_full_disk_ends_with_one_message(train, run, capsys, monkeypa
     assert error.startswith(f"error: The checkpoint {run / 'checkpoints'}")
     assert "No space left on device" in error
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == STEPS_AN_EPOCH
+
+
+def test_the_checkpoint_of_a_run_that_another_process_writes_is_not_read(train, run, capsys):
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    with run_lock(run):
+        assert train(str(run), "trainer.resume=auto") == 2
+    assert "output_dir: another run is writing" in capsys.readouterr().err
 
 
 def test_images_may_have_moved_and_computing_may_differ(train, run):

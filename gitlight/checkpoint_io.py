@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from gitlight.disk import cannot_write
 from gitlight.errors import CheckpointError, UnwrittenError, first_line
-from gitlight.runs import LAST, previous_path
+from gitlight.runs import LAST, former_checkpoints, previous_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -23,7 +24,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Args:
         keep_last: how many of the latest checkpoints to keep: where ``last.ckpt`` is replaced, the one before becomes
-            ``last-1.ckpt``, and so on.
+            ``last-1.ckpt``, and so on; those beyond, which a run may have from when it kept more, are deleted.
         last_is_good: whether the ``last.ckpt`` that is there already is worth keeping. It is not if a run continues
             from another one, as it may be damaged, and must not push out one that can be read.
     """
@@ -47,6 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UnwrittenError: the file cannot be written, as on a full disk; those that were there are as they were.
         """
         target = Path(path)
+        follows_good = target.name == LAST and self._last_is_good
         # A fixed name: what a killed run leaves behind is overwritten by the next save, not added to.
         partial = target.with_name(f".{target.name}.partial")
         try:
@@ -55,10 +57,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if target.name == LAST:
-                if self._last_is_good:
-                    self._keep_former(target)
-                self._last_is_good = True
+            if follows_good:
+                self._keep_former(target)
             os.replace(partial, target)
         except BaseException as error:
             partial.unlink(missing_ok=True)
@@ -66,7 +66,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if _of_writing(error):
                 raise UnwrittenError(self._cannot_write(target, error)) from error
             raise
+        self._last_is_good |= target.name == LAST
         _sync_folder(target.parent)
+        if follows_good:
+            self._delete_old(target)
+
+    def _delete_old(self, last: Path) -> None:
+        for number, path in former_checkpoints(last).items():
+            if number >= self._keep_last:
+                with suppress(OSError):  # no reason to stop a run
+                    path.unlink()
 
     def _keep_former(self, last: Path) -> None:
         """Move former checkpoints on by one, without a moment in which ``last.ckpt`` is not there."""

@@ -1,6 +1,7 @@
 """Run folders: where they are, what a new run does with an old one, and which checkpoint a run resumes from."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,12 @@ def previous_path(last: Path, number: int) -> Path:
     return last.with_name(f"{last.stem}-{number}{last.suffix}")
 
 
+def former_checkpoints(last: Path) -> dict[int, Path]:
+    """Those before ``last.ckpt`` that there are, by how many checkpoints ago they were it; the newest first."""
+    found = ((re.fullmatch(rf"{last.stem}-(\d+){last.suffix}", path.name), path) for path in last.parent.glob("*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
 def checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint that ``trainer.resume`` names, or None for a fresh run.
 
@@ -70,8 +77,7 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 def _previous(last: Path) -> Path:
     """The newest checkpoint before the last that can be read."""
-    former = {int(path.stem.rpartition("-")[2]): path for path in last.parent.glob(f"{last.stem}-[0-9]*{last.suffix}")}
-    for _, path in sorted(former.items()):
+    for path in former_checkpoints(last).values():
         try:
             load_checkpoint(path)
         except CheckpointError as error:

@@ -295,5 +295,6 @@ def _checked_checkpoint(
     check_remaining(path, checkpoint, config.trainer)
     if isinstance(datamodule, GradientPairDataModule):
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    log.info("going on from %s, of step %d", path, checkpoint["global_step"])
     # Not all of it, which would keep the file on the disk when it has been replaced.
     return {key: checkpoint[key] for key in ("global_step", WANDB_ID)}

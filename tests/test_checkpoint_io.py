@@ -64,6 +64,21 @@ def test_the_latest_checkpoints_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert kept == {"best.ckpt": 4, "last.ckpt": 4, "last-1.ckpt": 3, "last-2.ckpt": 2}
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_checkpoints_of_when_more_were_kept_are_deleted(tmp_path: Path, keep_last: int) -> None:
+    before = AtomicCheckpointIO(keep_last=5)
+    for step in range(5):
+        before.save_checkpoint({"step": step}, tmp_path / "last.ckpt")
+    (tmp_path / "last-3-mine.ckpt").touch()
+    io = AtomicCheckpointIO(keep_last=keep_last, last_is_good=False)
+    io.save_checkpoint({"step": 9}, tmp_path / "best.ckpt")
+    io.save_checkpoint({"step": 9}, tmp_path / "last.ckpt")
+    assert (tmp_path / "last-4.ckpt").exists(), "where the last one was damaged, others may be"
+    io.save_checkpoint({"step": 10}, tmp_path / "last.ckpt")
+    kept = ["last-1.ckpt"] * (keep_last - 1)
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", *kept, "last-3-mine.ckpt", "last.ckpt"]
+
+
 def test_a_disk_that_is_full_of_former_checkpoints_moves_none_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

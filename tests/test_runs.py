@@ -60,6 +60,7 @@ def test_previous_is_the_newest_before_the_last_that_can_be_read(folder: Path) -
     damage(folder / "last-1.ckpt")
     assert resume(folder, "previous") == folder / "last-2.ckpt"
     (folder / "last-1.ckpt").unlink()  # killed between two moves
+    save(folder / "last-1-mine.ckpt")
     assert resume(folder, "previous") == folder / "last-2.ckpt"
 
 

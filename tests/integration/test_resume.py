@@ -170,6 +170,7 @@ def test_a_damaged_checkpoint_is_gone_past(train, run, capsys):
     assert train(str(run), "trainer.resume=auto") == 2
     assert "trainer.resume=previous goes on from the checkpoint before it, last-1.ckpt" in capsys.readouterr().err
     assert train(str(run), "trainer.resume=previous", "trainer.max_epochs=2") == 0
+    assert f"going on from {last.with_name('last-1.ckpt')}, of step {STEPS_AN_EPOCH}\n" in capsys.readouterr().out
     assert load_checkpoint(last)["global_step"] == 2 * STEPS_AN_EPOCH
     assert load_checkpoint(run / "checkpoints" / "last-1.ckpt")["global_step"] == STEPS_AN_EPOCH
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from gitlight.disk import cannot_write
+from gitlight.disk import cannot_write, sync_folder
 from gitlight.errors import CheckpointError, UnwrittenError, first_line
 from gitlight.runs import LAST, former_checkpoints, previous_path
 
@@ -67,7 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise UnwrittenError(self._cannot_write(target, error)) from error
             raise
         self._last_is_good |= target.name == LAST
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         if follows_good:
             self._delete_old(target)
 
@@ -152,17 +152,3 @@ def _of_writing(error: BaseException) -> bool:
     """On a full disk `torch.save` raises an OSError, or its writer a RuntimeError, as does a GPU that fails."""
     of_the_writer = any(name in str(error) for name in ("inline_container", "PytorchStreamWriter"))
     return isinstance(error, OSError) or (isinstance(error, RuntimeError) and of_the_writer)
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself is durable only once the folder is written; some file systems cannot sync a folder.
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -10,14 +10,14 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gitlight.disk import writing
+from gitlight.disk import sync_folder, writing
 
 
 class CSVFileLogger(Logger):
     """One row for each set of metrics that Lightning logs, written at once; columns ``epoch``, ``step``, metrics.
 
     ``step`` counts optimiser steps from 0, as Lightning does. Lightning's own CSVLogger deletes the file of the run
-    that it continues.
+    that it continues. Rows survive a kill at once, and a loss of power from the next checkpoint on, which syncs them.
 
     Args:
         path: the file; rank 0 writes it, from the first row on.
@@ -62,6 +62,13 @@ class CSVFileLogger(Logger):
         with writing(self.path):
             self._write(metrics, step)
 
+    @rank_zero_only
+    def sync(self) -> None:
+        """Have the system write the rows so far to the disk, so that a loss of power does not take them."""
+        if self._started:
+            with writing(self.path), self.path.open("a") as file:
+                os.fsync(file.fileno())
+
     def _write(self, metrics: Mapping[str, Any], step: int | None) -> None:
         if not self._started:
             self._start()
@@ -85,13 +92,16 @@ class CSVFileLogger(Logger):
         self._started = True
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        # Renamed into place, so that being killed here loses nothing.
+        # Synced and renamed into place, so that being killed here, or a loss of power, loses nothing.
         partial = self.path.with_name(f".{self.path.name}.partial")
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, self.path)
+        sync_folder(self.path.parent)
         self._columns = columns
 
 

@@ -26,6 +26,20 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the system write a folder: a renamed file is durable only then. Where it cannot, that is no error."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
 def cannot_write(path: Path, error: BaseException) -> str:
     """A sentence's beginning that says which file, why, and how much room there is."""
     try:

@@ -1,4 +1,5 @@
 import csv
+import os
 import subprocess
 import sys
 import warnings
@@ -39,6 +40,26 @@ def test_csv_rows_are_on_disk_at_once(tmp_path: Path) -> None:
     for step in range(5):
         logger.log_metrics({"train/loss": step}, step=step)
         assert len(rows(path)) == step + 1
+
+
+def test_csv_is_synced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.csv"
+    synced: dict[int, int] = {}
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    logger = CSVFileLogger(path, resume_step=None)
+    logger.sync()
+    assert not synced, "there is no file yet"
+    logger.log_metrics({"train/loss": 0.5}, step=0)
+    assert tmp_path.stat().st_ino in synced, "a file that is renamed into place"
+    logger.log_metrics({"train/loss": 0.25}, step=1)
+    assert synced[path.stat().st_ino] < path.stat().st_size
+    logger.sync()
+    assert synced[path.stat().st_ino] == path.stat().st_size
 
 
 def test_csv_of_a_new_run_replaces_the_old(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gitlight.csv_logger import CSVFileLogger
 from gitlight.data.datamodule import ImageDataModule
 from gitlight.errors import RunStopped
 from gitlight.runs import CHECKPOINTS, LAST
@@ -113,6 +114,12 @@ class _LastCheckpoint(_MovableCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         for counted in (progress.total, progress.current):
             counted.processed += unfinished  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVFileLogger):
+                logger.sync()  # first: a run that goes on does not log them again
+        super()._save_checkpoint(trainer, filepath)
 
     def _between_batches(self, trainer: Trainer) -> None:
         if trainer.global_step == self._step:

@@ -41,13 +41,7 @@ class MemoryModel:
         whole = architecture.n_parameters
         result = whole if sketch is None else sum(prod(shape) for shape in sketch.shapes.values())
         entry = torch.finfo(dtype).bits // 8
-        attention = sum(
-            # Keys that do not depend on the image are taken to be as many as queries.
-            prod(layer.output_shape[:-1]) * max(s[-2] for s in (layer.output_shape, *layer.input_shapes) if len(s) > 1)
-            for layer in architecture.layers
-            if layer.kind == "scaled_dot_product_attention"
-        )
-        activations = architecture.n_activations
+        activations, scores = architecture.n_activations, _attention_scores(architecture)
         if method == "captured":
             sketched = (
                 [] if sketch is None else [architecture.parameter_shapes[name].numel() for name in sketch.reductions]
@@ -58,10 +52,13 @@ class MemoryModel:
                 result,
                 whole,
                 2 * max(sketched, default=0) + _largest_used_again(architecture),
-                3 * activations + 3 * _largest_unfolded(architecture),
+                3 * activations
+                + 3 * _largest_unfolded(architecture)
+                # Autograd keeps each layer's. Kernels of CPUs mostly do without; GPUs' of full precision do not.
+                + sum(scores)
+                + 2 * max(scores, default=0),
             )
-        # Values, their gradients, the unfolded input of a convolution; two copies of the gradient.
-        return cls(method, entry, result, 0, 2 * whole, 3 * activations + 3 * attention)
+        return cls(method, entry, result, 0, 2 * whole, functional_entries(architecture))  # copies of the gradient
 
     def leaks_per_chunk(self, images: Tensor, limit_gb: float) -> int:
         """How many leaks to make at once.
@@ -87,6 +84,23 @@ class MemoryModel:
         if self.method == "captured" and images.device.type == "cpu":
             chunk = min(chunk, max(1, int(_CPU_CHUNK_BYTES / (per_leak * self.per_image * self.entry_bytes))))
         return max(1, min(n_leaks, chunk))
+
+
+def functional_entries(architecture: Architecture) -> int:
+    """Entries of workspace that `FunctionalGradients` need for one image, beside copies of the gradient."""
+    # Values, their gradients, the unfolded input of a convolution. Attention's scores come in blocks too large for the
+    # holes that others leave in a CPU's memory.
+    return 3 * architecture.n_activations + 5 * sum(_attention_scores(architecture))
+
+
+def _attention_scores(architecture: Architecture) -> list[int]:
+    """Entries of each attention's scores, queries times keys, for one image; none of them is a layer's result."""
+    return [
+        # Keys that do not depend on the image are taken to be as many as queries.
+        prod(layer.output_shape[:-1]) * max(s[-2] for s in (layer.output_shape, *layer.input_shapes) if len(s) > 1)
+        for layer in architecture.layers
+        if layer.kind == "scaled_dot_product_attention"
+    ]
 
 
 def _largest_used_again(architecture: Architecture) -> int:

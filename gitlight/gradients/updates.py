@@ -13,12 +13,12 @@ from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients.checks import check_images, check_labels, check_seeds
 from gitlight.gradients.functional_gradients import FunctionalGradients
+from gitlight.gradients.memory import functional_entries
 from gitlight.gradients.precision import plain_autograd, plain_tensor
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 # As in the gradient engine, beside a client's own weights and their reordered copy for grouped convolutions.
-_ACTIVATION_COPIES = 3
 _PARAMETER_COPIES = 4
 
 
@@ -164,8 +164,7 @@ class LocalUpdates:
         n_images = min(self._settings.updates.batch_size or client_batch_size, client_batch_size)
         results = n_clients * self._architecture.n_parameters * entry
         workspace = entry * (
-            _PARAMETER_COPIES * self._architecture.n_parameters
-            + _ACTIVATION_COPIES * n_images * self._architecture.n_activations
+            _PARAMETER_COPIES * self._architecture.n_parameters + n_images * functional_entries(self._architecture)
         )
         if results + workspace > limit:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The engine's memory, measured in a process of its own, since peaks of one process add up.
+"""The memory that making leaks takes, measured in a process of its own, since peaks of one process add up.
 
 The peak is /proc's VmHWM. getrusage's ru_maxrss is kept across fork and exec: in a process started by a large
 pytest it is pytest's own.
@@ -14,43 +14,89 @@ from torch import nn
 from gitlight.architecture import Architecture
 from gitlight.gradients.memory import MemoryModel
 
-MEASURE = """
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+
+COMMON = """
 import sys, torch
+from torch.nn.attention import SDPBackend
 from gitlight.architecture import Architecture
-from gitlight.config import GradientsConfig
+from gitlight.config import GradientsConfig, UpdatesConfig, ViTConfig
+from gitlight.gradients import engine as engines
 from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.updates import LocalUpdates
 from gitlight.leaked import LEAKED_MODELS
+from gitlight.leaked.vit import vit
 
 def memory(field):  # in GB, as the kernel counts this process alone
     line = next(line for line in open("/proc/self/status") if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024 / 1e9
 
+def small_images(n_leaks, n_images=1):
+    return torch.rand(n_leaks, n_images, 3, 32, 32), torch.zeros(n_leaks, n_images, dtype=torch.int64)
+
+def named(name):
+    network = LEAKED_MODELS[name].load()(LEAKED_MODELS[name].settings(), (3, 32, 32), 10).eval()
+    return network, Architecture.of(network, (3, 32, 32), 10)
+
+def fine_grained(patch_size):  # with patches of two pixels, all but all of its memory is attention's scores
+    settings = ViTConfig(patch_size=patch_size, hidden_size=16, heads=8, depth=2, mlp_size=16)
+    network = vit(settings, (3, 32, 32), 10).eval()
+    return network, Architecture.of(network, (3, 32, 32), 10)
+"""
+
+ENGINE = """
 name, limit, n_leaks = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-network = LEAKED_MODELS[name].load()(LEAKED_MODELS[name].settings(), (3, 32, 32), 10).eval()
-architecture = Architecture.of(network, (3, 32, 32), 10)
-images, labels = torch.rand(n_leaks, 1, 3, 32, 32), torch.zeros(n_leaks, 1, dtype=torch.int64)
+network, architecture = named(name)
+images, labels = small_images(n_leaks)
 GradientEngine(network, architecture, GradientsConfig())(images[:2], labels[:2])  # what is loaded once does not count
 before = memory("VmRSS")
 gradients = GradientEngine(network, architecture, GradientsConfig(memory_limit_gb=limit))(images, labels)
 print(memory("VmHWM") - before)
 """
 
+ATTENTION = """
+limit, n_leaks = float(sys.argv[1]), int(sys.argv[2])
+engines._attention = lambda device_type: [SDPBackend.MATH]  # as on GPUs
+images, labels = small_images(n_leaks)
+GradientEngine(*fine_grained(8), GradientsConfig())(images[:2], labels[:2])
+engine = GradientEngine(*fine_grained(2), GradientsConfig(memory_limit_gb=limit))
+engine(images[:1], labels[:1])  # compared with autograd, once
+before = memory("VmRSS")
+engine(images, labels)
+print(memory("VmHWM") - before)
+"""
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+UPDATES = """
+limit, n_leaks = float(sys.argv[1]), int(sys.argv[2])
+images, labels = small_images(n_leaks, 2)
+def updates(network, architecture):
+    return LocalUpdates(network, architecture, GradientsConfig(memory_limit_gb=limit, updates=UpdatesConfig(epochs=2)))
+updates(*fine_grained(8))(images[:1], labels[:1], torch.arange(1))
+made = updates(*fine_grained(2))
+before = memory("VmRSS")
+made(images, labels, torch.arange(n_leaks))
+print(memory("VmHWM") - before)
+"""
+
+
+def peak(script, *arguments):
+    """What a script printed: the memory, in GB, that making leaks took at most."""
+    command = [sys.executable, "-c", COMMON + script, *map(str, arguments)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+
+
 @pytest.mark.parametrize(
     ("name", "limit", "n_leaks"),
     [("lenet", 0.2, 2048), ("lenet", 0.5, 2048), ("resnet20", 0.3, 96), ("vit", 0.5, 32)],
 )
 def test_making_gradients_stays_within_the_limit(name, limit, n_leaks):
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, name, str(limit), str(n_leaks)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
     # The gradients themselves are a third of the limit and more; the allocator's rounding gets a tenth.
-    assert 0.3 * limit < float(result.stdout) < 1.1 * limit
+    assert 0.3 * limit < peak(ENGINE, name, limit, n_leaks) < 1.1 * limit
+
+
+@pytest.mark.parametrize(("script", "n_leaks"), [(ATTENTION, 32), (UPDATES, 12)], ids=["captured", "updates"])
+def test_attention_scores_are_within_the_limit(script, n_leaks):
+    assert 0.3 * 0.15 < peak(script, 0.15, n_leaks) < 1.1 * 0.15
 
 
 def test_a_layer_that_is_used_again_has_its_gradients_twice():

@@ -65,7 +65,7 @@ class MemoryModel:
 
         Args:
             images: all of them, ``(B, N, C, H, W)``.
-            limit_gb: for results and workspace together.
+            limit_gb: for results and workspace together, as `leaks_that_fit` has it.
 
         Raises:
             ConfigError: one at a time needs more.
@@ -74,16 +74,29 @@ class MemoryModel:
         results = n_leaks * self.result * self.entry_bytes
         fixed = self.fixed * self.entry_bytes
         each = (self.per_leak + per_leak * self.per_image) * self.entry_bytes
-        if results + fixed + each > limit_gb * 1e9:
+        chunk = leaks_that_fit(limit_gb * 1e9, results, fixed, each)
+        if not chunk:
             raise ConfigError(
                 f"gradients.memory_limit_gb: {limit_gb:g} GB is too little: the gradients of "
                 f"{n_leaks} leaks take {results / 1e9:.3g} GB and making one at a time {(fixed + each) / 1e9:.3g} GB. "
                 "Raise gradients.memory_limit_gb or lower data.batch_size."
             )
-        chunk = int((limit_gb * 1e9 - results - fixed) // each)
         if self.method == "captured" and images.device.type == "cpu":
             chunk = min(chunk, max(1, int(_CPU_CHUNK_BYTES / (per_leak * self.per_image * self.entry_bytes))))
         return max(1, min(n_leaks, chunk))
+
+
+def leaks_that_fit(limit: float, results: float, fixed: float, each: float) -> int:
+    """How many leaks can be made at once beside the results of all; 0: not even one. All arguments are bytes.
+
+    >>> leaks_that_fit(100, results=30, fixed=5, each=10), leaks_that_fit(70, results=30, fixed=5, each=10)
+    (3, 3)
+    """
+    # A loop holds one call's results until it has the next. A limit that has no room for both is that of a single call.
+    for room in (limit - 2 * results - fixed, limit - results - fixed):
+        if room >= each:
+            return int(room // each)
+    return 0
 
 
 def functional_entries(architecture: Architecture) -> int:

@@ -51,7 +51,7 @@ def test_chunks_keep_to_the_limit_and_do_not_change_the_result(network):
     results = 7 * architecture.n_parameters
     a_leak = 2 * architecture.n_parameters + 3 * 2 * architecture.n_activations
     for at_once, n_chunks in ((7.5, 1), (2.5, 4), (1.5, 7)):
-        limit = 8 * (results + at_once * a_leak) / 1e9
+        limit = 8 * (2 * results + at_once * a_leak) / 1e9
         settings = GradientsConfig(method="vmap", dtype="float64", memory_limit_gb=limit)
         n_forward.clear()
         chunked = GradientEngine(network, architecture, settings)(images, labels)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gitlight.architecture import Architecture
-from gitlight.gradients.memory import MemoryModel
+from gitlight.gradients.memory import MemoryModel, leaks_that_fit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 
@@ -78,6 +78,24 @@ made(images, labels, torch.arange(n_leaks))
 print(memory("VmHWM") - before)
 """
 
+LOOP = """
+method, limit, n_leaks = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+network, architecture = named("lenet")
+images, labels = small_images(n_leaks)
+def made_by(limit):
+    settings = GradientsConfig(memory_limit_gb=limit, updates=UpdatesConfig(epochs=2))
+    if method == "updates":
+        updates = LocalUpdates(network, architecture, settings)
+        return lambda images, labels: updates(images, labels, torch.arange(len(images)))
+    return GradientEngine(network, architecture, settings)
+made_by(2)(images[:2], labels[:2])
+make = made_by(limit)
+before = memory("VmRSS")
+for _ in range(4):
+    gradients = make(images, labels)  # the last is held until the next is there
+print(memory("VmHWM") - before)
+"""
+
 
 def peak(script, *arguments):
     """What a script printed: the memory, in GB, that making leaks took at most."""
@@ -97,6 +115,19 @@ def test_making_gradients_stays_within_the_limit(name, limit, n_leaks):
 @pytest.mark.parametrize(("script", "n_leaks"), [(ATTENTION, 32), (UPDATES, 12)], ids=["captured", "updates"])
 def test_attention_scores_are_within_the_limit(script, n_leaks):
     assert 0.3 * 0.15 < peak(script, 0.15, n_leaks) < 1.1 * 0.15
+
+
+@pytest.mark.parametrize(("method", "limit"), [("captured", 0.15), ("updates", 0.2)])
+def test_a_loop_that_holds_the_last_result_stays_within_the_limit(method, limit):
+    assert 0.6 * limit < peak(LOOP, method, limit, 1024) < 1.1 * limit
+
+
+def test_room_for_a_second_result_is_left_where_there_is_any():
+    assert leaks_that_fit(100, results=30, fixed=5, each=10) == 3
+    assert leaks_that_fit(75, results=30, fixed=5, each=10) == 1
+    assert leaks_that_fit(74, results=30, fixed=5, each=10) == 3, "of a single call"
+    assert leaks_that_fit(45, results=30, fixed=5, each=10) == 1
+    assert leaks_that_fit(44, results=30, fixed=5, each=10) == 0
 
 
 def test_a_layer_that_is_used_again_has_its_gradients_twice():

@@ -106,7 +106,7 @@ def test_clients_are_the_same_in_any_batch_and_in_chunks(network):
     a_client = 4 * sizes.n_parameters + 3 * 3 * sizes.n_activations
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
-    limit = 8 * (5 * sizes.n_parameters + 2.5 * a_client) / 1e9
+    limit = 8 * (2 * 5 * sizes.n_parameters + 2.5 * a_client) / 1e9
     chunked = updates_of(network, memory_limit_gb=limit, epochs=2, batch_size=3)(images, labels, seeds)
     assert relative_error(chunked, whole) < 1e-12
     assert len(calls) == 3 * 4, "three chunks of four steps"

@@ -39,7 +39,7 @@ class GradientsConfig:
     method: str = setting(
         "auto",
         "how per-leak gradients are made; auto: captured where every operation has a rule, else vmap; compiled: vmap "
-        "by torch.compile, which takes from seconds to minutes first",
+        "by torch.compile, which takes from seconds to minutes first; with several local steps: auto, vmap or loop",
         choices=["auto", "captured", "vmap", "compiled", "loop"],
     )
     memory_limit_gb: float = setting(2.0, "memory for making one batch of gradients, per device, in GB", above=0)

@@ -16,6 +16,7 @@ from gitlight.gradients.functional_gradients import FunctionalGradients
 from gitlight.gradients.memory import functional_entries, leaks_that_fit
 from gitlight.gradients.precision import plain_autograd, plain_tensor
 
+_METHODS = ("auto", "vmap", "loop")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 # As in the gradient engine, beside a client's own weights and their reordered copy for grouped convolutions.
@@ -68,7 +69,16 @@ class LocalUpdates:
     """
 
     def __init__(self, network: nn.Module, architecture: Architecture, settings: GradientsConfig) -> None:
-        """Args: the leaked network, its architecture (for sizes), and local steps, memory limit and precision."""
+        """Args: the leaked network, its architecture (for sizes), and local steps, method, memory limit and precision.
+
+        Raises:
+            ConfigError: ``gradients.method`` makes gradients at the leaked model's own weights alone.
+        """
+        if settings.method not in _METHODS:
+            raise ConfigError(
+                f"gradients.method: {settings.method} makes gradients at one set of weights, and clients that take "
+                "several local steps (gradients.updates) have each their own. Give gradients.method=auto, vmap or loop."
+            )
         self._network = network
         self._architecture = architecture
         self._settings = settings

@@ -126,6 +126,12 @@ def test_an_impossible_memory_limit_says_what_is_needed(network):
         updates_of(network, memory_limit_gb=1e-6, batch_size=2)(*clients(2, 4))
 
 
+@pytest.mark.parametrize("method", ["captured", "compiled"])
+def test_methods_for_the_model_s_own_weights_are_refused_by_name(network, method):
+    with pytest.raises(ConfigError, match=rf"gradients.method: {method} makes.*gradients.method=auto, vmap or loop"):
+        updates_of(network, method, epochs=2)
+
+
 @pytest.mark.parametrize("method", ["vmap", "loop"])
 def test_batch_norm_over_each_local_batch(method):
     torch.manual_seed(0)

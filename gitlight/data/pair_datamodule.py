@@ -14,7 +14,7 @@ from gitlight.data.pair_clock import PairClock
 from gitlight.data.sampling import mixed_seed, order_of_groups
 from gitlight.errors import CheckpointError
 from gitlight.generators.base import ALL_ONCE, FitPairs
-from gitlight.gradients.channel import GaussianNoise, build_channel
+from gitlight.gradients.channel import GaussianNoise, build_channel, sent
 from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.sketch import Sketch
 from gitlight.gradients.updates import LocalUpdates, n_local_steps, smallest_local_batch
@@ -54,6 +54,7 @@ class GradientPairDataModule(ImageDataModule):
         self.leaked_model = leaked_model
         self.clock = PairClock()
         self._channel = build_channel(channel)
+        self._memory_limit_gb = gradients.memory_limit_gb
         self._places: Tensor | None = None  # of images, in the order in which fits group them
         sketch = None if gradients.sketch.name == "none" else Sketch(leaked_model.architecture, gradients.sketch)
         self.architecture = (
@@ -121,14 +122,13 @@ class GradientPairDataModule(ImageDataModule):
             gradients = self._engine(images, labels)
         else:
             gradients = self._updates(images, labels, self._seeds("local order", split, epoch, indices))
-        if self._channel:
+        if self._channel or self._sketch_after is not None:
+            stages = self._channel
+            if noise is not None:
+                other = GaussianNoise(GaussianNoiseConfig(lowest_std=noise[0], relative_std=noise[1]))
+                stages = [other if isinstance(stage, GaussianNoise) else stage for stage in stages]
             seeds = self._seeds("noise", split, epoch, indices)
-            for stage in self._channel:
-                if noise is not None and isinstance(stage, GaussianNoise):
-                    stage = GaussianNoise(GaussianNoiseConfig(lowest_std=noise[0], relative_std=noise[1]))
-                gradients = stage(gradients, seeds)
-        if self._sketch_after is not None:
-            gradients = self._sketch_after(gradients)
+            gradients = sent(gradients, seeds, stages, self._sketch_after, self._memory_limit_gb)
         return GradientPair(gradients, images, labels, indices)
 
     def _seeds(self, purpose: str, split: str, epoch: int, indices: Tensor) -> Tensor:

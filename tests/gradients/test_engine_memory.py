@@ -20,9 +20,13 @@ COMMON = """
 import sys, torch
 from torch.nn.attention import SDPBackend
 from gitlight.architecture import Architecture
-from gitlight.config import GradientsConfig, UpdatesConfig, ViTConfig
+from gitlight.config import (
+    GaussianNoiseConfig, GradientsConfig, PruningConfig, SketchConfig, UpdatesConfig, ViTConfig
+)
 from gitlight.gradients import engine as engines
+from gitlight.gradients.channel import build_channel, sent
 from gitlight.gradients.engine import GradientEngine
+from gitlight.gradients.sketch import Sketch
 from gitlight.gradients.updates import LocalUpdates
 from gitlight.leaked import LEAKED_MODELS
 from gitlight.leaked.vit import vit
@@ -96,6 +100,20 @@ for _ in range(4):
 print(memory("VmHWM") - before)
 """
 
+CHANNEL = """
+stage, limit, n_leaks = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+network, architecture = named("lenet")
+images, labels = small_images(n_leaks)
+stages = build_channel([GaussianNoiseConfig() if stage == "noise" else PruningConfig()] if stage != "sketch" else [])
+sketch = Sketch(architecture, SketchConfig(name="count", size=64)) if stage == "sketch" else None
+GradientEngine(network, architecture, GradientsConfig())(images[:2], labels[:2])
+engine = GradientEngine(network, architecture, GradientsConfig(memory_limit_gb=limit))
+before = memory("VmRSS")
+for _ in range(3):
+    gradients = sent(engine(images, labels), torch.arange(n_leaks), stages, sketch, limit)
+print(memory("VmHWM") - before)
+"""
+
 
 def peak(script, *arguments):
     """What a script printed: the memory, in GB, that making leaks took at most."""
@@ -120,6 +138,11 @@ def test_attention_scores_are_within_the_limit(script, n_leaks):
 @pytest.mark.parametrize(("method", "limit"), [("captured", 0.15), ("updates", 0.2)])
 def test_a_loop_that_holds_the_last_result_stays_within_the_limit(method, limit):
     assert 0.6 * limit < peak(LOOP, method, limit, 1024) < 1.1 * limit
+
+
+@pytest.mark.parametrize("stage", ["noise", "pruning", "sketch"])
+def test_channels_and_sketches_after_them_stay_within_the_limit(stage):
+    assert 0.6 * 0.2 < peak(CHANNEL, stage, 0.2, 1024) < 1.1 * 0.2
 
 
 def test_room_for_a_second_result_is_left_where_there_is_any():

@@ -157,20 +157,6 @@ def test_bayes_looks_where_results_were_good(sweep: Open) -> None:
     assert sum(errors[-15:]) < 0.5 * sum(errors[:10]) * 15 / 10
 
 
-def test_bayes_does_not_look_where_other_workers_look_now(sweep: Open) -> None:
-    specification, study, _ = sweep(method="bayes", parameters="{optimizer.learning_rate: {min: 0.5, max: 1.5}}")
-
-    def ask(place: int) -> float:
-        study.sampler = make_sampler(specification, place)
-        return float(suggest(study.ask(), specification)["optimizer.learning_rate"])
-
-    for place in range(20):
-        rate = ask(place)
-        study.tell(place, -abs(rate - 0.7))
-    together = [ask(20) for _ in range(4)]  # by the same seed
-    assert len(set(together)) == 4
-
-
 def test_values_that_a_trial_has_stay_when_it_is_taken_up_again(sweep: Open) -> None:
     specification, study, storage = sweep(parameters="{optimizer.learning_rate: {min: 0.5, max: 1.5}}")
     study.sampler = make_sampler(specification, 0)

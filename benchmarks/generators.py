@@ -22,6 +22,8 @@ from machine import ROOT, machine
 
 from gitlight import evaluate, load_config, train
 from gitlight.config import Config
+from gitlight.decisions import with_decisions
+from gitlight.generators.ridge import RidgeRegression
 from gitlight.generators.width import n_trainable
 from gitlight.training import build_generator, build_pairs
 
@@ -167,12 +169,14 @@ def run_one(name: str, seed: int) -> None:
         evaluate(load_config(folder, [f"output_dir={folder}", *changed]))
         result = json.loads((folder / "evaluation" / "metrics.json").read_text())["results"][-1]
         row = {"name": name, "seed": seed, "changed": " ".join(changed), "seconds": seconds, "result": result}
-        print("ROW " + json.dumps(row | {"parameters": n_parameters(config)}), flush=True)
+        print("ROW " + json.dumps(row | n_parameters(config)), flush=True)
 
 
-def n_parameters(config: Config) -> int:
-    """Trainable ones of its generator."""
-    return n_trainable(build_generator(config, build_pairs(config).architecture))
+def n_parameters(config: Config) -> dict[str, int]:
+    """Trained parameters of the generator of a run, and fitted coefficients of its linear start."""
+    generator = build_generator(with_decisions(config), build_pairs(config).architecture)
+    starts = [module for module in generator.modules() if isinstance(module, RidgeRegression)]
+    return {"parameters": n_trainable(generator), "fitted": sum(one.coefficients.numel() for one in starts)}
 
 
 def measure(name: str, seed: int) -> list[dict[str, Any]]:
@@ -191,7 +195,8 @@ def table_rows(rows: list[dict[str, Any]]) -> list[str]:
         its = [row for row in rows if row["changed"] == changed]
         first = its[0]["result"]
         seconds = statistics.mean(row["seconds"] for row in its)
-        cells = [its[0]["name"], changed, f"{its[0]['parameters'] / 1e6:.1f}", f"{seconds:.0f}"]
+        cells = [its[0]["name"], changed, f"{its[0]['parameters'] / 1e6:.1f}", f"{its[0]['fitted'] / 1e6:.1f}"]
+        cells.append(f"{seconds:.0f}")
         cells.append(f"{1000 * first['seconds_per_image']:.1f}")
         for metric, digits in (("psnr", 2), ("ssim", 4), ("mse", 5)):
             means = [row["result"]["metrics"][metric]["mean"] for row in its]
@@ -221,7 +226,8 @@ def main() -> None:
         run_one(names[0], arguments.one)
         return
     print(f"\n{machine(arguments.seeds)}\n")
-    columns = ["case", "evaluated with", "million parameters", "training, s", "ms per image", "PSNR, dB", "SSIM", "MSE"]
+    columns = ["case", "evaluated with", "million parameters", "million fitted", "training, s", "ms per image"]
+    columns += ["PSNR, dB", "SSIM", "MSE"]
     print("| " + " | ".join([*columns, "labels right", "images"]) + " |")
     print("|" + " --- |" * (len(columns) + 2), flush=True)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

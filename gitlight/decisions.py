@@ -29,8 +29,12 @@ def with_decisions(config: Config) -> Config:
     # Where the noise is given, none is estimated, and all leaks are of one level.
     if settings.noise_range is None and settings.noise is None and not settings.forward_equations:
         settings = replace(settings, noise_range=possible)
+    # Equations hold of one gradient as it is.
+    spoilt = bool(config.channel) or (leak != "gradient" and config.data.client_batch_size == 1)
     if settings.averages_of_inverted_layers is None:
-        settings = replace(settings, averages_of_inverted_layers=bool(config.channel))
+        settings = replace(settings, averages_of_inverted_layers=spoilt)
+    if settings.closed_form_alone is None:
+        settings = replace(settings, closed_form_alone=not spoilt)
     if leak != "gradient":
         if settings.separate:
             raise ConfigError(
@@ -46,7 +50,7 @@ def with_decisions_of(config: Config, trained: Config) -> Config:
     settings, former = config.generator, trained.generator
     if not isinstance(settings, HybridGeneratorConfig) or not isinstance(former, HybridGeneratorConfig):
         return config
-    decided = ("separate", "noise_range", "averages_of_inverted_layers")
+    decided = ("separate", "noise_range", "averages_of_inverted_layers", "closed_form_alone")
     left_open = {name: getattr(former, name) for name in decided if getattr(settings, name) is None}
     return replace(config, generator=replace(settings, **left_open))
 

@@ -26,8 +26,7 @@ class LabelReader:
     are not negative. A ``log_softmax`` or a constant temperature behind the layer makes no difference.
 
     Attributes:
-        of_bias: whether there is a last linear layer's bias to read labels off.
-        readable: whether there is that bias, or that layer's weight.
+        readable: whether there is a last linear layer's bias, or its weight, whose whole gradient leaks.
     """
 
     def __init__(self, architecture: Architecture, client_batch_size: int, pairs: Iterable[GradientPair] = ()) -> None:
@@ -37,8 +36,8 @@ class LabelReader:
         """
         last, factor = below_rescaling(architecture)
         bias, weight = (_whole(last, role, architecture) for role in ("bias", "weight"))
-        self.of_bias = bias is not None
-        self.readable = self.of_bias or weight is not None
+        self._of_bias = bias is not None
+        self.readable = bias is not None or weight is not None
         self._name = bias or weight
         self._n_images, self._factor, self._end = client_batch_size, factor, architecture[architecture.output].place
         self._size: Tensor | None = None  # of an image's worth in sums over rows, times N
@@ -70,7 +69,7 @@ class LabelReader:
         # In units in which one image's worth is 1/N; the bias gradient has them already.
         if self._size is not None:
             error = error / self._size.to(error)
-        elif not self.of_bias:
+        elif not self._of_bias:
             negative = error.clamp_max(0).sum(dim=1, keepdim=True).abs().clamp_min(1e-300)
             error = error / negative
         found = labels_of_batch(error, self._probabilities.to(error), self._n_images)
@@ -80,7 +79,7 @@ class LabelReader:
         """``(B, classes)`` float64: the bias gradient, or what stands for it."""
         assert self._name is not None
         gradient = gradients[self._name].double()
-        return (gradient if self.of_bias else gradient.sum(dim=2)) / self._factor
+        return (gradient if self._of_bias else gradient.sum(dim=2)) / self._factor
 
     def _learn(self, pairs: Iterable[GradientPair], n_classes: int) -> None:
         """Mean probabilities, and without a bias how much an image is worth."""
@@ -93,7 +92,7 @@ class LabelReader:
         if not errors or not len(error := torch.cat(errors)):
             return
         count = torch.cat(counts)
-        if not self.of_bias:
+        if not self._of_bias:
             # Sums over rows are δ times a sum of activations, which is alike for all images of an untrained model.
             varied = count - count.mean(dim=0)
             size = -(error * varied).sum() / varied.square().sum().clamp_min(1e-300)

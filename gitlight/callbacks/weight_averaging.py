@@ -21,4 +21,5 @@ def moving_average(decay: float) -> WeightAveraging:
         kept: Tensor = get_ema_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, n_averaged)
         return kept
 
-    return WeightAveraging(avg_fn=average)
+    # Buffers are what fits have found, and digests of sketches: none is an average of others.
+    return WeightAveraging(use_buffers=False, avg_fn=average)

@@ -103,7 +103,15 @@ class HybridGeneratorConfig(GeneratorConfig):
         "null: where a channel changes the leaks",
     )
     linear_start_features: int = setting(
-        6144, "most features that the closed-form linear start uses (its cost grows with the cube)", minimum=1
+        6144,
+        "most features that the closed-form linear start uses (its cost grows with the cube); with large images fewer, "
+        "so that it has at most 134 million coefficients",
+        minimum=1,
+    )
+    closed_form_alone: bool | None = setting(
+        None,
+        "where the closed form reaches the image, leave it at that and train nothing; null: unless a channel or "
+        "several local steps change the leaks, of which its equations do not hold",
     )
 
 

@@ -48,7 +48,7 @@ def _recovered_labels(pair: GradientPair, found: Tensor | None, read_labels: Lab
     By the attack itself, where it does so (``found``), or else from the gradients alone.
     """
     if found is None:
-        if not read_labels.of_bias:
+        if not read_labels.readable:
             return None
         found = read_labels(pair.gradients)
     # Of one image a wrong label is shown as it was read.

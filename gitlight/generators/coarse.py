@@ -12,16 +12,13 @@ from gitlight.data.pair import Gradients
 from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import FitOn, Generator, PairFit, clamp_passing_gradients
 from gitlight.generators.modules import divide
-from gitlight.generators.ridge import RidgeRegression
+from gitlight.generators.ridge import MOST_COEFFICIENTS, RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
 
 _MOST_ENTRIES = 4096
 """Entries that a fully connected layer makes or takes of maps; larger ones are made by convolutions, and pooled."""
-
-_MOST_COEFFICIENTS = 1 << 27
-"""Of the linear start: a gigabyte of sums in double precision."""
 
 _LEAST_POSITIONS = 64
 """Positions of maps from which convolutions make them."""
@@ -52,7 +49,7 @@ class CoarseGenerator(Generator):
         self.averages = WeightedAverages(architecture, client_batch_size, None if settings.averages else ())
         self._modules_down = divide(architecture, settings.modules)[::-1]
         averages = self.averages.split(torch.zeros(1, self.averages.n_entries))
-        most = min(settings.linear_start_features, _MOST_COEFFICIENTS // prod(architecture.image_shape))
+        most = min(settings.linear_start_features, MOST_COEFFICIENTS // prod(architecture.image_shape))
         self._in_start = self.averages.smallest(most)
         n_start = sum(averages[name].shape[1] for name in self._in_start)
         self.ridge = RidgeRegression(n_start, prod(architecture.image_shape)) if n_start else None

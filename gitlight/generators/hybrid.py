@@ -23,10 +23,18 @@ from gitlight.generators.base import (
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
 from gitlight.generators.exact.separated import SeparatedFeatures, can_separate
 from gitlight.generators.hybrid_features import deepest_that_fit, smallest_parameters
-from gitlight.generators.hybrid_fits import AsItIs, FeatureFit, FeatureStandardisation, MatchedFit, take_weights
+from gitlight.generators.hybrid_fits import (
+    AsItIs,
+    AsItIsOrRegression,
+    FeatureFit,
+    FeatureStandardisation,
+    MatchedFit,
+    Start,
+    take_weights,
+)
 from gitlight.generators.noise_bands import BandedRegression, bands_of
 from gitlight.generators.refinement import FeatureMaps, Refinement
-from gitlight.generators.ridge import RidgeRegression
+from gitlight.generators.ridge import MOST_COEFFICIENTS, RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
@@ -38,7 +46,7 @@ class HybridGenerator(Generator):
     1. `ClosedFormFeatures`: inputs of the leaked layers, by their gradient equations, as far down as these carry; and
        `WeightedAverages` of the inputs of all layers further down.
     2. A linear start: ridge regression from both to the image, fitted on the pairs in closed form; or the image itself,
-       where the walk reaches it. Neither is changed by training.
+       where the walk reaches it, unless leaks are such that the regression is nearer. Training changes neither.
     3. A convolutional `Refinement`, trained: it sees the start, the features as maps, how sure each of them is, how
        noisy the leak, and maps made from the gradients of the layers that the walk does not reach; it adds what the
        start misses.
@@ -93,7 +101,8 @@ class HybridGenerator(Generator):
         shapes = [feature.shape for feature in self.walk.features]
         # What gradient equations alone give exactly needs no more; what rests on forward equations, noise may reach.
         # A client batch is told apart most of the time only.
-        self._solved = self.walk.reaches_the_image and not settings.forward_equations and client_batch_size == 1
+        by_gradients = self.walk.reaches_the_image and not settings.forward_equations and client_batch_size == 1
+        self._solved = by_gradients and settings.closed_form_alone is not False
         # With one image per leak even a least-norm estimate holds all that its layer's equations say; with more, an
         # average of the inputs holds a fraction of it.
         explained = {feature.layer for feature in self.walk.features if feature.exact or client_batch_size == 1}
@@ -103,13 +112,14 @@ class HybridGenerator(Generator):
         small = smallest_parameters(unexplained, architecture, settings.gradient_entries)
         self.scaling = GradientScaling(architecture, small) if small and settings.gradient_channels else None
         reached = self.walk.features[-1].result == IMAGE and settings.forward_equations
-        reached = reached or (self.walk.reaches_the_image and not self._solved)
+        reached = reached or (self.walk.reaches_the_image and not by_gradients)
+        most = min(settings.linear_start_features, MOST_COEFFICIENTS // n_image)
         if reached:
             self._in_start = {len(shapes) - 1: shapes[-1]}
         else:
-            self._in_start = deepest_that_fit(shapes, settings.linear_start_features)
+            self._in_start = deepest_that_fit(shapes, most)
         n_start = sum(map(prod, self._in_start.values()))
-        left = settings.linear_start_features - n_start
+        left = most - n_start
         averaged = unexplained
         if settings.averages_of_inverted_layers:
             averaged = [name for layer in architecture.layers for name in layer.parameters.values()]
@@ -122,13 +132,19 @@ class HybridGenerator(Generator):
         # Where a channel spoils what the closed form makes of all equations, averages of some may be worth more.
         both = settings.averages_of_inverted_layers and self.averages.n_entries > 0
         n_weighed = n_start - self.averages.n_entries if both else 0
-        self.ridge: RidgeRegression | BandedRegression | AsItIs | None = None
+        self.ridge: Start | BandedRegression | None = None
+        self._sees_image = by_gradients and not self._solved
+
+        def regression() -> RidgeRegression | AsItIsOrRegression:
+            ridge = RidgeRegression(n_start, n_image, n_weighed)
+            return AsItIsOrRegression(ridge) if self._sees_image else ridge
+
         if reached:
             self.ridge = AsItIs()
         elif self._bands and not self._solved:
-            self.ridge = BandedRegression(n_start, n_image, self._bands, n_weighed)
+            self.ridge = BandedRegression([regression() for _ in self._bands], self._bands)
         elif not self._solved:
-            self.ridge = RidgeRegression(n_start, n_image, n_weighed)
+            self.ridge = regression()
         self.standardisation = FeatureStandardisation(shapes)
         n_gradient_entries = self.averages.n_entries + (self.scaling.n_entries if self.scaling else 0)
 
@@ -214,7 +230,7 @@ class HybridGenerator(Generator):
         elif self.ridge is not None:
             yield from self._start_fits(self.ridge, common=True)
 
-    def _start_fits(self, ridge: RidgeRegression | AsItIs, common: bool) -> Iterator[FitOn]:
+    def _start_fits(self, ridge: Start, common: bool) -> Iterator[FitOn]:
         """Of one regression, and of what is common to all."""
         yield FitOn(FeatureFit(self, ridge, common), mirrored=self._mirrored)
         if isinstance(ridge, RidgeRegression) and self.walk.n_slots > 1:
@@ -230,6 +246,8 @@ class HybridGenerator(Generator):
         if self.walk.n_slots > 1:
             reached += f", of each of {self.walk.n_slots} images"
         how = "" if one else f", as if {leak} were one gradient"
+        if self._solved:
+            averages = ". Nothing is left to train"
         return f"hybrid inverts in closed form{how}: {reached}; it ends there because {self.walk.end}{averages}"
 
     def estimated_parameters(self) -> dict[str, ParameterEstimate]:
@@ -254,7 +272,7 @@ class HybridGenerator(Generator):
         """
         first = next(iter(gradients.values()))
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False), full_float32():
-            features, averages = self.walk(gradients), self._of_each_slot(self.averages.features(gradients))
+            features, averages = self.walked(gradients), self._of_each_slot(self.averages.features(gradients))
             flat = features.values[-1]
             if isinstance(self.ridge, BandedRegression):
                 flat = self.ridge(self.start_features(features.values, averages), features.levels[:, 0])
@@ -262,13 +280,18 @@ class HybridGenerator(Generator):
                 flat = self.ridge(self.start_features(features.values, averages))
             return features, averages, flat.reshape(-1, *self.architecture.image_shape).float()
 
+    def walked(self, gradients: Gradients) -> FeatureValues:
+        """The walk's features; an image that noise may have thrown out of [0, 1] is put back."""
+        found = self.walk(gradients)
+        return found._replace(values=[*found.values[:-1], found.values[-1].clamp(0, 1)]) if self._sees_image else found
+
     def _of_each_slot(self, of_leaks: Tensor) -> Tensor:
         """``(B, n)`` to ``(B · slots, n)``: what no equation divides among a leak's images, for each of them."""
         return of_leaks.repeat_interleave(self.walk.n_slots, dim=0) if self.walk.n_slots > 1 else of_leaks
 
     def start_features(self, features: list[Tensor], averages: Tensor) -> Tensor:
         """What the linear start uses, flattened: ``(B, n)`` float64."""
-        chosen = []
+        chosen = [features[-1].flatten(1)] if self._sees_image else []
         for index, shape in self._in_start.items():
             feature = features[index]
             if feature.shape[1:] != shape:

@@ -97,6 +97,55 @@ class AsItIs(nn.Module):
         self._sums = []
 
 
+class AsItIsOrRegression(nn.Module):
+    """Where the walk gives an image that noise may have spoilt: that image, or a regression, whichever errs less.
+
+    Args:
+        ridge: of the features that come after the image's own entries.
+    """
+
+    is_regression: Tensor
+
+    def __init__(self, ridge: RidgeRegression) -> None:
+        super().__init__()
+        self.ridge, self.as_it_is = ridge, AsItIs()
+        self.register_buffer("is_regression", torch.ones((), dtype=torch.bool))
+
+    @property
+    def error(self) -> Tensor:
+        """Root mean square over the pairs; of the regression, over those held out."""
+        return torch.where(self.is_regression, self.ridge.error, self.as_it_is.error)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, entries + n)``, an image's entries first, to images ``(B, entries)``, float32."""
+        image, others = self._divided(features)
+        return torch.where(self.is_regression, self.ridge(others), self.as_it_is(image))
+
+    def add(self, features: Tensor, wanted: Tensor, numbers: Tensor) -> None:
+        """Add pairs to the sums of both."""
+        image, others = self._divided(features)
+        self.as_it_is.add(image, wanted, numbers)
+        self.ridge.add(others, wanted, numbers)
+
+    def sums(self) -> Sequence[Tensor]:
+        """What is added up over devices."""
+        return [*self.as_it_is.sums(), *self.ridge.sums()]
+
+    def solve(self) -> None:
+        """Solve both, and choose."""
+        self.as_it_is.solve()
+        self.ridge.solve()
+        self.is_regression.copy_(self.ridge.error < self.as_it_is.error)
+
+    def _divided(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        n_image = self.ridge.offset.numel()
+        return features[:, :n_image], features[:, n_image:]
+
+
+Start = RidgeRegression | AsItIs | AsItIsOrRegression
+"""What makes the linear start."""
+
+
 class FeatureFit:
     """The `PairFit` of all that stands on the walk's features: computed once, they cost more than the sums.
 
@@ -106,7 +155,7 @@ class FeatureFit:
         common: whether to fit what is not a regression's, too: means and deviations.
     """
 
-    def __init__(self, generator: "HybridGenerator", ridge: RidgeRegression | AsItIs, common: bool) -> None:
+    def __init__(self, generator: "HybridGenerator", ridge: Start, common: bool) -> None:
         self._generator = generator
         self._ridge = ridge
         self._common = common
@@ -114,7 +163,7 @@ class FeatureFit:
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
         generator = self._generator
-        features, averages = generator.walk(gradients).values, generator.averages.features(gradients)
+        features, averages = generator.walked(gradients).values, generator.averages.features(gradients)
         # A linear map of each image's features is the same map of their means: no image need be assigned to them.
         means = [feature.unflatten(0, (len(images), -1)).mean(dim=1) for feature in features]
         self._ridge.add(generator.start_features(means, averages), images.mean(dim=1).flatten(1), numbers)

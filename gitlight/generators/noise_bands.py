@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gitlight.errors import ConfigError
+from gitlight.generators.hybrid_fits import AsItIsOrRegression
 from gitlight.generators.ridge import RidgeRegression
 
 _SHOWS = 1e-5
@@ -52,18 +53,18 @@ class BandedRegression(nn.Module):
     """
 
     def __init__(
-        self, n_features: int, n_outputs: int, bands: Sequence[tuple[float, float]], n_weighed: int = 0
+        self, regressions: Sequence[RidgeRegression | AsItIsOrRegression], bands: Sequence[tuple[float, float]]
     ) -> None:
-        """Args: as of `RidgeRegression`, which chooses weights for each band by itself; and the bands."""
+        """Args: one for each band, each of which chooses weights for itself; and the bands."""
         super().__init__()
-        self.regressions = nn.ModuleList(RidgeRegression(n_features, n_outputs, n_weighed) for _ in bands)
+        self.regressions = nn.ModuleList(regressions)
         edges = [max(highest, _SHOWS) for _, highest in bands[:-1]]
         self._edges = [math.log10(edge) for edge in edges]
 
-    def band(self, number: int) -> RidgeRegression:
+    def band(self, number: int) -> RidgeRegression | AsItIsOrRegression:
         """The regression of one band."""
         regression = self.regressions[number]
-        assert isinstance(regression, RidgeRegression)
+        assert isinstance(regression, RidgeRegression | AsItIsOrRegression)
         return regression
 
     def bands_of(self, levels: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ class BandedRegression(nn.Module):
     def forward(self, features: Tensor, levels: Tensor) -> Tensor:
         """``(B, n_features)`` float64 and ``(B,)`` to ``(B, n_outputs)``, float32."""
         bands = self.bands_of(levels)
-        found = features.new_zeros(len(features), self.band(0).offset.numel(), dtype=torch.float32)
-        for number in range(len(self.regressions)):
+        found = self.band(0)(features)
+        for number in range(1, len(self.regressions)):
             its = (bands == number).nonzero().squeeze(1)
             if len(its):
                 found = found.index_copy(0, its, self.band(number)(features[its]))

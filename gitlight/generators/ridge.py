@@ -14,6 +14,9 @@ STRENGTHS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 WEIGHTS = ((1.0, 1.0), (0.1, 1.0), (0.0, 1.0), (1.0, 0.0))
 """Candidates for how much the first features and the others count, where that is chosen, too."""
 
+MOST_COEFFICIENTS = 1 << 27
+"""Of a linear start: a gigabyte for each of its sums in double precision."""
+
 _HELD_OUT = 10  # one pair in so many is held out while the strength is chosen
 _OUTPUTS_TRIED = 64
 

@@ -40,7 +40,7 @@ def test_what_is_no_range_is_named(noise_range):
 def test_each_leak_goes_through_the_regression_of_its_band():
     torch.manual_seed(0)
     bands = [(0.0, 0.0), (1e-4, 1e-2), (1e-2, 1.0)]
-    banded = BandedRegression(3, 2, bands)
+    banded = BandedRegression([RidgeRegression(3, 2) for _ in bands], bands)
     alone = [RidgeRegression(3, 2) for _ in bands]
     for number, regression in enumerate(alone):
         features, outputs = torch.randn(100, 3, dtype=torch.float64), torch.randn(100, 2)

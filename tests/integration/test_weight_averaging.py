@@ -72,6 +72,17 @@ def test_it_is_continued_and_evaluated(train, evaluate, tmp_path):
     assert evaluate(str(tmp_path / "parts"), "evaluation.n_images=8") == 0
 
 
+def test_a_sketch_and_entries_that_never_vary_are_no_average(train, evaluate, tmp_path):
+    (tmp_path / "run.yaml").write_text("optimizer: {ema_decay: 0.0}\n")
+    sketch = ["gradients.sketch.name=count", "gradients.sketch.size=64", "leaked.activation=relu"]
+    settings = ["run.yaml", *SMALL, *MLP, *sketch, f"output_dir={tmp_path / 'run'}"]
+    assert train(*settings) == 0
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert not any(value.isnan().any() for value in state.values())
+    assert evaluate(str(tmp_path / "run"), "evaluation.n_images=8") == 0
+    assert train(str(tmp_path / "run"), "trainer.resume=last", "trainer.max_epochs=11") == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [(["generator.name=exact"], "ExactGenerator has no trained weights"), ([*MLP, "trainer.strategy=fsdp"], "sharded")],

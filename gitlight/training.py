@@ -1,6 +1,7 @@
 """`GITModule`, the LightningModule around a generator, and `train`, what ``train.py`` does."""
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -223,17 +224,18 @@ def train(config: Config, network: nn.Module | None = None) -> Path:
     end_with_the_sweep()  # train.py did, and programs of users need not know
     # Around everything: until there is something to save, a warning is to end the process with an error; and after a
     # stop hardly anything is left to do that another signal could end.
-    with StopSignals() as signals:
+    with StopSignals() as signals, ExitStack() as held:
         config = with_decisions(with_network(config, network))
         check_loss(config)
         check_run_folder(config)
-        with run_lock(folder := run_folder(config)):  # also while a checkpoint is read, which another run may replace
-            _train(config, network, signals, folder)
+        if begun := (folder := run_folder(config)).exists():  # a checkpoint may be read, which another run may replace
+            held.enter_context(run_lock(folder))
+        _train(config, network, signals, None if begun else held)
     return folder
 
 
-def _train(config: Config, network: nn.Module | None, signals: StopSignals, folder: Path) -> None:
-    resume = checkpoint_to_resume(config)
+def _train(config: Config, network: nn.Module | None, signals: StopSignals, held: ExitStack | None) -> None:
+    resume, folder = checkpoint_to_resume(config), run_folder(config)
     module: LightningModule
     datamodule: ImageDataModule
     if config.task == "leaked":
@@ -265,6 +267,8 @@ def _train(config: Config, network: nn.Module | None, signals: StopSignals, fold
     datamodule.check_shares(world_size, settings["limit_train_batches"], settings["limit_val_batches"])
     if resumed is not None and resume is not None and resume.resolve().parent.parent != folder.resolve():
         resumed[WANDB_ID] = None  # a run that begins where another one was is not that one
+    if held is not None:  # a new run that was refused before leaves nothing, not even a lock
+        held.enter_context(run_lock(folder))
     prepare_run_folder(config, resume)
     trainer = build_trainer(config, settings, world_size, folder, resume, resumed, signals)
     with RankWatch(trainer) as watch:

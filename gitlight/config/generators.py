@@ -100,7 +100,7 @@ class HybridGeneratorConfig(GeneratorConfig):
     averages_of_inverted_layers: bool | None = setting(
         None,
         "use those of layers that the closed form inverts, too, and choose how much it and they count; "
-        "null: where a channel changes the leaks",
+        "null: where a channel, or of one image several local steps, change the leaks",
     )
     linear_start_features: int = setting(
         6144,

@@ -11,7 +11,7 @@ from gitlight.data.pair import Gradients, as_rows
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients import CHANNELS
-from gitlight.gradients.memory import leaks_that_fit
+from gitlight.gradients.memory import leaks_at_once
 from gitlight.gradients.sketch import Sketch
 
 ROUNDING = 1e-7
@@ -147,13 +147,14 @@ def _n_parts(gradients: Gradients, sketched: int, has_stages: bool, limit_gb: fl
     largest = max(gradient[:1].nbytes for gradient in gradients.values())
     fixed = sketched + (_LISTED_COPIES * largest if has_stages else 0)
     each = (_STAGE_COPIES if has_stages else _SKETCH_COPIES) * results / n_leaks
-    at_once = leaks_that_fit(limit_gb * 1e9, results, fixed, each)
-    if not at_once:
-        raise ConfigError(
-            f"gradients.memory_limit_gb: {limit_gb:g} GB is too little: the gradients of {n_leaks} leaks take "
-            f"{results / 1e9:.3g} GB, and for one at a time to pass channel and sketch {(fixed + each) / 1e9:.3g} GB. "
-            "Raise gradients.memory_limit_gb or lower data.batch_size."
-        )
+    at_once = leaks_at_once(
+        limit_gb,
+        results,
+        fixed,
+        each,
+        f"the gradients of {n_leaks} leaks take",
+        "and for one at a time to pass channel and sketch",
+    )
     if first.device.type == "cpu":
         at_once = min(at_once, max(1, int(_CPU_PART_BYTES * n_leaks / results)))
     return -(-n_leaks // at_once)

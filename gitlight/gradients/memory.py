@@ -65,7 +65,7 @@ class MemoryModel:
 
         Args:
             images: all of them, ``(B, N, C, H, W)``.
-            limit_gb: for results and workspace together, as `leaks_that_fit` has it.
+            limit_gb: for results and workspace together, as `leaks_at_once` has it.
 
         Raises:
             ConfigError: one at a time needs more.
@@ -74,16 +74,34 @@ class MemoryModel:
         results = n_leaks * self.result * self.entry_bytes
         fixed = self.fixed * self.entry_bytes
         each = (self.per_leak + per_leak * self.per_image) * self.entry_bytes
-        chunk = leaks_that_fit(limit_gb * 1e9, results, fixed, each)
-        if not chunk:
-            raise ConfigError(
-                f"gradients.memory_limit_gb: {limit_gb:g} GB is too little: the gradients of "
-                f"{n_leaks} leaks take {results / 1e9:.3g} GB and making one at a time {(fixed + each) / 1e9:.3g} GB. "
-                "Raise gradients.memory_limit_gb or lower data.batch_size."
-            )
+        chunk = leaks_at_once(
+            limit_gb, results, fixed, each, f"the gradients of {n_leaks} leaks take", "and making one at a time"
+        )
         if self.method == "captured" and images.device.type == "cpu":
             chunk = min(chunk, max(1, int(_CPU_CHUNK_BYTES / (per_leak * self.per_image * self.entry_bytes))))
         return max(1, min(n_leaks, chunk))
+
+
+def leaks_at_once(limit_gb: float, results: float, fixed: float, each: float, all_take: str, one_takes: str) -> int:
+    """`leaks_that_fit`, at least one.
+
+    Args:
+        limit_gb: in GB.
+        results: bytes of the results of all.
+        fixed: bytes that do not depend on how many are made at once.
+        each: bytes that each of them takes.
+        all_take: what takes ``results``, for the message.
+        one_takes: what takes ``fixed`` and ``each``.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    if n := leaks_that_fit(limit_gb * 1e9, results, fixed, each):
+        return n
+    raise ConfigError(
+        f"gradients.memory_limit_gb: {limit_gb:g} GB is too little: {all_take} {results / 1e9:.3g} GB {one_takes} "
+        f"{(fixed + each) / 1e9:.3g} GB. Raise gradients.memory_limit_gb or lower data.batch_size."
+    )
 
 
 def leaks_that_fit(limit: float, results: float, fixed: float, each: float) -> int:

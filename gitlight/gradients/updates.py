@@ -13,7 +13,7 @@ from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients.checks import check_images, check_labels, check_seeds
 from gitlight.gradients.functional_gradients import FunctionalGradients
-from gitlight.gradients.memory import functional_entries, leaks_that_fit
+from gitlight.gradients.memory import functional_entries, leaks_at_once
 from gitlight.gradients.precision import plain_autograd, plain_tensor
 
 _METHODS = ("auto", "vmap", "loop")
@@ -168,21 +168,21 @@ class LocalUpdates:
                 total.add_(made[name], alpha=1 / n_steps)
 
     def _clients_per_chunk(self, n_clients: int, client_batch_size: int) -> int:
-        """How many clients descend at once, as `leaks_that_fit` has it."""
+        """How many clients descend at once, as `leaks_at_once` has it."""
         entry = torch.finfo(self._dtype).bits // 8
-        limit = self._settings.memory_limit_gb * 1e9
         n_images = min(self._settings.updates.batch_size or client_batch_size, client_batch_size)
         results = n_clients * self._architecture.n_parameters * entry
         workspace = entry * (
             _PARAMETER_COPIES * self._architecture.n_parameters + n_images * functional_entries(self._architecture)
         )
-        chunk = leaks_that_fit(limit, results, 0, workspace)
-        if not chunk:
-            raise ConfigError(
-                f"gradients.memory_limit_gb: {self._settings.memory_limit_gb:g} GB is too little: the updates of "
-                f"{n_clients} clients take {results / 1e9:.3g} GB and making one at a time {workspace / 1e9:.3g} GB. "
-                "Raise gradients.memory_limit_gb or lower data.batch_size."
-            )
+        chunk = leaks_at_once(
+            self._settings.memory_limit_gb,
+            results,
+            0,
+            workspace,
+            f"the updates of {n_clients} clients take",
+            "and making one at a time",
+        )
         return max(1, min(n_clients, chunk))
 
 

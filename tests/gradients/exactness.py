@@ -33,13 +33,17 @@ def engine_of(network, method="auto"):
     return GradientEngine(network, Architecture.of(network, SHAPE, N_CLASSES), settings)
 
 
+def assert_are_autograds(found, network, images, labels):
+    for name, wanted in autograd_loop(network, images, labels).items():
+        assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+
+
 def assert_exact(network, client_batch_size=2, method="auto"):
     images, labels = pairs(client_batch_size)
     before = images.clone()
     found = engine_of(network, method)(images, labels)
     assert torch.equal(images, before)
-    for name, wanted in autograd_loop(network, images, labels).items():
-        assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+    assert_are_autograds(found, network, images, labels)
 
 
 class Reversed(torch.autograd.Function):

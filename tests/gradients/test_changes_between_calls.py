@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exactness import N_CLASSES, Reversed, assert_exact, autograd_loop, engine_of, pairs
+from exactness import N_CLASSES, Reversed, assert_are_autograds, assert_exact, autograd_loop, engine_of, pairs
 from torch import nn
 
 
@@ -25,8 +25,7 @@ def test_a_replaced_module_is_followed():
     engine(images, labels)
     network[2] = nn.Tanh()
     found = engine(images, labels)
-    for name, wanted in autograd_loop(network, images, labels).items():
-        assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+    assert_are_autograds(found, network, images, labels)
 
 
 def test_hooks_and_modules_that_take_each_others_place_are_told_apart():
@@ -41,8 +40,7 @@ def test_hooks_and_modules_that_take_each_others_place_are_told_apart():
 
     def check():
         found = engine(images, labels)
-        for name, wanted in autograd_loop(network, images, labels).items():
-            assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+        assert_are_autograds(found, network, images, labels)
 
     check()
     changing.remove()
@@ -104,8 +102,7 @@ def test_a_modules_attributes_are_followed(method):
     ):
         change()
         found = engine(images, labels)
-        for name, wanted in autograd_loop(network, images, labels).items():
-            assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+        assert_are_autograds(found, network, images, labels)
 
 
 class CountsInPython(nn.Module):

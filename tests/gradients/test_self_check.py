@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exactness import N_CLASSES, SHAPE, Reversed, assert_exact, autograd_loop, engine_of, pairs
+from exactness import N_CLASSES, SHAPE, Reversed, assert_are_autograds, assert_exact, autograd_loop, engine_of, pairs
 from torch import nn
 from torch.nn import functional as F
 
 from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig, SketchConfig
 from gitlight.errors import ConfigError
+from gitlight.gradients.captured import CapturedGradients
 from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.sketch import Sketch
 
@@ -103,8 +104,7 @@ def test_a_backward_pass_of_ones_own_is_seen_however_little_it_counts(scale):
     engine(images, labels)
     nn.init.constant_(network.scale, 0.5)
     found = engine(images, labels)
-    for name, wanted in autograd_loop(network, images, labels).items():
-        assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+    assert_are_autograds(found, network, images, labels)
 
 
 class Keeps(nn.Module):
@@ -226,11 +226,21 @@ def test_nothing_left_out_is_captured_in_float32():
         torch.testing.assert_close(found[name].double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_a_graph_that_names_its_precision_is_traced_again_in_float64():
+@pytest.mark.parametrize("names_it", [False, True])
+def test_a_graph_is_traced_again_in_float64_only_if_it_names_its_precision(names_it, monkeypatch):
+    traced = []
+
+    class Counted(CapturedGradients):
+        def __init__(self, *arguments):
+            traced.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("gitlight.gradients.engine.CapturedGradients", Counted)
     torch.manual_seed(0)
-    network = Model(lambda model, x: x * torch.ones(6, dtype=x.dtype, device=x.device).cumsum(0) * model.scale)
+    network = Model(lambda model, x: (x.to(x.dtype) if names_it else x) * model.scale)
     images, labels = pairs()
     found = engine_in_float32(network)(images, labels)
+    assert len(traced) == 1 + names_it
     for name, wanted in autograd_loop(network, images, labels).items():
         torch.testing.assert_close(found[name].double(), wanted, rtol=1e-4, atol=1e-6)
 
@@ -248,14 +258,11 @@ def test_what_weights_of_zero_hide_is_seen_before_they_move():
     engine(images, labels)
     nn.init.constant_(network.scale, 0.5)
     found = engine(images, labels)
-    for name, wanted in autograd_loop(network, images, labels).items():
-        assert torch.allclose(found[name], wanted, rtol=1e-10, atol=1e-13), name
+    assert_are_autograds(found, network, images, labels)
 
 
 def test_weights_with_no_finite_gradient_beside_them_are_checked_where_they_are():
     torch.manual_seed(0)
-    network = Model(lambda model, x: x * model.scale.sub(1).abs().add(1e-300).log())
-    nn.init.constant_(network.scale, 3.0)
+    network = Model(lambda model, x: x * model.scale + torch.where(model.bound == 0, model.bound, torch.nan))
     network.bound = nn.Parameter(torch.zeros(()))
-    network.between = lambda model, x: x * model.scale + torch.where(model.bound == 0, model.bound, torch.nan)
     assert_exact(network, method="captured")

@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from gitlight.compatibility import (
     check_virtual_ranks,
     check_weights_from,
 )
-from gitlight.config import Config, GivenConfig, LossConfig, OptimizerConfig
+from gitlight.config import Config, LossConfig, OptimizerConfig
 from gitlight.data.datamodule import ImageDataModule, image_shape, load_images
 from gitlight.data.pair import GradientPair, Gradients
 from gitlight.data.pair_datamodule import GradientPairDataModule
@@ -32,6 +31,7 @@ from gitlight.fitting import fit_in_closed_form
 from gitlight.generators import GENERATORS
 from gitlight.generators.base import Generator
 from gitlight.gradients.updates import describe_leak
+from gitlight.leaked.custom import with_network
 from gitlight.leaked.model import LeakedModel
 from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
@@ -182,18 +182,6 @@ def build_generator(config: Config, architecture: Architecture) -> Generator:
         generator = component(architecture, config.generator, config.data.client_batch_size)
     assert isinstance(generator, Generator)
     return generator
-
-
-def with_network(config: Config, network: nn.Module | None) -> Config:
-    """The config of a run whose leaked model is passed in Python: ``leaked`` then says so; None changes nothing.
-
-    Of the settings of another leaked model only ``batch_norm`` is kept: the others say how to make that one.
-    """
-    if network is None:
-        return config
-    former = config.leaked
-    leaked = former if isinstance(former, GivenConfig) else GivenConfig(batch_norm=former.batch_norm)
-    return replace(config, leaked=replace(leaked, type=f"{type(network).__module__}.{type(network).__qualname__}"))
 
 
 def build_pairs(config: Config, network: nn.Module | None = None) -> GradientPairDataModule:

@@ -11,11 +11,12 @@ from gitlight.errors import ConfigError
 from gitlight.evaluation.search import evaluate_search
 from gitlight.evaluation.trained import attack, evaluate_generator
 from gitlight.evaluation.writing import Evaluation
+from gitlight.leaked.custom import with_network
 from gitlight.report.results import read_results
 from gitlight.runs import run_folder
 from gitlight.trained import trained_checkpoint
 from gitlight.trainer import accelerator
-from gitlight.training import build_pairs, with_network
+from gitlight.training import build_pairs
 
 __all__ = ["Evaluation", "attack", "evaluate"]
 

@@ -4,13 +4,14 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from gitlight.architecture import ImageShape
-from gitlight.config import CustomConfig, GivenConfig, LeakedConfig
+from gitlight.config import Config, CustomConfig, GivenConfig, LeakedConfig
 from gitlight.errors import ConfigError
 from gitlight.exported import check_traceable, copied
 from gitlight.leaked.activations import replace_activations
@@ -48,6 +49,18 @@ def custom(settings: CustomConfig, image_shape: ImageShape, n_classes: int) -> n
     if not isinstance(network, nn.Module):
         raise ConfigError(f"leaked.target: {call} returns {type(network).__name__}, not a torch.nn.Module.")
     return with_activation(network.cpu().float(), settings)
+
+
+def with_network(config: Config, network: nn.Module | None) -> Config:
+    """The config of a run whose leaked model is passed in Python: ``leaked`` then says so; None changes nothing.
+
+    Of the settings of another leaked model only ``batch_norm`` is kept: the others say how to make that one.
+    """
+    if network is None:
+        return config
+    former = config.leaked
+    leaked = former if isinstance(former, GivenConfig) else GivenConfig(batch_norm=former.batch_norm)
+    return replace(config, leaked=replace(leaked, type=f"{type(network).__module__}.{type(network).__qualname__}"))
 
 
 def given(settings: LeakedConfig, network: nn.Module) -> nn.Module:

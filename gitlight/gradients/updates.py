@@ -22,6 +22,10 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # As in the gradient engine, beside a client's own weights and their reordered copy for grouped convolutions.
 _PARAMETER_COPIES = 4
 
+# Mean entries, results and parameters, of an operation on one client's local batch from which clients take turns on
+# CPUs: calls for each cost little then, and what all clients' entries take leaves the caches (docs/decisions.md).
+_LARGE_OPERATION = 64_000
+
 
 def n_local_steps(settings: UpdatesConfig, client_batch_size: int) -> int:
     """Local steps of SGD that a client takes before it shares; 1: what it shares is its gradient.
@@ -83,10 +87,8 @@ class LocalUpdates:
         self._architecture = architecture
         self._settings = settings
         self._dtype = _DTYPES[settings.dtype]
-        one_by_one = settings.method == "loop"
-        self._gradients = FunctionalGradients(
-            network, "loop" if one_by_one else "vmap", falls_back=settings.method != "vmap"
-        )
+        self._in_turn = FunctionalGradients(network, "loop")
+        self._together = FunctionalGradients(network, "vmap", falls_back=settings.method != "vmap")
 
     def __call__(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Gradients:
         """Updates of ``B`` clients; ``B`` may be 0.
@@ -108,7 +110,10 @@ class LocalUpdates:
         check_images(images, self._architecture.image_shape)
         check_labels(images, labels, self._architecture.n_classes)
         check_seeds(images, seeds)
+        in_turn = self._take_turns(images)
+        gradients = self._in_turn if in_turn else self._together
         chunk = self._clients_per_chunk(len(images), images.shape[1])
+        chunk = 1 if in_turn else chunk
         orders = self._orders(seeds, images.shape[1]).to(images.device)
         # For the fused kernels of attention vmap has no rule.
         with plain_autograd(images.device.type), sdpa_kernel(SDPBackend.MATH):
@@ -127,7 +132,7 @@ class LocalUpdates:
             for start in range(0, len(images), chunk):
                 part = slice(start, start + chunk)
                 sums = {name: total[part] for name, total in result.items()}
-                self._descend(leaked, tensors, images[part], labels[part], orders[part], sums)
+                self._descend(gradients, leaked, tensors, images[part], labels[part], orders[part], sums)
         return result
 
     def _orders(self, seeds: Tensor, n_images: int) -> Tensor:
@@ -142,6 +147,7 @@ class LocalUpdates:
 
     def _descend(
         self,
+        gradients: FunctionalGradients,
         leaked: Gradients,
         others: Gradients,
         images: Tensor,
@@ -158,19 +164,32 @@ class LocalUpdates:
             examples = images[batch].to(self._dtype), labels[batch]
             if weights is None:
                 # All clients begin with the same weights: one matrix product serves them all.
-                made = self._gradients(leaked, others, *examples)
+                made = gradients(leaked, others, *examples)
                 weights = {name: value - settings.learning_rate * made[name] for name, value in leaked.items()}
             else:
-                made = self._gradients(weights, others, *examples, own_weights=True)
+                made = gradients(weights, others, *examples, own_weights=True)
                 for name, value in weights.items():
                     value.sub_(made[name], alpha=settings.learning_rate)
             for name, total in sums.items():
                 total.add_(made[name], alpha=1 / n_steps)
 
+    def _take_turns(self, images: Tensor) -> bool:
+        """Whether clients descend one after another, and not all of a chunk at once."""
+        if self._settings.method != "auto":
+            return self._settings.method == "loop"
+        if images.device.type != "cpu":
+            return False
+        n_images = self._local_batch(images.shape[1])
+        entries = n_images * self._architecture.n_activations + self._architecture.n_parameters
+        return entries >= _LARGE_OPERATION * len(self._architecture.layers)
+
+    def _local_batch(self, client_batch_size: int) -> int:
+        return min(self._settings.updates.batch_size or client_batch_size, client_batch_size)
+
     def _clients_per_chunk(self, n_clients: int, client_batch_size: int) -> int:
         """How many clients descend at once, as `leaks_at_once` has it."""
         entry = torch.finfo(self._dtype).bits // 8
-        n_images = min(self._settings.updates.batch_size or client_batch_size, client_batch_size)
+        n_images = self._local_batch(client_batch_size)
         results = n_clients * self._architecture.n_parameters * entry
         workspace = entry * (
             _PARAMETER_COPIES * self._architecture.n_parameters + n_images * functional_entries(self._architecture)

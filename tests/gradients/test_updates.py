@@ -126,6 +126,18 @@ def test_an_impossible_memory_limit_says_what_is_needed(network):
         updates_of(network, memory_limit_gb=1e-6, batch_size=2)(*clients(2, 4))
 
 
+@pytest.mark.parametrize(("hidden", "calls_a_step"), [(2000, 5), (20, 1)])
+def test_clients_take_turns_where_operations_are_large(hidden, calls_a_step):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, hidden), nn.Tanh(), nn.Linear(hidden, N_CLASSES))
+    architecture = Architecture.of(network, SHAPE, N_CLASSES)
+    given, calls = clients(5, 4), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    found = updates_of(network, "auto", architecture=architecture, epochs=2, learning_rate=0.3)(*given)
+    assert len(calls) == 2 * calls_a_step
+    assert relative_error(found, plain_sgd(network, *given, epochs=2, batch_size=4, learning_rate=0.3)) < 1e-10
+
+
 @pytest.mark.parametrize("method", ["captured", "compiled"])
 def test_methods_for_the_model_s_own_weights_are_refused_by_name(network, method):
     with pytest.raises(ConfigError, match=rf"gradients.method: {method} makes.*gradients.method=auto, vmap or loop"):

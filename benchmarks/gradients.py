@@ -2,9 +2,9 @@
 
 Columns: (a) a loop of backward passes of one image, the way of the published LTI code; (b) ``torch.func.vmap(grad)``;
 (c) Opacus' ``GradSampleModule``, where the extra ``benchmarks`` is installed; ours, ``gradients.method=captured``; and
-(d) one ordinary backward pass of the whole batch, which makes no gradients per example: a limit. Times are the best of
-several rounds in which all take turns. Peaks are of processes of their own; on a GPU the
-allocator's.
+(d) one ordinary backward pass of the whole batch, which makes no gradients per example: a limit. Of updates of several
+local steps (``_fedavg``) there are clients one after another, all at once, and ours, ``auto``, which chooses. Times are
+the best of several rounds in which all take turns. Peaks are of processes of their own; on a GPU the allocator's.
 """
 
 import argparse
@@ -24,32 +24,46 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gitlight.architecture import Architecture
-from gitlight.config import GradientsConfig, LeNetConfig, ResNetConfig, SketchConfig, ViTB16Config, ViTConfig
+from gitlight.config import (
+    GradientsConfig,
+    LeNetConfig,
+    ResNet18Config,
+    ResNetConfig,
+    SketchConfig,
+    TorchvisionResNet50Config,
+    UpdatesConfig,
+    ViTB16Config,
+    ViTConfig,
+)
 from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.precision import full_float32
 from gitlight.gradients.sketch import Sketch
+from gitlight.gradients.updates import LocalUpdates
 from gitlight.leaked import LEAKED_MODELS
 
-METHODS = ("loop", "vmap", "opacus", "compiled", "captured", "batched")
+METHODS = ("loop", "vmap", "opacus", "compiled", "ours", "batched")
 OTHERS = ("loop", "vmap", "opacus")
 """What the ratio compares with."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A leaked model, its image size, and leaks at once on CPUs and on a GPU."""
+    """A leaked model, its image size, leaks at once on CPUs and on a GPU, and what a leak is."""
 
     settings: Any
     image_size: int
     on_cpus: int
     on_gpu: int
     sketch: SketchConfig | None = None
+    client_batch_size: int = 1
+    updates: UpdatesConfig | None = None
 
     def batch_size(self, device: torch.device) -> int:
         """Leaks at once."""
         return self.on_gpu if device.type == "cuda" else self.on_cpus
 
 
+UPDATES = UpdatesConfig(epochs=1, batch_size=4)
 CASES = {
     "lenet": Case(LeNetConfig(), 32, 128, 4096),
     "lenet_512": Case(LeNetConfig(), 32, 512, 16384),
@@ -57,6 +71,13 @@ CASES = {
     "resnet18": Case(None, 32, 16, 64),
     "vit": Case(ViTConfig(), 32, 32, 256),
     "vit_b_16": Case(ViTB16Config(), 224, 2, 32),
+    "resnet18_cifar": Case(ResNet18Config(), 32, 8, 256),
+    "resnet50": Case(TorchvisionResNet50Config(), 224, 2, 32),
+    "lenet_n4": Case(LeNetConfig(), 32, 128, 4096, client_batch_size=4),
+    "resnet20_n4": Case(ResNetConfig(), 32, 16, 256, client_batch_size=4),
+    "lenet_fedavg": Case(LeNetConfig(), 32, 64, 1024, client_batch_size=8, updates=UPDATES),
+    "resnet20_fedavg": Case(ResNetConfig(), 32, 4, 64, client_batch_size=32, updates=UpdatesConfig(batch_size=16)),
+    "resnet18_fedavg": Case(ResNet18Config(), 32, 4, 32, client_batch_size=8, updates=UPDATES),
     "vit_b_16_sketched": Case(ViTB16Config(), 224, 2, 64, SketchConfig(name="count", size=4096)),
 }
 LOOPED = 16
@@ -81,20 +102,30 @@ def ways(name: str, device: torch.device, wanted: tuple[str, ...] = METHODS) -> 
     case, model = CASES[name], network(name).to(device)
     shape = (3, case.image_size, case.image_size)
     n_leaks = case.batch_size(device)
-    images = torch.rand(n_leaks, 1, *shape, device=device)
-    labels = torch.randint(10, (n_leaks, 1), device=device)
+    images = torch.rand(n_leaks, case.client_batch_size, *shape, device=device)
+    labels = torch.randint(10, images.shape[:2], device=device)
     architecture = Architecture.of(model, shape, 10)
     sketch = None if case.sketch is None else Sketch(architecture, case.sketch)
-    found: dict[str, Callable[[], object]] = {}
-    for method in ("vmap", "captured", "compiled"):
-        settings = GradientsConfig(method=method, memory_limit_gb=memory_limit_gb(device))
-        found[method] = partial(GradientEngine(model, architecture, settings, sketch), images, labels)
     looped = looped_leaks(n_leaks, device)
-    if sketch is None:
-        found["loop"] = lambda: loop(model, images[:looped], labels[:looped])
-        found["vmap"] = lambda: vmapped(model, images, labels)  # without what the engine does around it
-    found["batched"] = lambda: batched(model, images, labels)
-    if "opacus" in wanted and sketch is None and (made := opacus(network(name).to(device), images, labels)) is not None:
+    found: dict[str, Callable[[], object]] = {}
+    settings = partial(GradientsConfig, memory_limit_gb=memory_limit_gb(device))
+    if case.updates is not None:
+        for way, method in (("loop", "loop"), ("vmap", "vmap"), ("ours", "auto")):
+            updates = LocalUpdates(model, architecture, settings(method=method, updates=case.updates))
+            n = looped if way == "loop" else n_leaks
+            found[way] = partial(updates, images[:n], labels[:n], torch.arange(n))
+        epochs = case.updates.epochs
+        found["batched"] = lambda: [batched(model, images, labels) for _ in range(epochs)]
+    else:
+        for way, method in (("vmap", "vmap"), ("ours", "captured"), ("compiled", "compiled")):
+            engine = GradientEngine(model, architecture, settings(method=method), sketch)
+            found[way] = partial(engine, images, labels)
+        if sketch is None:
+            found["loop"] = lambda: loop(model, images[:looped], labels[:looped])
+            found["vmap"] = lambda: vmapped(model, images, labels)  # without what the engine does around it
+        found["batched"] = lambda: batched(model, images, labels)
+    whole = sketch is None and case.updates is None
+    if "opacus" in wanted and whole and (made := opacus(network(name).to(device), images, labels)) is not None:
         found["opacus"] = made
     return {method: found[method] for method in wanted if method in found}
 
@@ -136,12 +167,12 @@ def vmapped(model: nn.Module, images: Tensor, labels: Tensor) -> object:
 def batched(model: nn.Module, images: Tensor, labels: Tensor) -> object:
     """The ordinary gradient of the summed loss."""
     with full_float32():
-        loss = F.cross_entropy(model(images[:, 0]), labels[:, 0], reduction="sum")
+        loss = F.cross_entropy(model(images.flatten(0, 1)), labels.flatten(), reduction="sum")
         return torch.autograd.grad(loss, list(model.parameters()))
 
 
 def opacus(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object] | None:
-    """Opacus' way; None where it is missing or does not support the model."""
+    """Opacus' way, a mean over each client's images; None where it is missing or does not support the model."""
     try:
         from opacus.grad_sample import GradSampleModule
     except ImportError:
@@ -159,8 +190,10 @@ def opacus(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], obj
     def run() -> object:
         with full_float32():
             wrapped.zero_grad()
-            F.cross_entropy(wrapped(images[:, 0]), labels[:, 0], reduction="sum").backward()
-        return [p.grad_sample for p in wrapped.parameters()]
+            F.cross_entropy(wrapped(images.flatten(0, 1)), labels.flatten(), reduction="sum").backward()
+        if images.shape[1] == 1:
+            return [p.grad_sample for p in wrapped.parameters()]
+        return [p.grad_sample.unflatten(0, images.shape[:2]).mean(dim=1) for p in wrapped.parameters()]
 
     try:
         run()
@@ -246,13 +279,16 @@ def arithmetic(name: str) -> tuple[float, float]:
     """What one leak needs at least: GFLOP of a forward and backward pass, and GB of its gradient or sketch."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, size, sketched = network(name), CASES[name].image_size, CASES[name].sketch
+    case = CASES[name]
+    model, size, sketched = network(name), case.image_size, case.sketch
     shapes = Architecture.of(model, (3, size, size), 10).parameter_shapes
     if sketched is not None:
         shapes = Sketch(Architecture.of(model, (3, size, size), 10), sketched).shapes
     with FlopCounterMode(display=False) as counter:
         batched(model, torch.rand(1, 1, 3, size, size), torch.zeros(1, 1, dtype=torch.int64))
-    return counter.get_total_flops() / 1e9, sum(torch.Size(shape).numel() for shape in shapes.values()) * 4 / 1e9
+    passes = case.client_batch_size * (1 if case.updates is None else case.updates.epochs)
+    written = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return passes * counter.get_total_flops() / 1e9, written * 4 / 1e9
 
 
 def main() -> None:
@@ -293,7 +329,7 @@ def main() -> None:
         del runs
         work, written = arithmetic(name)
         limit = 1 / max(work / products, written / (bandwidth / 2))
-        cells += [f"{rates['captured'] / rates['batched']:.2f}", f"{rates['captured'] / other:.2f}", f"{limit:.3g}"]
+        cells += [f"{rates['ours'] / rates['batched']:.2f}", f"{rates['ours'] / other:.2f}", f"{limit:.3g}"]
         print(f"| {name} {case.image_size}, {n_leaks} | " + " | ".join(cells) + " |", flush=True)
     try:
         import opacus as _  # noqa: F401

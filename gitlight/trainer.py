@@ -1,5 +1,6 @@
 """Lightning's `Trainer` of a run: what it is given, and what it is kept from."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,23 @@ def trainer_settings(config: Config, nothing_to_train: bool) -> tuple[dict[str, 
     except (MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         given = ", ".join(f"trainer.{key}={value}" for key, value in settings.items() if value != _default(key))
         raise ConfigError(f"trainer: Lightning refuses these settings ({given or 'the defaults'}): {error}") from error
+    _check_launched(trial)
     if nothing_to_train and trial.world_size > 1 and settings["strategy"] == "auto":
         settings["strategy"] = _NOTHING_TO_TRAIN
     return settings, trial.world_size
+
+
+def _check_launched(trial: Trainer) -> None:
+    """Torchrun's processes are those of the settings: each would else run alone, all in one folder, or wait."""
+    if not torch.distributed.is_torchelastic_launched():
+        return
+    started, wanted = int(os.environ["WORLD_SIZE"]), trial.num_devices * trial.num_nodes
+    if started != wanted:
+        raise ConfigError(
+            f"trainer.devices: torchrun started {started} processes, and trainer.devices={trial.num_devices} with "
+            f"trainer.num_nodes={trial.num_nodes} is {wanted}. Give trainer.devices=NPROC_PER_NODE and "
+            "trainer.num_nodes=NNODES as torchrun has them, or use scripts/torchrun.sh, which does."
+        )
 
 
 def _with_strategy(settings: dict[str, Any]) -> dict[str, Any]:

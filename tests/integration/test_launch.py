@@ -56,6 +56,15 @@ def test_torchrun_on_one_machine(tmp_path, of_one_process):
     assert losses(tmp_path / "run") == pytest.approx(of_one_process, rel=1e-5)
 
 
+def test_processes_that_torchrun_starts_are_those_of_the_settings(tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29419")
+    process = start(*torchrun, "train.py", *RUN, "trainer.devices=1", f"output_dir={tmp_path / 'run'}")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "error: trainer.devices: torchrun started 2 processes, and trainer.devices=1" in output
+    assert not (tmp_path / "run").exists()
+
+
 def test_torchrun_shares_out_what_has_nothing_to_train(tmp_path):
     (tmp_path / "exact.yaml").write_text("generator: {name: exact}\ntrainer: {max_epochs: 1}\n")
     # More pairs than fits need: where they are underdetermined, rounding decides.

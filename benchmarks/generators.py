@@ -49,6 +49,8 @@ class Case(NamedTuple):
     further: tuple[tuple[str, ...], ...] = ()
 
 
+METRICS = {"PSNR, dB": ("psnr", 2), "SSIM": ("ssim", 4), "LPIPS": ("lpips", 4), "MSE": ("mse", 5)}
+"""Column → metric and digits; LPIPS is measured where AlexNet's weights are at hand."""
 LEVELS = (1e-3, 1e-2, 1e-1)
 LTI = (
     *("generator.hidden_size=3000", "generator.scale_inputs=false", "optimizer.learning_rate=1e-4"),
@@ -198,7 +200,10 @@ def table_rows(rows: list[dict[str, Any]]) -> list[str]:
         cells = [its[0]["name"], changed, f"{its[0]['parameters'] / 1e6:.1f}", f"{its[0]['fitted'] / 1e6:.1f}"]
         cells.append(f"{seconds:.0f}")
         cells.append(f"{1000 * first['seconds_per_image']:.1f}")
-        for metric, digits in (("psnr", 2), ("ssim", 4), ("mse", 5)):
+        for metric, digits in METRICS.values():
+            if metric not in first["metrics"]:
+                cells.append("–")
+                continue
             means = [row["result"]["metrics"][metric]["mean"] for row in its]
             low, high = first["metrics"][metric]["ci95"]
             cell = f"{statistics.mean(means):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -227,9 +232,9 @@ def main() -> None:
         return
     print(f"\n{machine(arguments.seeds)}\n")
     columns = ["case", "evaluated with", "million parameters", "million fitted", "training, s", "ms per image"]
-    columns += ["PSNR, dB", "SSIM", "MSE"]
-    print("| " + " | ".join([*columns, "labels right", "images"]) + " |")
-    print("|" + " --- |" * (len(columns) + 2), flush=True)
+    columns += [*METRICS, "labels right", "images"]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns), flush=True)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with ThreadPoolExecutor(arguments.workers) as pool:
         tasks = [pool.submit(measure, name, seed) for seed in arguments.seeds for name in names]

@@ -30,11 +30,6 @@ from gitlight.training import build_generator, build_pairs
 DATA = ["data.name=folder", "data.root=data/cifar10_subset", "data.download=false"]
 
 
-def client_batches(size: int, epochs: int) -> tuple[str, ...]:
-    """The settings of client batches of ``size`` images, for ``epochs`` epochs."""
-    return (f"data.client_batch_size={size}", "data.n_validation=800", f"trainer.max_epochs={epochs}")
-
-
 def noise(level: float) -> str:
     """The setting of a channel with white noise."""
     return f"channel=[{{name: gaussian_noise, relative_std: {level}}}]"
@@ -58,12 +53,7 @@ LTI = (
     *("trainer.max_epochs=200", "trainer.check_val_every_n_epoch=10"),
 )
 """As published (Wu et al. 2023)."""
-THREE_EPOCHS = ("trainer.max_epochs=3",)
-NOT_MIRRORED = ("generator.mirrored_start=false",)
-SHORT = (*THREE_EPOCHS, *NOT_MIRRORED)
-DEFENCES = (("noise", "name: gaussian_noise, relative_std: 0.01"), ("pruning", "name: pruning, fraction: 0.9"))
-"""And the stage of a channel that each is."""
-PHOTOS_64 = ("data.name=photos", "data.image_size=64", "data.n_public_images=5120", "evaluation.n_images=512")
+SHORT = ("trainer.max_epochs=3", "generator.mirrored_start=false")
 CASES = {
     "lenet_mlp": Case("lenet_mlp", epochs_on_gpu=50),
     "lenet_coarse": Case("lenet_coarse", epochs_on_gpu=24),
@@ -81,20 +71,21 @@ CASES = {
     "resnet20_hybrid": Case("resnet20_hybrid", epochs_on_gpu=6),
     "vit_mlp": Case("vit_mlp", epochs_on_gpu=14),
     "vit_hybrid": Case("vit_hybrid", epochs_on_gpu=6),
-    # About as many optimiser steps for each size.
-    **{f"lenet_mlp_n{n}": Case("lenet_mlp", client_batches(n, 15 * n), 30 * n) for n in (2, 4, 8, 16)},
-    "lenet_coarse_n4": Case("lenet_coarse", client_batches(4, 30), 60),
-    "lenet_hybrid_n2": Case("lenet_hybrid", client_batches(2, 8), 16),
-    "lenet_hybrid_n4": Case("lenet_hybrid", client_batches(4, 4), 12),
-    # Few leaks, each of which takes long to be told apart.
-    "lenet_hybrid_n8": Case("lenet_hybrid", (*client_batches(8, 3), "data.batch_size=32"), 12),
-    "lenet_hybrid_n16": Case("lenet_hybrid", client_batches(16, 96), 192),
     "mlp_hybrid_n4": Case("mlp_hybrid_n4", epochs_on_gpu=4),
-    "resnet20_mlp_n4": Case("resnet20_mlp", client_batches(4, 24), 48),
-    "resnet20_hybrid_n4": Case("resnet20_hybrid", client_batches(4, 3), 12),
+    **{
+        name: Case(f"client_batches/{name}", epochs_on_gpu=epochs)
+        for name, epochs in (
+            *((f"lenet_mlp_n{n}", 30 * n) for n in (2, 4, 8, 16)),
+            *(("lenet_hybrid_n2", 16), ("lenet_hybrid_n4", 12), ("lenet_hybrid_n8", 12), ("lenet_hybrid_n16", 192)),
+            *(("lenet_coarse_n4", 60), ("resnet20_mlp_n4", 48), ("resnet20_hybrid_n4", 12)),
+        )
+    },
     # One generator for a range of noise, and one for half of each of its levels.
     "lenet_hybrid_range": Case(
-        "lenet_hybrid_range", NOT_MIRRORED, 12, tuple((noise(level),) for level in (0, 1e-4, *LEVELS))
+        "lenet_hybrid_range",
+        ("generator.mirrored_start=false",),
+        12,
+        tuple((noise(level),) for level in (0, 1e-4, *LEVELS)),
     ),
     "lenet_hybrid_half_0": Case("lenet_hybrid", SHORT, 12),
     **{
@@ -104,7 +95,9 @@ CASES = {
     # What each part is worth.
     **{
         f"lenet_hybrid_n{n}_not_told_apart": Case(
-            "lenet_hybrid", (*client_batches(n, 6 * n), "generator.separate=false"), 15 * n
+            f"client_batches/lenet_hybrid_n{n}",
+            (*("data.batch_size=128", f"trainer.max_epochs={6 * n}"), "generator.separate=false"),
+            15 * n,
         )
         for n in (4, 8)
     },
@@ -117,25 +110,19 @@ CASES = {
     "lenet_hybrid_no_averages": Case("lenet_hybrid", ("generator.averages=false", *SHORT), 12),
     # Trained and attacked under a defence.
     **{
-        f"lenet_{name}_{defence}": Case(f"lenet_{name}", (f"channel=[{{{stage}}}]", *more), epochs_on_gpu)
-        for defence, stage in DEFENCES
-        for name, more, epochs_on_gpu in (("mlp", (), 50), ("coarse", (), 24), ("hybrid", THREE_EPOCHS, 12))
-    },
-    **{
-        f"lenet_{name}_n4_{defence}": Case(f"lenet_{name}", (f"channel=[{{{stage}}}]", *batches), epochs_on_gpu)
-        for defence, stage in DEFENCES
-        for name, batches, epochs_on_gpu in (("mlp", client_batches(4, 60), 120), ("hybrid", client_batches(4, 4), 12))
-    },
-    **{
-        f"resnet20_{name}_{defence}": Case(f"resnet20_{name}", (f"channel=[{{{stage}}}]",), epochs_on_gpu)
-        for defence, stage in DEFENCES
-        for name, epochs_on_gpu in (("mlp", 24), ("coarse", 12), ("hybrid", 6))
+        name: Case(f"defences/{name}", epochs_on_gpu=epochs)
+        for defence in ("noise", "pruning")
+        for name, epochs in (
+            *((f"lenet_mlp_{defence}", 50), (f"lenet_coarse_{defence}", 24), (f"lenet_hybrid_{defence}", 12)),
+            *((f"lenet_mlp_n4_{defence}", 120), (f"lenet_hybrid_n4_{defence}", 12)),
+            *((f"resnet20_mlp_{defence}", 24), (f"resnet20_coarse_{defence}", 12), (f"resnet20_hybrid_{defence}", 6)),
+        )
     },
     # Larger images, crops of photographs; and a deeper network.
-    "lenet_mlp_64": Case("lenet_mlp", PHOTOS_64, 50),
-    "lenet_hybrid_64": Case("lenet_hybrid", (*PHOTOS_64, "trainer.max_epochs=2"), 6),
+    "lenet_mlp_64": Case("larger/lenet_mlp_64", epochs_on_gpu=50),
+    "lenet_hybrid_64": Case("larger/lenet_hybrid_64", epochs_on_gpu=6),
     "resnet18_mlp": Case("resnet18_mlp"),
-    "resnet18_hybrid": Case("resnet18_mlp", ("generator.name=hybrid", "trainer.max_epochs=2")),
+    "resnet18_hybrid": Case("resnet18_hybrid"),
     # What a setting is worth; the hybrids, compared with lenet_hybrid_half_0.
     "lenet_hybrid_bf16": Case("lenet_hybrid", ("trainer.precision=bf16-mixed", *SHORT), 12),
     "lenet_hybrid_epsilon": Case("lenet_hybrid", ("optimizer.epsilon=1e-6", *SHORT), 12),
@@ -152,8 +139,9 @@ def run_one(name: str, seed: int) -> None:
     """Train and evaluate, and print a line of JSON for each evaluation."""
     case = CASES[name]
     folder = ROOT / "runs" / "benchmarks" / (name if seed == 0 else f"{name}_seed{seed}")
+    file = ROOT / "configs" / f"{case.config}.yaml"
     settings = [
-        *DATA,
+        *(DATA if load_config(file).data.name == "cifar10" else ()),
         *case.settings,
         f"seed={seed}",
         f"output_dir={folder}",
@@ -163,7 +151,7 @@ def run_one(name: str, seed: int) -> None:
     if torch.cuda.is_available():
         settings += ["gradients.memory_limit_gb=4", "trainer.devices=1"]
         settings += [f"trainer.max_epochs={case.epochs_on_gpu}"] if case.epochs_on_gpu else []
-    config = load_config(ROOT / "configs" / f"{case.config}.yaml", settings)
+    config = load_config(file, settings)
     started = time.perf_counter()
     train(config)
     seconds = time.perf_counter() - started

@@ -19,9 +19,16 @@ def config_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+CONFIG_FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweeps")
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
 def test_every_config_of_the_repository_is_valid(path):
     assert load_config(path).output_dir == f"runs/{path.stem}"
+
+
+def test_no_two_configs_of_the_repository_share_a_run_folder():
+    assert len({path.stem for path in CONFIG_FILES}) == len(CONFIG_FILES)
 
 
 def test_overrides_win_over_the_file_and_the_file_over_its_base(config_file):

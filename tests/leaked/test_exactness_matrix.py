@@ -31,8 +31,8 @@ CELLS = [
     (in_precision(name, dtype), method, n_images, dtype, "both")
     for name, dtype, method, n_images in itertools.product(SMALL, TOLERANCE, METHODS, (1, 3))
 ]
-FEWEST = [("captured", 2, "float64", "sketched"), ("vmap", 1, "float32", "whole"), ("loop", 2, "float32", "sketched")]
-OTHERS = [("captured", 1, "float32", "whole"), ("vmap", 2, "float64", "sketched"), ("loop", 1, "float64", "whole")]
+FEWEST = [("captured", 2, "float64", "sketched"), ("vmap", 2, "float32", "whole"), ("loop", 2, "float32", "sketched")]
+OTHERS = [("captured", 1, "float32", "whole"), ("vmap", 1, "float64", "sketched"), ("loop", 1, "float64", "whole")]
 CELLS += [(in_precision(name, cell[2]), *cell) for name in LARGE for cell in FEWEST]
 CELLS += [(in_precision("torchvision_resnet18", cell[2]), *cell) for cell in OTHERS]
 

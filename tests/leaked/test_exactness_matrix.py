@@ -193,7 +193,6 @@ def test_updates_are_those_of_plain_steps(model_of, name, method, dtype):
         settings.memory_limit_gb = getattr(torch, dtype).itemsize * entries / 1e9
         updates.made.clear()
         found = updates(images, labels, seeds)
-        # One by one they need no chunk of several.
-        assert updates.made == chunks or (method == "loop" and updates.made == [1] * len(images))
+        assert updates.made == (chunks if method == "vmap" else [1] * len(images))
         assert all(update.dtype == getattr(torch, dtype) for update in found.values())
         assert relative_error(found, wanted) < TOLERANCE[dtype]

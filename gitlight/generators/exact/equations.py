@@ -9,7 +9,7 @@ from gitlight.architecture import Layer
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.conservation import layer_above, share_of, summed_by_channel
 from gitlight.generators.exact.forward import forward_values
-from gitlight.generators.exact.leaks import Leaks, imbalance
+from gitlight.generators.exact.leaks import Leaks, imbalance, last_delta
 
 if TYPE_CHECKING:
     from gitlight.generators.exact.inversion import Inversion
@@ -62,8 +62,10 @@ def logit_equations(leaks: Leaks, found: "Found", layer: Layer) -> LogitEquation
     """Of the last layer."""
     # Rounding is relative to each entry of δ, however small; only noise beyond it drowns small probabilities.
     beyond = leaks.noise > 30 * leaks.rounding
-    noise = torch.where(beyond, leaks.noise, 0.0)
-    return LogitEquations(found.values[layer.inputs[0]].value, found.deltas[layer.name], noise)
+    noise, inputs = torch.where(beyond, leaks.noise, 0.0), found.values[layer.inputs[0]].value.flatten(1)
+    if "bias" not in layer.parameters:  # δ is a factor of the weight's gradient
+        noise = noise / inputs.norm(dim=1).clamp_min(1e-300)
+    return LogitEquations(inputs, found.deltas[layer.name], noise)
 
 
 def output_equations(inversion: "Inversion", found: "Found", layer: Layer, images: Tensor | None) -> OutputEquations:
@@ -101,7 +103,7 @@ def conservation_equations(inversion: "Inversion", leaks: Leaks, layer: Layer) -
     # Rounding is relative to a leak's own entries, noise is not. The last layer's weight is known up to a common row;
     # its share is what δ, rounded, fails to add up to zero by.
     size = rows.norm(dim=2)
-    relative = torch.finfo(leaks.dtype).eps + imbalance(inversion.last_delta(leaks))
+    relative = torch.finfo(leaks.dtype).eps + imbalance(last_delta(rules[architecture.output], leaks))
     error = leaks.noise.unsqueeze(1) + relative.unsqueeze(1) * size
     weights = torch.where((size > 0) & seen, error.clamp_min(1e-150).square().reciprocal(), 0.0)
     return ConservationEquations(rows, shares, weights)

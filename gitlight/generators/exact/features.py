@@ -97,8 +97,9 @@ class ClosedFormFeatures(nn.Module):
         """
         super().__init__()
         self.inversion = Inversion(
-            architecture, noise, client_batch_size, strict=False, stacked=forward_equations, depth=depth
-        )
+            architecture, noise, client_batch_size, strict=False, stacked=forward_equations, depth=depth,
+            factor=client_batch_size == 1,
+        )  # fmt: skip
         features = features_of(self.inversion.plan, self.inversion.rules, architecture)
         if not features:
             last = architecture[architecture.output]
@@ -110,6 +111,7 @@ class ClosedFormFeatures(nn.Module):
             raise ArchitectureError(
                 f"hybrid starts from the bias gradient of a last linear layer, but the leaked model ends in "
                 f"{last.place} (parameters: {', '.join(last.parameters.values()) or 'none'}). "
+                "Without a bias it takes single images (data.client_batch_size=1) of more than two classes. "
                 "coarse and mlp need no such layer: generator.name=coarse, or mlp."
             )
         self.features = features

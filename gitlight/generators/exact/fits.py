@@ -1,6 +1,6 @@
 """Which leaked weights can be fitted from pairs, in which order, and the fits themselves."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
@@ -14,6 +14,7 @@ from gitlight.data.pair import Gradients
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.conservation import conserved
 from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
+from gitlight.generators.exact.factor import by_factor
 from gitlight.generators.exact.forward import computable
 from gitlight.generators.exact.plan import plan_walk
 from gitlight.generators.exact.rule import InverseRule
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 _LARGEST_SUMS = 1 << 25
 """Entries of the triangular factors that a layer's weight is fitted from, 256 MiB."""
+
+
+_MOST_REFITS, _STAYS = 11, 1e-6
+"""Of the last layer without a bias; and the weight's relative change up to which it stays as it is."""
 
 
 class Way(StrEnum):
@@ -66,7 +71,7 @@ def plan_fits(
     head = architecture[architecture.output]
     rule = rules[head.name]
     whole = set(architecture.parameter_shapes) - set(architecture.sketched)
-    if isinstance(rule, AffineRule) and rule.reveals_delta() in whole and rule.weight in whole:
+    if by_factor(rule) or (isinstance(rule, AffineRule) and rule.reveals_delta() in whole and rule.weight in whole):
         take(Way.LOGITS, head)
     # A sketch of a weight's gradient neither solves for the layer's input nor obeys a conservation law.
     if not steps or architecture.chain_break is not None or architecture.sketched:
@@ -187,7 +192,7 @@ class HeadFit:
 
     def __init__(self, inversion: "Inversion", layer: Layer) -> None:
         self._inversion, self._layer = inversion, layer
-        self._fit = LogitFit(layer.output_shape[-1])
+        self._fit = LogitFit(layer.output_shape[-1], by_factor="bias" not in layer.parameters)
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         """Add a batch of pairs."""
@@ -209,6 +214,21 @@ class HeadFit:
         values = {"weight": weight, "bias": bias}
         seen = {"weight": determined.expand_as(weight), "bias": torch.ones_like(bias, dtype=torch.bool)}
         self._inversion.keep(self._layer, values, seen)
+
+
+def refits(inversion: "Inversion", step: FitStep) -> Iterator[HeadFit]:
+    """Of a last layer without a bias alone, more fits after the first, until the weight stays as it is.
+
+    The scale of an input is guessed before the first, and follows from the weight after it; most are as good as right
+    at once, and the others are weighed by how sure they are.
+    """
+    name, most = step.layer.parameters["weight"], _MOST_REFITS if by_factor(inversion.rules[step.layer.name]) else 0
+    for _ in range(most):
+        before = inversion.weights()[name].clone()
+        yield HeadFit(inversion, step.layer)
+        now = inversion.weights()[name]
+        if float((now - before).norm()) <= _STAYS * float(now.norm()):
+            return
 
 
 class OutputFit:

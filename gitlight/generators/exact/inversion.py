@@ -12,6 +12,7 @@ from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.data.pair import Gradients, as_rows
 from gitlight.generators.base import PairFit, ParameterEstimate
 from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.factor import allow_factor, by_factor
 from gitlight.generators.exact.fits import (
     ConservationFit,
     FitStep,
@@ -21,10 +22,11 @@ from gitlight.generators.exact.fits import (
     affordable,
     needed_fits,
     plan_fits,
+    refits,
 )
 from gitlight.generators.exact.forward import computable, gradient_mismatch
 from gitlight.generators.exact.labels import labels_from_bias_gradient
-from gitlight.generators.exact.leaks import Leaks, rounded, usable_leaks
+from gitlight.generators.exact.leaks import Leaks, last_delta, rounded, usable_leaks
 from gitlight.generators.exact.matching import matching_fits
 from gitlight.generators.exact.plan import Plan, plan_walk, rules_of
 from gitlight.generators.exact.posterior import Prior
@@ -58,6 +60,7 @@ class Inversion(nn.Module):
         stacked: bool = True,
         depth: int | None = None,
         separated: int | None = None,
+        factor: bool = False,
     ) -> None:
         """Plan the fits and the walk.
 
@@ -70,6 +73,7 @@ class Inversion(nn.Module):
                 up to a second an image on a laptop.
             depth: the most layers whose inputs are wanted, from the output down; None: all.
             separated: images of a client batch that a walk takes apart with these weights, which single images give.
+            factor: whether a last layer without a bias is inverted by the factor of its weight's gradient.
 
         Raises:
             ArchitectureError: an operation has no inverse rule, and ``strict``.
@@ -77,6 +81,8 @@ class Inversion(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.rules = rules_of(architecture, strict)
+        if factor:
+            allow_factor(architecture, self.rules)
         self.n_images = client_batch_size
         self._noise = noise
         fits = plan_fits(architecture, self.rules, client_batch_size, every_weight=separated is not None)
@@ -93,7 +99,6 @@ class Inversion(nn.Module):
             self.steps, self.unreachable = needed_fits(
                 architecture, self.rules, fits, client_batch_size, stacked, most, separated
             )
-        self._stacked = stacked
         self._estimated: dict[str, str] = {}
         layers = [*(step.layer for step in self.steps), *(architecture[name] for name in self.unreachable)]
         for number, name in enumerate(n for layer in layers for n in layer.parameters.values()):
@@ -185,6 +190,7 @@ class Inversion(nn.Module):
         """
         for step in self.steps:
             yield self.fit_of(step)
+            yield from refits(self, step)
         if self.unreachable:
             yield from matching_fits(self, self.unreachable, matching_epochs, 0, start)
         if self._priors:
@@ -218,19 +224,13 @@ class Inversion(nn.Module):
         """
         head = self.rules[self.architecture.output]
         last_weight = None
-        if isinstance(head, AffineRule) and head.reveals_delta() and head.weight not in self.architecture.sketched:
-            last_weight = head.weight
+        if isinstance(head, AffineRule) and (by_factor(head) or head.reveals_delta()):
+            last_weight = None if head.weight in self.architecture.sketched else head.weight
         used = self._used
         if plan is not None:
             layers = [self.architecture[self.architecture.output], *(action.layer for action in plan.actions)]
             used = {name for layer in layers for name in layer.parameters.values()}
         return usable_leaks(gradients, used, self._noise, last_weight)
-
-    def last_delta(self, leaks: Leaks) -> Tensor:
-        """``δ`` of the last layer, ``(B, classes)``: its bias gradient, without which no fit is made."""
-        name = self.rules[self.architecture.output].reveals_delta()
-        assert name is not None
-        return leaks.gradients[name]
 
     def unseen_acts(self, layer: Layer, gradients: Gradients) -> Tensor:
         """``(B, inputs)`` bool: at which inputs of a layer weights have a gradient that no public image determined.
@@ -251,23 +251,15 @@ class Inversion(nn.Module):
         if not leaks.n:
             return Found({}, {}, leaks.which)
         weights = self.weights()
-        plan = plan or self.current_plan()
-        found = walk(
-            self.architecture,
-            self.rules,
-            plan,
-            leaks.gradients,
-            leaks.noise,
-            weights,
-            self._current_priors(),
-            leaks.dtype,
-        )
+        its = (plan or self.current_plan(), leaks.gradients, leaks.noise, weights, self._current_priors(), leaks.dtype)
+        found = walk(self.architecture, self.rules, *its)
         fitted = self.steps if len(weights) == len(self._estimated) else ()
         for layer in (step.layer for step in fitted if step.layer.parameters["weight"] in leaks.gradients):
             unseen = self.unseen_acts(layer, leaks.gradients).any(dim=1)
             found.status = worsen(found.status, unseen, Status.UNSEEN)
         if self.steps:
-            found.status = worsen(found.status, rounded(self.last_delta(leaks), leaks.noise), Status.ROUNDED)
+            delta = last_delta(self.rules[self.architecture.output], leaks)
+            found.status = worsen(found.status, rounded(delta, leaks.noise), Status.ROUNDED)
         everything = set(self.architecture.parameter_shapes)
         if IMAGE in found.values and set(weights) == everything <= leaks.gradients.keys():
             # The one check that no assumption enters: does the image give the leaked gradient?

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from gitlight.data.pair import Gradients
+from gitlight.generators.exact.factor import by_factor, rank_one_factor
 from gitlight.generators.exact.noise import SUMMED, entry_size, rank_one
+from gitlight.generators.exact.rule import InverseRule
 from gitlight.generators.exact.status import Status, screen
 
 _MOST_IMBALANCED = 0.1
@@ -88,6 +90,20 @@ def usable_leaks(gradients: Gradients, used: Collection[str], noise: float | Non
     elif last_weight is not None:
         deviation = torch.maximum(deviation, rank_one(kept[last_weight]).noise)
     return Leaks(kept, deviation, which, dtype, size)
+
+
+def last_delta(rule: InverseRule, leaks: Leaks) -> Tensor:
+    """``δ`` of the last layer, ``(B, classes)``: its bias gradient, or the factor of its weight's, in its units.
+
+    Without either no fit is made.
+    """
+    if by_factor(rule):
+        assert rule.weight is not None
+        factor = rank_one_factor(leaks.gradients[rule.weight])
+        return factor.delta * factor.inputs.norm(dim=1, keepdim=True)
+    name = rule.reveals_delta()
+    assert name is not None
+    return leaks.gradients[name]
 
 
 def imbalance(delta: Tensor) -> Tensor:

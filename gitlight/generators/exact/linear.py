@@ -14,7 +14,12 @@ class LinearRule(AffineRule):
     """``∂L/∂W = Σ_t δ_t ⊗ a_t`` over tokens ``t``: exact for as many tokens as the layer has outputs.
 
     For one token it has rank one, the input is exact whatever the layer's width, and the bias gradient is ``δ``.
+
+    Attributes:
+        by_factor: whether that rank alone is to give ``δ``, of a last layer without a bias: `allow_factor` says.
     """
+
+    by_factor = False
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)

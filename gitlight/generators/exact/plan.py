@@ -8,6 +8,7 @@ from math import prod
 from gitlight.architecture import IMAGE, Architecture, Layer
 from gitlight.errors import ArchitectureError
 from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.factor import by_factor
 from gitlight.generators.exact.forward import computable
 from gitlight.generators.exact.joint import solved_jointly
 from gitlight.generators.exact.rule import NOTHING, OUTPUT, InverseRule, rule_for
@@ -153,6 +154,11 @@ def plan_walk(
             deltas.add(layer.name)
             guessed.discard(layer.name)
             actions.append(Action(Do.REVEAL, layer))
+        elif by_factor(rule) and n_images == 1:
+            deltas.add(layer.name)
+            actions.append(Action(Do.REVEAL, layer))
+            if rule.weight not in weights:
+                guessed.add(layer.name)  # up to a factor
         elif carried[layer.name] and carried[layer.name] == len(consumers[layer.name]):
             deltas.add(layer.name)
         has_delta = layer.name in deltas

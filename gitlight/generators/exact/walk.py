@@ -12,6 +12,7 @@ from gitlight.generators.exact.activations import SigmoidRule, TanhRule
 from gitlight.generators.exact.affine import AffineRule
 from gitlight.generators.exact.bounded import solve_bounded
 from gitlight.generators.exact.errors import Noise, carry_errors, row_noise
+from gitlight.generators.exact.factor import by_factor, rank_one_factor, solve_factor
 from gitlight.generators.exact.head import solve_head
 from gitlight.generators.exact.linear import LinearRule
 from gitlight.generators.exact.plan import Action, Plan
@@ -123,9 +124,16 @@ class Walker:
         return Found(self.values, self.deltas, self.status)
 
     def reveal(self, action: Action) -> None:
-        """``δ`` is the gradient of a parameter."""
-        layer = action.layer
-        name = self._rules[layer.name].reveals_delta()
+        """``δ`` is the gradient of a parameter, or a factor of one."""
+        layer, rule = action.layer, self._rules[action.layer.name]
+        if by_factor(rule):
+            assert rule.weight is not None
+            factor = rank_one_factor(self._gradients[rule.weight])
+            error = self._noise / factor.inputs.norm(dim=1).clamp_min(1e-300)
+            its_errors = self.samples.normal(factor.delta) * _like(error, factor.delta).unsqueeze(1)
+            self.keep_delta(layer.name, factor.delta, its_errors)
+            return
+        name = rule.reveals_delta()
         assert name is not None
         delta = self._gradients[name].reshape(len(self._noise), *layer.output_shape)
         self.keep_delta(layer.name, delta, self.samples.normal(delta) * _like(self._noise, delta).unsqueeze(1))
@@ -250,17 +258,19 @@ class Walker:
         self.status[which] = worsen(self.status[which], ~stacked.solved, Status.SINGULAR)
 
     def _head_is_known(self, rule: AffineRule) -> bool:
-        known = rule.weight in self._weights and rule.bias in self._weights
-        return known and isinstance(rule, LinearRule) and rule.reveals_delta() is not None
+        known = rule.weight in self._weights and (rule.bias is None or rule.bias in self._weights)
+        return known and isinstance(rule, LinearRule) and (by_factor(rule) or rule.reveals_delta() is not None)
 
     def _head(self, rule: AffineRule) -> Estimate:
         """The last layer's input, and its ``δ`` once more: what the cross-entropy says of both."""
         assert rule.weight is not None
-        assert rule.bias is not None
-        head = solve_head(
-            self._gradients[rule.weight], self._gradients[rule.bias], self._noise,
-            self._weights[rule.weight], self._weights[rule.bias], self._rounding,
-        )  # fmt: skip
+        if rule.bias is None:
+            head = solve_factor(self._gradients[rule.weight], self._noise, self._weights[rule.weight])
+        else:
+            head = solve_head(
+                self._gradients[rule.weight], self._gradients[rule.bias], self._noise,
+                self._weights[rule.weight], self._weights[rule.bias], self._rounding,
+            )  # fmt: skip
         own = self.samples.normal(head.delta) * head.delta_variance.sqrt().unsqueeze(1)
         shared = self.samples.normal(head.scale_variance) * head.scale_variance.sqrt().unsqueeze(1)
         self.keep_delta(rule.layer.name, head.delta, own + shared.unsqueeze(2) * head.delta.unsqueeze(1))

@@ -17,6 +17,9 @@ _CERTAIN = 1e11
 
 Beyond it a singular value decomposition, ten times as expensive, says which."""
 
+_LEAST_DOUBT = 1e-6
+"""Of squared relative errors that inputs have of a guessed scale: no few of them are to count for all."""
+
 log = logging.getLogger(__name__)
 
 
@@ -178,10 +181,16 @@ class LogitFit:
 
     The label's probability is ``1 + δ_y``: where ``δ_y`` is near −1 its digits are lost to rounding, and where noise
     is larger than a probability, so is that one. Equations are weighed by the inverse variance of both.
+
+    Args:
+        n_classes: number of outputs.
+        by_factor: whether the layer has no bias, and the scale of ``δ`` is a guess. The label's probability stands and
+            falls with it, and is left out; inputs have its relative error, about that probability if ``δ_y`` is −1.
     """
 
-    def __init__(self, n_classes: int) -> None:
+    def __init__(self, n_classes: int, by_factor: bool = False) -> None:
         self._squares = [LeastSquares() for _ in range(n_classes - 1)]
+        self._by_factor = by_factor
 
     def add(self, inputs: Tensor, delta: Tensor, noise: Tensor, rounding: float) -> None:
         """Add leaks.
@@ -193,9 +202,13 @@ class LogitFit:
             rounding: the unit roundoff of the precision that gradients were made in.
         """
         log_probabilities, variance = log_probabilities_of(delta, noise, rounding)
-        design = with_ones(inputs)
+        design, doubt = inputs if self._by_factor else with_ones(inputs), torch.zeros_like(noise)
+        if self._by_factor:
+            smallest = delta.amin(dim=1, keepdim=True)
+            variance = torch.where(delta == smallest, torch.inf, variance)
+            doubt = (1 + smallest.squeeze(1)).square() + _LEAST_DOUBT
         for number, squares in enumerate(self._squares):
-            total = variance[:, 0] + variance[:, number + 1]
+            total = variance[:, 0] + variance[:, number + 1] + doubt
             # Beyond an error of one the logarithm of a noisy probability says nothing, and is biased.
             usable = (total < 1) & torch.isfinite(design).all(dim=1)
             target = log_probabilities[:, number + 1] - log_probabilities[:, 0]
@@ -213,10 +226,12 @@ class LogitFit:
         """
         solutions = solve_all(self._squares, "the last layer's weight")
         differences = torch.cat([solution for solution, _ in solutions], dim=1).T
-        determined = torch.stack([its for _, its in solutions]).all(dim=0)[:-1]
+        everything = torch.stack([its for _, its in solutions]).all(dim=0)
         rows = torch.cat([torch.zeros_like(differences[:1]), differences])
         rows = rows - rows.mean(dim=0)
-        return rows[:, :-1].contiguous(), rows[:, -1].contiguous(), determined
+        if self._by_factor:
+            return rows, rows.new_zeros(len(rows)), everything
+        return rows[:, :-1].contiguous(), rows[:, -1].contiguous(), everything[:-1]
 
 
 def with_ones(rows: Tensor) -> Tensor:

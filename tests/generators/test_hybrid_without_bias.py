@@ -77,6 +77,17 @@ def test_a_tiny_hybrid_learns_and_beats_the_mean_image():
     assert max(before, after) < 0.1 * error(public.images.mean(dim=0)), "0.0025 of it is white noise in the images"
 
 
+def test_of_fewer_pairs_than_features_inputs_keep_the_scale_that_is_guessed():
+    network, architecture, pair = leaks_of("float64")
+    generator = run_fits(build("hybrid", architecture, exact_depth=1), [some(pair, slice(0, 80))])
+    private = some(pair, slice(400, None))
+    found = generator.walk(private.gradients).values[0]
+    truth = network.double()[:4](private.images[:, 0].double()).view_as(found)
+    probabilities = torch.softmax(network(private.images[:, 0].double()), dim=1)
+    share = 1 - probabilities.gather(1, private.labels).view(-1, *[1] * (found.dim() - 1))
+    torch.testing.assert_close(found, torch.logit(truth * share), rtol=1e-8, atol=1e-8)
+
+
 def test_the_last_layers_weight_is_fitted_for_its_input_alone():
     _, architecture, pair = leaks_of("float64")
     generator = run_fits(build("hybrid", architecture, exact_depth=1), [pair])

@@ -70,7 +70,7 @@ def rank_one_factor(weight_gradient: Tensor) -> Factor:
     return Factor(sign * left / size, sign * right * size * value.unsqueeze(1), labels.squeeze(1))
 
 
-def solve_factor(weight_gradient: Tensor, noise: Tensor, weight: Tensor) -> Head:
+def solve_factor(weight_gradient: Tensor, noise: Tensor, weight: Tensor, seen: Tensor | None = None) -> Head:
     """The last layer's input and ``δ``, the weight being known.
 
     ``q`` is that of least ``Σ_k [log(softmax(W a)_k + s) − log((δ + y)_k + s)]²``, ``s`` being the error of an entry of
@@ -80,6 +80,8 @@ def solve_factor(weight_gradient: Tensor, noise: Tensor, weight: Tensor) -> Head
         weight_gradient: ``(B, classes, features)``.
         noise: ``(B,)``, standard deviation of the error of an entry, above zero.
         weight: ``(classes, features)``, up to a row common to all classes.
+        seen: ``(features,)`` bool, at which features it is known; None: all. Of a leak with others ``q`` stays 1, as
+            its logits are anything, with a relative error of one in ``classes``: an untrained model's ``p_y``.
     """
     found = rank_one_factor(weight_gradient)
     size = found.inputs.norm(dim=1).clamp_min(1e-300)
@@ -114,6 +116,9 @@ def solve_factor(weight_gradient: Tensor, noise: Tensor, weight: Tensor) -> Head
             end = (end - step.clamp(-0.5, 0.5).unsqueeze(1)).clamp(-_FARTHEST, _FARTHEST)
         left = mismatch(end)[0].square().sum(dim=1)
         at, least = torch.where((left < least).unsqueeze(1), end, at), torch.minimum(left, least)
+    of_others = torch.zeros_like(weight_gradient[:, 0]) if seen is None else found.inputs * ~seen
+    guessed = of_others.norm(dim=1) > 3 * noise * weight_gradient.shape[2] ** 0.5
+    at = torch.where(guessed.unsqueeze(1), _FARTHEST, at)
     share, rest = torch.sigmoid(at), torch.sigmoid(-at)
     inputs, delta = found.inputs / share, found.delta * share
     _, slope, given = mismatch(at)
@@ -122,5 +127,6 @@ def solve_factor(weight_gradient: Tensor, noise: Tensor, weight: Tensor) -> Head
     variance = (error * share / given).square() + own.square() * weight.square().sum(dim=1)
     of_scale = (rest.square() * slope.square() * variance).sum(dim=1)
     of_scale = of_scale / slope.square().sum(dim=1).square().clamp_min(1e-300)
+    of_scale = torch.where(guessed, 1 / weight.shape[0] ** 2, of_scale)
     own_of_delta = (error * share).square().expand_as(delta)
     return Head(inputs, own.square() + of_scale.unsqueeze(1) * inputs.square(), delta, own_of_delta, of_scale)

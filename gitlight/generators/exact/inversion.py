@@ -252,7 +252,7 @@ class Inversion(nn.Module):
             return Found({}, {}, leaks.which)
         weights = self.weights()
         its = (plan or self.current_plan(), leaks.gradients, leaks.noise, weights, self._current_priors(), leaks.dtype)
-        found = walk(self.architecture, self.rules, *its)
+        found = walk(self.architecture, self.rules, *its, seen=self._seen_by_factor())
         fitted = self.steps if len(weights) == len(self._estimated) else ()
         for layer in (step.layer for step in fitted if step.layer.parameters["weight"] in leaks.gradients):
             unseen = self.unseen_acts(layer, leaks.gradients).any(dim=1)
@@ -270,6 +270,13 @@ class Inversion(nn.Module):
             expected = leaks.noise * self.architecture.n_parameters**0.5 / size
             found.status = worsen(found.status, ~(mismatch < 1e-3 + 10 * expected), Status.ESTIMATE)
         return found
+
+    def _seen_by_factor(self) -> Tensor | None:
+        """At which inputs public images determined the weight of a last layer without a bias, ``(features,)`` bool."""
+        rule = self.rules[self.architecture.output]
+        if not by_factor(rule) or rule.weight not in self._found:
+            return None
+        return self._buffer(_seen(self._estimated[rule.weight]))[0]
 
     def _current_priors(self) -> Mapping[str, Prior]:
         if len(self.weights()) < len(self._estimated):

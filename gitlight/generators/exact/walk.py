@@ -55,6 +55,7 @@ def walk(
     priors: Mapping[str, Prior],
     dtype: torch.dtype = torch.float64,
     until: Callable[[Action], bool] | None = None,
+    seen: Tensor | None = None,
 ) -> Found:
     """Carry out a plan.
 
@@ -68,8 +69,9 @@ def walk(
         priors: name of a layer, or `IMAGE` → what is known beforehand of its result.
         dtype: precision that the gradients were made in.
         until: stop before the first action for which this holds.
+        seen: ``(features,)`` bool, at which of its inputs the last layer's weight is known; None: at all.
     """
-    return Walker(architecture, rules, gradients, noise, weights, priors, dtype).follow(plan, until)
+    return Walker(architecture, rules, gradients, noise, weights, priors, dtype, seen).follow(plan, until)
 
 
 def bounds_of(architecture: Architecture, name: str) -> tuple[float | None, float | None]:
@@ -103,7 +105,9 @@ class Walker:
         weights: Weights,
         priors: Mapping[str, Prior],
         dtype: torch.dtype,
+        seen: Tensor | None = None,
     ) -> None:
+        self._seen = seen
         self._rounding = torch.finfo(dtype).eps
         self._architecture, self._rules, self._priors = architecture, rules, priors
         self._gradients, self._noise, self._weights = gradients, noise, weights
@@ -265,7 +269,7 @@ class Walker:
         """The last layer's input, and its ``δ`` once more: what the cross-entropy says of both."""
         assert rule.weight is not None
         if rule.bias is None:
-            head = solve_factor(self._gradients[rule.weight], self._noise, self._weights[rule.weight])
+            head = solve_factor(self._gradients[rule.weight], self._noise, self._weights[rule.weight], self._seen)
         else:
             head = solve_head(
                 self._gradients[rule.weight], self._gradients[rule.bias], self._noise,

@@ -52,6 +52,18 @@ def test_the_weight_tells_the_scale(leaks):
     torch.testing.assert_close(head.inputs, inputs, rtol=1e-9, atol=1e-11)
 
 
+def test_the_scale_stays_a_guess_where_the_weight_is_not_known(leaks):
+    weight, gradient = leaks[0], noisy(leaks, 0)[0]
+    gradient[:100, :, 7] = 0  # of a unit that is off
+    seen = torch.arange(N_FEATURES) != 7
+    noise = 1e-15 * gradient.flatten(1).norm(dim=1)
+    head = solve_factor(gradient, noise, torch.where(seen, weight, 1e3), seen)
+    torch.testing.assert_close(head.inputs[100:], rank_one_factor(gradient).inputs[100:])
+    assert bool((head.scale_variance[100:] == 1 / N_CLASSES**2).all())
+    # The others' logits are not quite those of their δ, as the unit was on when it was made.
+    assert bool((head.scale_variance[:100] < 1e-12).all())
+
+
 @pytest.mark.parametrize("relative", [1e-6, 1e-4, 1e-2])
 def test_errors_are_of_the_size_that_is_stated(leaks, relative):
     weight, inputs, _, _ = leaks

@@ -3,11 +3,11 @@ import functools
 
 import pytest
 import torch
+from plain_autograd import plain_updates, relative_error
 from torch import nn
 
 from gitlight.architecture import Architecture
 from gitlight.config import Config, DataConfig, ExactGeneratorConfig, GradientsConfig, LeNetConfig, UpdatesConfig
-from gitlight.data.sampling import mixed_seed
 from gitlight.errors import ConfigError
 from gitlight.gradients.engine import GradientEngine
 from gitlight.gradients.updates import LocalUpdates, describe_leak, n_local_steps, smallest_local_batch
@@ -46,29 +46,8 @@ def updates_of(network, method="vmap", dtype="float64", memory_limit_gb=2.0, arc
 
 def plain_sgd(network, images, labels, seeds, epochs, batch_size, learning_rate):
     """The reference: `torch.optim.SGD` on a copy of the network for each client, in float64."""
-    before = [p.detach().clone() for p in network.double().parameters()]
-    found = []
-    for client_images, client_labels, seed in zip(images.double(), labels, seeds.tolist(), strict=True):
-        client = copy.deepcopy(network).train()
-        optimizer = torch.optim.SGD(client.parameters(), lr=learning_rate)
-        n_steps = 0
-        for epoch in range(epochs):
-            generator = torch.Generator().manual_seed(mixed_seed("local order", seed, epoch))
-            for positions in torch.randperm(len(client_images), generator=generator).split(batch_size):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(client(client_images[positions]), client_labels[positions]).backward()
-                optimizer.step()
-                n_steps += 1
-        after = [p.detach() for p in client.parameters()]
-        found.append([(b - a) / (learning_rate * n_steps) for b, a in zip(before, after, strict=True)])
-    network.float()
-    names = [name for name, _ in network.named_parameters()]
-    return {name: torch.stack(parts) for name, parts in zip(names, zip(*found, strict=True), strict=True)}
-
-
-def relative_error(found, wanted):
-    assert list(found) == list(wanted)
-    return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
+    settings = UpdatesConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
+    return plain_updates(copy.deepcopy(network).double().train(), images, labels, seeds, settings)
 
 
 @pytest.mark.parametrize("method", ["vmap", "loop"])

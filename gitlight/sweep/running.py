@@ -16,9 +16,11 @@ from filelock import FileLock
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from gitlight.errors import GitlightError
+from gitlight.errors import ConfigError, GitlightError
 from gitlight.run_lock import PATIENCE_SECONDS, is_being_written
+from gitlight.sweep.devices import VISIBLE, gpus_of_trial, visible_gpus
 from gitlight.sweep.processes import STOPPED, TrialProcesses, signals_as_exceptions, trial_environment
+from gitlight.sweep.settings import trial_config
 from gitlight.sweep.specification import Specification
 from gitlight.sweep.study import (
     FINISHED,
@@ -87,6 +89,8 @@ class Runner:
         self._choosing = threading.Lock()  # of the next trial, and all use of the study
         self._processes = TrialProcesses()
         self._interrupted: list[FrozenTrial] = []
+        self._gpus: list[str] = []
+        self._workers = 1
 
     def run(self, workers: int) -> None:
         """Run trials until the sweep has all.
@@ -101,9 +105,12 @@ class Runner:
         with FileLock(self._folder / ".taking_over.lock"):
             self._interrupted = self._take_over()
         environment = trial_environment(workers)
+        self._workers = workers
+        if workers > 1:
+            self._gpus = visible_gpus()
         with signals_as_exceptions(), ThreadPoolExecutor(workers) as pool:
             try:
-                waiting = {pool.submit(self._work, environment) for _ in range(workers)}
+                waiting = {pool.submit(self._work, environment, worker) for worker in range(workers)}
                 beat = time.monotonic()
                 while waiting:
                     done, waiting = wait(waiting, timeout=0.5)
@@ -116,13 +123,13 @@ class Runner:
                 # At the end of a sweep nothing runs any more.
                 self._processes.end_all()
 
-    def _work(self, environment: dict[str, str]) -> None:
+    def _work(self, environment: dict[str, str], worker: int = 0) -> None:
         while not self._processes.ended:
             with self._choosing:
                 job = self._next()
             if job is None:
                 return
-            exit_code = self._run_trial(job, environment)
+            exit_code = self._run_trial(job, environment, worker)
             if exit_code in STOPPED:
                 # Whoever ends everything here sends the signal to all processes, and the trial may be the first to go.
                 self._processes.wait_for_end(STOP_SECONDS)
@@ -168,7 +175,7 @@ class Runner:
         values = suggest(trial_of(self._study, self._storage, number), self._specification)
         return _Job(number, place, values, again)
 
-    def _run_trial(self, job: _Job, environment: dict[str, str]) -> int | None:
+    def _run_trial(self, job: _Job, environment: dict[str, str], worker: int) -> int | None:
         """Its exit code; None if the sweep ended before it could start."""
         folder = self._folder / f"trial-{job.place:04d}"
         command = [*self._specification.expand_command(job.values), f"output_dir={folder}"]
@@ -179,12 +186,27 @@ class Runner:
             command.append("trainer.resume=last")
         elif job.again and folder.exists():
             shutil.rmtree(folder)  # killed in its first epoch; there is nothing to go on from
+        environment = {
+            **environment,
+            **SweepTrial(str(self._storage.url), self._study.study_name, job.number).environment(),
+        }
+        gpus = ",".join(self._own_gpus(job, worker))
+        if gpus:
+            environment[VISIBLE] = gpus
+        where = f" on GPU {gpus}" if gpus else ""
         shown = " ".join(f"{name}={value}" for name, value in job.values.items())
-        print(f"trial {job.place}: {'goes on' if goes_on else 'starts'}: {shown}", flush=True)
-        trial = SweepTrial(str(self._storage.url), self._study.study_name, job.number)
-        return self._processes.run(
-            job.number, command, {**environment, **trial.environment()}, log_path(self._folder, job.place)
-        )
+        print(f"trial {job.place}: {'goes on' if goes_on else 'starts'}{where}: {shown}", flush=True)
+        return self._processes.run(job.number, command, environment, log_path(self._folder, job.place))
+
+    def _own_gpus(self, job: _Job, worker: int) -> list[str]:
+        """Those that the trial is confined to; empty: to none in particular."""
+        if not self._gpus:
+            return []
+        try:
+            settings = trial_config(self._specification, job.values).trainer
+        except ConfigError:  # the file has changed; the trial's own process says so
+            return []
+        return gpus_of_trial(self._gpus, worker, self._workers, settings)
 
     def _wait_for_former(self, place: int, folder: Path) -> None:
         """Until no process writes the trial's folder: one that outlived its sweep does, or another machine's.

@@ -1,9 +1,9 @@
 """The settings of a sweep's trials: whether their config accepts what is varied, and what all have in common."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gitlight.callbacks.run_settings import WHERE_AND_HOW_FAST
 from gitlight.config import Config
@@ -90,6 +90,18 @@ def checked_settings(specification: "Specification") -> dict[str, str]:
         for name, value in dotted(configs[0]).items()
         if not name.startswith(_FREE) and name not in specification.space
     }
+
+
+def trial_config(specification: "Specification", values: Mapping[str, Any]) -> Config:
+    """The config that the command of a trial names, with its settings.
+
+    Args:
+        specification: the sweep, whose settings were checked.
+        values: setting → value.
+    """
+    command = specification.expand_command(values)
+    items = command[command.index(specification.program) + 1 :]
+    return load_config(next(item for item in items if "=" not in item), [item for item in items if "=" in item])
 
 
 def _check_call(items: Sequence[str], specification: "Specification") -> None:

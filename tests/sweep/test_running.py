@@ -25,7 +25,7 @@ def test_a_trial_stopped_with_its_sweep_is_to_be_continued(
     monkeypatch.setattr(gitlight.sweep.running, "STOP_SECONDS", 30 if sweep_ends else 0.01)
     ends = [threading.Timer(0.1, runner._processes.end_all)] if sweep_ends else []
 
-    def stopped(job: object, environment: object) -> int:
+    def stopped(job: object, environment: object, worker: int) -> int:
         for timer in ends:
             timer.start()
         return exit_code

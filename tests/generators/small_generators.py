@@ -14,6 +14,6 @@ DEEP = [ResNetConfig(width=4), ViTConfig(patch_size=4, hidden_size=12, depth=1, 
 
 
 def build(name, architecture, client_batch_size=1, **changed):
-    settings = GENERATORS[name].settings(**{**SMALL[name], **changed})
+    settings = GENERATORS[name].settings(**{**SMALL.get(name, {}), **changed})
     torch.manual_seed(0)
     return GENERATORS[name].load()(architecture, settings, client_batch_size)

@@ -99,3 +99,12 @@ def test_client_batches_are_refused_with_one_message():
     _, architecture, _ = leaks_of("float64")
     with pytest.raises(ArchitectureError, match=r"parameters: 5\.weight.*Without a bias it takes single images"):
         build("hybrid", architecture, client_batch_size=2)
+
+
+@pytest.mark.parametrize(("depth", "advised"), [(None, True), (1, False)])
+def test_too_few_pairs_are_a_warning_that_says_what_else_helps(depth, advised, caplog):
+    _, architecture, pair = leaks_of("float64")
+    run_fits(build("hybrid", architecture, exact_depth=depth), [some(pair, slice(0, 60))])
+    (message, *_) = [record.getMessage() for record in caplog.records if "last layer's weight" in record.getMessage()]
+    assert "60 equations for 96 unknowns" in message
+    assert ("generator.exact_depth=1" in message) == advised

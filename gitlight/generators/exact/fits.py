@@ -16,7 +16,7 @@ from gitlight.generators.exact.conservation import conserved
 from gitlight.generators.exact.equations import conservation_equations, logit_equations, output_equations
 from gitlight.generators.exact.factor import by_factor
 from gitlight.generators.exact.forward import computable
-from gitlight.generators.exact.plan import plan_walk
+from gitlight.generators.exact.plan import advice_for_few_pairs, plan_walk
 from gitlight.generators.exact.rule import InverseRule
 from gitlight.generators.exact.solvability import Do, Known
 from gitlight.generators.exact.weights import AffineFit, LeastSquares, LogitFit, solve_all
@@ -210,7 +210,7 @@ class HeadFit:
 
     def finish(self) -> None:
         """Keep the weight."""
-        weight, bias, determined = self._fit.solve()
+        weight, bias, determined = self._fit.solve(advice_for_few_pairs(self._inversion.plan))
         values = {"weight": weight, "bias": bias}
         seen = {"weight": determined.expand_as(weight), "bias": torch.ones_like(bias, dtype=torch.bool)}
         self._inversion.keep(self._layer, values, seen)

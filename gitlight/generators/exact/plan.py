@@ -103,6 +103,13 @@ def rules_of(architecture: Architecture, strict: bool) -> dict[str, InverseRule]
     return rules
 
 
+def advice_for_few_pairs(plan: Plan) -> str:
+    """What helps if there are too few for the last layer's weight, with which all that is below it is solved."""
+    if len(plan.solves) < 2:
+        return ""
+    return "With so few, hybrid that ends at that layer may be better: generator.name=hybrid generator.exact_depth=1."
+
+
 def plan_walk(
     architecture: Architecture,
     rules: Mapping[str, InverseRule],

@@ -19,6 +19,7 @@ from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.labels import labels_of_batch, output_bias
 from gitlight.generators.exact.leaks import invertible
 from gitlight.generators.exact.noise import SUMMED
+from gitlight.generators.exact.plan import advice_for_few_pairs
 from gitlight.generators.exact.rule import Estimate
 from gitlight.generators.exact.separation import Typical, n_equations_and_unknowns, separable, separate
 from gitlight.generators.exact.solvability import Known
@@ -266,7 +267,7 @@ class _HeadFit:
                 "The last layer's weights, which tell the images of a client batch apart, cannot be fitted: of no "
                 "single public image does its bias have a gradient. Give generator.separate=false, or another channel."
             )
-        weight, bias, seen = self._fit.solve()
+        weight, bias, seen = self._fit.solve(advice_for_few_pairs(self._features._plan))
         self._features.inversion.keep(
             self._head,
             {"weight": weight, "bias": bias},

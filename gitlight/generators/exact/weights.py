@@ -128,17 +128,21 @@ def _triangular(block: Tensor) -> Tensor:
     return torch.nn.functional.pad(factor, (0, 0, 0, block.shape[1] - len(factor)))
 
 
-def solve_all(problems: Sequence[LeastSquares], what: str) -> list[tuple[Tensor, Tensor]]:
-    """`LeastSquares.solve` of several that together make ``what``, with one warning of the worst."""
+def solve_all(problems: Sequence[LeastSquares], what: str, advice: str = "") -> list[tuple[Tensor, Tensor]]:
+    """`LeastSquares.solve` of several that together make ``what``, with one warning of the worst.
+
+    ``advice``: a sentence of what helps beside more pairs.
+    """
     solved = [problem.solve_quietly() for problem in problems]
     equations, unknowns = min((size for _, _, size in solved), key=lambda size: size[0] - size[1])
     if equations < unknowns:
         log.warning(
             "closed-form fit of %s: %d equations for %d unknowns; the reconstruction will suffer. More pairs help: "
-            "data.n_public_images.",
+            "data.n_public_images.%s",
             what,
             equations,
             unknowns,
+            advice and f" {advice}",
         )
     return [(found, determined) for found, determined, _ in solved]
 
@@ -219,12 +223,12 @@ class LogitFit:
         """What is added up over devices."""
         return [total for squares in self._squares for total in squares.sums()]
 
-    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(self, advice: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """``W`` ``(classes, features)`` and ``b`` ``(classes,)``, both of mean zero over the classes.
 
-        And which features' weights are determined, ``(features,)`` bool.
+        And which features' weights are determined, ``(features,)`` bool. ``advice``: as of `solve_all`.
         """
-        solutions = solve_all(self._squares, "the last layer's weight")
+        solutions = solve_all(self._squares, "the last layer's weight", advice)
         differences = torch.cat([solution for solution, _ in solutions], dim=1).T
         everything = torch.stack([its for _, its in solutions]).all(dim=0)
         rows = torch.cat([torch.zeros_like(differences[:1]), differences])

@@ -42,6 +42,8 @@ class Layer:
         constants: argument name → name, for buffers and parameters whose gradient does not leak; values unknown.
         weight_shape: shape of the argument ``weight``; empty where there is none.
         input_shapes: one example's shape of each input.
+        batch_first: whether each input was traced with a batch of one in front of that shape; otherwise the shape is
+            all of it, and the batch of one within.
         output_shape: one example's shape of the result; empty for operations with several results.
     """
 
@@ -55,6 +57,7 @@ class Layer:
     constants: Mapping[str, str]
     weight_shape: tuple[int, ...]
     input_shapes: tuple[tuple[int, ...], ...]
+    batch_first: tuple[bool, ...]
     output_shape: tuple[int, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Layer":
@@ -74,6 +77,10 @@ class Layer:
         "linear '1'"
         """
         return f"{self.kind} {self.name!r}"
+
+    def as_traced(self, examples: Sequence[Tensor]) -> list[Tensor]:
+        """Inputs of one example, ``(*input_shape)`` each, with the batch of one where the model has it."""
+        return [one.unsqueeze(0) if first else one for one, first in zip(examples, self.batch_first, strict=True)]
 
     def apply(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
         """The operation's result; an operation in place leaves its inputs alone.
@@ -259,6 +266,7 @@ def _layer(node: fx.Node, names: Mapping[fx.Node, str], held: Mapping[str, str],
         constants=MappingProxyType(constants),
         weight_shape=weight_shape,
         input_shapes=tuple(_shape(one) for one in inputs),
+        batch_first=tuple(isinstance(v := one.meta["val"], Tensor) and v.shape[:1] == (1,) for one in inputs),
         output_shape=_shape(node),
     )
 

@@ -100,7 +100,7 @@ class InverseRule:
         def of_one(example: Sequence[Tensor], its_delta: Tensor) -> Tensor:
             def forward(moved: Tensor) -> Tensor:
                 arguments = [moved if number == position else one for number, one in enumerate(example)]
-                return self.layer.apply([argument.unsqueeze(0) for argument in arguments], weights)
+                return self.layer.apply(self.layer.as_traced(arguments), weights)
 
             result, pull = torch.func.vjp(forward, example[position])  # type: ignore[misc]  # three only with has_aux
             (carried,) = pull(its_delta.reshape(result.shape))

@@ -94,3 +94,18 @@ def test_only_windows_of_one_entry_are_inverted(module, inverts):
 def test_what_is_lost_is_counted():
     assert rule_for(layer_of(nn.AvgPool2d(2), SHAPE)).loses == "all but the averages: 18 numbers for 72 entries"
     assert "18 numbers for 72 entries" in rule_for(layer_of(nn.MaxPool2d(2), SHAPE)).loses
+
+
+class OverTokens(nn.Module):
+    """The mean of tokens that the batch is behind, as in attention without ``batch_first``."""
+
+    def forward(self, x):
+        return x.flatten(2).permute(2, 0, 1).mean(0)
+
+
+def test_delta_is_spread_by_an_average_that_has_the_batch_within():
+    torch.manual_seed(0)
+    delta = torch.randn(3, 2, dtype=torch.float64)
+    rule = rule_for(Architecture.of(OverTokens(), SHAPE, 2).layers[-1])
+    wanted = (delta / 36).view(3, 1, 1, 2).expand(3, 36, 1, 2)
+    torch.testing.assert_close(rule.carry(delta, 0, [None], None, {}), wanted)

@@ -24,6 +24,8 @@ _BY_HOOKS = {
 }
 """Hooks that compute a weight before each run, by kind: what made them, and what to do."""
 
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+
 _UNTRACEABLE = (
     "A model whose control flow depends on values, that takes values out of tensors (.item(), .tolist(), .numpy(), "
     "printing), or that makes tensors on a device of its own and not on its input's, cannot be inverted layer by "
@@ -43,25 +45,78 @@ def export_bare(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.ex
             returns anything but one tensor.
     """
     check_traceable(model)
-    bare = without_hooks(copied(model)).to("meta", torch.float32).eval()
-    image = torch.empty(1, *image_shape, device="meta")
     name = type(model).__name__
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = bare(image)
-            if not isinstance(result, Tensor):
-                raise ArchitectureError(f"{name} returns {type(result).__name__}, not one tensor of logits.")
-            return torch.export.export(bare, (image,), strict=False)
+        return _export(model, image_shape)
     except ArchitectureError:
         raise
     except Exception as error:  # whatever the user's modules and torch.export raise
+        if _names_two_devices(error) and (exported := _export_on_the_cpu(model, image_shape)) is not None:
+            return exported
         cause = _failure_of(error)
         raise ArchitectureError(
             f"{name} cannot be traced by torch.export: {cause} {_UNTRACEABLE}"
             if _runs_on(model, image_shape)
             else f"{name} does not accept an image of shape {image_shape} (channels, height, width): {cause}"
         ) from error
+
+
+def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    bare = without_hooks(copied(model)).to("meta", torch.float32).eval()
+    image = torch.empty(1, *image_shape, device="meta")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = bare(image)
+        if not isinstance(result, Tensor):
+            raise _no_tensor(model, type(result).__name__)
+        return torch.export.export(bare, (image,), strict=False)
+
+
+def _export_on_the_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram | None:
+    """For a model with tensors that do not follow it to another device, as constants that are no buffers.
+
+    Its weights are without values here, too: torch.export runs no operation on any.
+
+    Returns:
+        None: that fails, too, or values are taken out of tensors.
+    """
+    _check_all_registered(model)
+    bare = without_hooks(copied(model)).to("meta", torch.float32).to_empty(device="cpu").eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(bare, (torch.empty(1, *image_shape),), strict=False)
+    except Exception:  # the error on the meta device says what it is
+        return None
+    if not exported.call_spec.out_spec.is_leaf():
+        raise _no_tensor(model, exported.call_spec.out_spec.type.__name__)
+    numbers = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    takes_values_out = any(isinstance(node.meta.get("val"), numbers) for node in exported.graph.nodes)
+    return None if takes_values_out else exported
+
+
+def _no_tensor(model: nn.Module, what: str) -> ArchitectureError:
+    return ArchitectureError(f"{type(model).__name__} returns {what}, not one tensor of logits.")
+
+
+def _names_two_devices(error: Exception) -> bool:
+    return all(device in str(error) for device in ("meta", "cpu"))
+
+
+def _check_all_registered(model: nn.Module) -> None:
+    """Raises: ArchitectureError, if a module has layers or parameters in a list, where PyTorch does not see them."""
+    known = {id(one) for one in (*model.modules(), *model.parameters())}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if not isinstance(value, list | tuple | dict) or name in _REGISTRIES:
+                continue
+            for one in value.values() if isinstance(value, dict) else value:
+                if isinstance(one, nn.Module | nn.Parameter) and id(one) not in known:
+                    raise ArchitectureError(
+                        f"{'.'.join(filter(None, (path, name)))} of {type(model).__name__} is a {type(value).__name__} "
+                        f"that holds {type(one).__name__}: its parameters are none of the model's, and never leak. Use "
+                        "torch.nn.ModuleList, ModuleDict, ParameterList or ParameterDict."
+                    )
 
 
 def _failure_of(error: Exception) -> str:

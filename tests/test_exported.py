@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from gitlight.config import GivenConfig, LeNetConfig
+from gitlight.config import GivenConfig, GradientsConfig, LeNetConfig
 from gitlight.errors import ArchitectureError
 from gitlight.exported import export_bare
+from gitlight.gradients.engine import GradientEngine
 from gitlight.leaked.lenet import lenet
 from gitlight.leaked.model import LeakedModel
 
@@ -69,9 +70,9 @@ class Doing(nn.Module):
         lambda x: f"{x.mean():.3f}",
         lambda x: x[x > 0],
         lambda x: x.data_ptr(),
-        lambda x: torch.zeros(1, device="cpu") + x,
+        lambda x: torch.zeros(1, device="cpu") + (x + torch.arange(2)).sum().item(),
     ],
-    ids=["numpy", "asarray", "tolist", "item", "branch", "format", "mask", "pointer", "device"],
+    ids=["numpy", "asarray", "tolist", "item", "branch", "format", "mask", "pointer", "device and item"],
 )
 def test_a_model_that_needs_values_is_named_with_the_line_and_what_to_do(what):
     line = what.__code__.co_firstlineno
@@ -81,6 +82,50 @@ def test_a_model_that_needs_values_is_named_with_the_line_and_what_to_do(what):
     assert message.startswith("Doing cannot be traced by torch.export: ")
     assert f"(test_exported.py, line {line}). A model whose control flow depends on values" in message
     assert message.endswith("Compute with tensors alone, as torch.where does.")
+
+
+class Normalised(nn.Module):
+    """Holds a tensor that is no buffer, and makes one on no device in particular."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.mean = nn.Linear(12, 2), torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+
+    def forward(self, x):
+        return self.layer(((x - self.mean) * torch.arange(1, 3)).flatten(1))
+
+
+def test_tensors_that_do_not_follow_the_model_to_another_device_are_traced():
+    leaked = LeakedModel(GivenConfig(), (3, 2, 2), 2, network=Normalised())
+    assert [layer.kind for layer in leaked.architecture.layers] == ["sub", "arange", "mul", "flatten", "linear"]
+    images, labels = torch.rand(2, 2, 3, 2, 2), torch.tensor([[0, 1], [1, 1]])
+    for method in ("captured", "vmap", "loop"):
+        engine = GradientEngine(leaked.network, leaked.architecture, GradientsConfig(method=method))
+        error = (leaked(images[0]).softmax(1) - torch.eye(2)).mean(0)
+        torch.testing.assert_close(engine(images, labels)["layer.bias"][0], error)
+
+
+@pytest.mark.parametrize("held", [[nn.Linear(2, 2)], {"a": nn.Linear(2, 2)}, (nn.Linear(2, 2),)])
+def test_layers_that_pytorch_does_not_see_are_named_with_what_to_do(held):
+    class Listed(Normalised):
+        def forward(self, x):
+            (layer,) = held.values() if isinstance(held, dict) else held
+            return super().forward(layer(x))
+
+    model = nn.Sequential(Listed())
+    model[0].held = held
+    with pytest.raises(ArchitectureError, match=r"^0\.held of Sequential is a \w+ that holds Linear: .*ModuleList"):
+        export_bare(model, (3, 2, 2))
+
+
+class OfTwo(Normalised):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_a_model_that_makes_tensors_of_its_own_and_returns_several_is_named():
+    with pytest.raises(ArchitectureError, match="OfTwo returns tuple, not one tensor of logits"):
+        export_bare(OfTwo(), (3, 2, 2))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The leaked network as a graph for any number of images, with every operation that uses a leaked parameter marked."""
 
 import operator
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,25 +11,20 @@ from torch.export.passes import move_to_device_pass
 from torch.fx.node import map_arg
 
 from gitlight.architecture import ImageShape
-from gitlight.errors import ArchitectureError, first_line
 from gitlight.exported import (
     arguments_of,
-    copied,
     draws_random_numbers,
     held_tensors,
     kind_of,
     lifted_constants,
     module_path,
-    without_hooks,
 )
 from gitlight.gradients import broadcast_gradients  # noqa: F401  # registers its rules
+from gitlight.gradients.exporting import exported_for_any_number
 from gitlight.gradients.layer_gradients import NoRuleError, differentiated, rule_for
 from gitlight.gradients.precision import plain_tensor
 from gitlight.gradients.selection import depends_on_memory, move_selections, overwritten_inputs
 from gitlight.gradients.steps import FoldedNorm, Slot, Step
-
-# Any number but 0 and 1, which torch.export would take for constants.
-_TRACED_IMAGES = 7
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def trace(
         NoRuleError: it cannot be traced for any number of images, is random or ties its images together in this mode,
             or an operation uses a leaked parameter in a way that no rule covers. The message names it.
     """
-    exported = _export(network, image_shape, dtype)
+    exported = exported_for_any_number(network, image_shape, dtype)
     if device.type != "cpu":
         exported = move_to_device_pass(exported, str(device))
     move_selections(exported.graph)
@@ -94,31 +88,6 @@ def trace(
         depends_on_memory(exported.graph),
         frozenset(overwritten_inputs(exported.graph)) & frozenset({*held, *constants}),
     )
-
-
-def _export(network: nn.Module, image_shape: ImageShape, dtype: torch.dtype) -> Any:
-    """The graph on the CPU, wherever the network is: for batch norm on a GPU, export bounds the number of images."""
-    tensors = [*network.parameters(), *network.buffers()]
-    same = all(
-        t.device.type == "cpu" and (t.dtype == dtype or not t.is_floating_point()) and not t.is_inference()
-        for t in tensors
-    )
-    # Modules are copied, as their hooks are not to see the tracing; weights only where they have another precision.
-    try:
-        twin = without_hooks(copied(network, tensors if same else ()))
-    except ArchitectureError as error:
-        raise NoRuleError(str(error)) from error
-    if not same:
-        twin = twin.to("cpu", dtype)
-    images = torch.zeros(_TRACED_IMAGES, *image_shape, dtype=dtype)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            shapes = ({0: torch.export.Dim("batch")},)
-            return torch.export.export(twin, (images,), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch.export raises many kinds, its own and the model's
-        cause = first_line(error)
-        raise NoRuleError(f"torch.export cannot trace the model for any number of images: {cause}") from error
 
 
 class _Builder:

@@ -125,3 +125,38 @@ def test_what_is_refused_is_not_tried_again_for_what_its_runs_change(caplog):
         engine(*pairs())
     assert network.runs > 1
     assert len([record for record in caplog.records if "Gradients are made by vmap" in record.getMessage()]) == 1
+
+
+class Caching(nn.Module):
+    """Computes from its parameters once, in evaluation mode, and keeps the results: in a dict, bare, and in a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.bias = nn.Linear(48, N_CLASSES), nn.Parameter(torch.rand(3, N_CLASSES))
+        self.kept, self.scale, self.runs = {"one": torch.ones(())}, None, 0
+
+    def forward(self, images):
+        self.runs += 1
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias[[0, 2]].sum(0)
+            self.scale, self.pair = self.bias[1].exp(), (self.bias[2].tanh(), 1)
+        return (self.layer(images.flatten(1)) * self.scale + self.kept["bias"] * self.kept["one"]).tanh() * self.pair[0]
+
+
+@pytest.mark.parametrize("method", ["auto", "captured", "vmap", "loop"])
+def test_what_a_model_keeps_of_a_run_is_not_used_in_the_next(method):
+    torch.manual_seed(0)
+    network = Caching().eval()
+    engine, (images, labels) = engine_of(network, method), pairs()
+    for _ in range(2):
+        found = engine(images, labels)
+        for number in range(len(images)):
+            part = slice(number, number + 1)
+            for name, wanted in autograd_loop(network, images[part], labels[part]).items():
+                assert torch.allclose(found[name][part], wanted, rtol=1e-10, atol=1e-13), name
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(0.9)
+    assert network.scale is None
+    assert set(network.kept) == {"one"}
+    assert bool(network.runs) == (method in ("vmap", "loop"))

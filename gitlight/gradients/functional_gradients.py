@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from gitlight.data.pair import Gradients
-from gitlight.errors import ConfigError, first_line
+from gitlight.errors import ArchitectureError, ConfigError, first_line
 from gitlight.gradients.functional import functional
 from gitlight.gradients.labels import cross_entropy
 
@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 _Loss = Callable[[Gradients, Gradients, Tensor, Tensor], Tensor]
 """Of one client batch: parameters that leak, other parameters and buffers, images ``(N, C, H, W)``, labels ``(N,)``."""
+
+_OVERWRITTEN = "modified by an inplace operation"
+"""In what autograd says of a network that cannot be trained either."""
 
 _Gradient = Callable[[Gradients, Gradients, Tensor, Tensor], Gradients]
 
@@ -120,6 +123,9 @@ def gradient_by_autograd(
         others: other parameters and buffers; copied, as are images, so that they stay as they are.
         images: ``(N, C, H, W)``.
         labels: ``(N,)``.
+
+    Raises:
+        ArchitectureError: the network overwrites what its own backward pass needs.
     """
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in leaked.items()}
 
@@ -130,7 +136,15 @@ def gradient_by_autograd(
         made = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(leaves, made, strict=True))
 
-    result: Gradients = functional(network, backward)(leaves | _copied(others), images.clone())
+    try:
+        result: Gradients = functional(network, backward)(leaves | _copied(others), images.clone())
+    except RuntimeError as error:
+        if _OVERWRITTEN not in str(error):
+            raise
+        raise ArchitectureError(
+            f"{type(network).__name__} has no gradients: it overwrites what autograd needs again on the way back, as "
+            f"`x += y` and inplace=True can: {first_line(error)} Write `x = x + y`, or leave inplace=True out."
+        ) from error
     return result
 
 

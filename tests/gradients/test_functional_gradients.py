@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gitlight.architecture import Architecture
 from gitlight.config import GradientsConfig, UpdatesConfig
-from gitlight.errors import ConfigError
+from gitlight.errors import ArchitectureError, ConfigError
 from gitlight.gradients.updates import LocalUpdates
 
 
@@ -50,6 +50,25 @@ def test_updates_fall_back_as_gradients_do():
     vectorised = LocalUpdates(network, architecture, GradientsConfig(method="vmap", updates=updates))
     with pytest.raises(ConfigError, match=r"vmap does not work for this leaked model"):
         vectorised(images, labels, seeds)
+
+
+class Overwriting(nn.Module):
+    """Adds to what the sigmoid's derivative is made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(48, 6), nn.Linear(6, N_CLASSES)
+
+    def forward(self, images):
+        hidden = self.first(images.flatten(1)).sigmoid()
+        hidden += 1
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+def test_a_model_that_autograd_cannot_differentiate_is_named_with_what_to_do(method):
+    with pytest.raises(ArchitectureError, match=r"Overwriting has no gradients: .*inplace operation.* `x = x \+ y`"):
+        engine_of(Overwriting(), method)(*pairs())
 
 
 class Checkpointed(nn.Module):

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from gitlight.architecture import ImageShape
 from gitlight.errors import first_line
 from gitlight.gradients.buffers import Scratch
+from gitlight.gradients.delta_in_order import delta_in_order
 from gitlight.gradients.labels import cross_entropy
 from gitlight.gradients.layer_gradients import Call, Layout, NoRuleError
 from gitlight.gradients.precision import plain_tensor
@@ -138,7 +139,8 @@ class CapturedGradients:
         chunk.finish()
 
     def _backward(self, chunk: "_Chunk", images: Tensor, labels: Tensor, per_leak: int) -> None:
-        logits = self._traced.body(chunk, images, chunk.prepared.externals)
+        with delta_in_order(images.device.type, self._traced.has_norms):
+            logits = self._traced.body(chunk, images, chunk.prepared.externals)
         loss = cross_entropy(logits, labels, reduction="sum") / per_leak
         # Hooks hold the chunk: if it held tensors in turn, all would stay until Python looks for cycles.
         starts, chunk.starts = chunk.starts, []
@@ -173,8 +175,7 @@ class _Probe(_Recorder):
     """Finds the steps' layouts."""
 
     def run(self, number: int, *computed: Any) -> Tensor:
-        step = self._steps[number]
-        values = self._values(number, computed)
+        step, values = self._steps[number], self._values(number, computed)
         output = step.apply(values)
         for argument, shape in step.symbolic.items():
             step.layouts[argument] = _layout(values.get(argument, output), shape, step)
@@ -220,8 +221,7 @@ class _Chunk(_Recorder):
         self.starts: list[Tensor] = []
 
     def run(self, number: int, *computed: Any) -> Tensor:
-        step = self._steps[number]
-        values = self._values(number, computed)
+        step, values = self._steps[number], self._values(number, computed)
         output = step.apply(values)
         if not output.requires_grad:
             output.requires_grad_()

@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 
 from gitlight.data.pair import Gradients
 from gitlight.errors import ArchitectureError, ConfigError, first_line
+from gitlight.gradients.delta_in_order import delta_in_order
 from gitlight.gradients.functional import functional
 from gitlight.gradients.labels import cross_entropy
 
@@ -137,7 +138,8 @@ def gradient_by_autograd(
         return dict(zip(leaves, made, strict=True))
 
     try:
-        result: Gradients = functional(network, backward)(leaves | _copied(others), images.clone())
+        with delta_in_order(images.device.type):
+            result: Gradients = functional(network, backward)(leaves | _copied(others), images.clone())
     except RuntimeError as error:
         if _OVERWRITTEN not in str(error):
             raise

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from gitlight.exported import (
     module_path,
 )
 from gitlight.gradients import broadcast_gradients  # noqa: F401  # registers its rules
+from gitlight.gradients.delta_in_order import is_such_a_norm
 from gitlight.gradients.exporting import exported_for_any_number
 from gitlight.gradients.layer_gradients import NoRuleError, differentiated, rule_for
 from gitlight.gradients.precision import plain_tensor
@@ -48,6 +50,12 @@ class TracedNetwork:
     steps: tuple[Step, ...]
     overwrites: bool
     overwritten: frozenset[str]
+
+    @cached_property
+    def has_norms(self) -> bool:
+        """Whether it runs norms that `delta_in_order` is for; those that convolutions have absorbed are none."""
+        operations = [*(step.operation for step in self.steps), *(node.target for node in self.body.graph.nodes)]
+        return any(map(is_such_a_norm, operations))
 
     def in_precision(self, dtype: torch.dtype) -> "TracedNetwork":
         """The same, with constants of another precision."""

@@ -1,10 +1,12 @@
 """A model as a graph of torch.export: how one is made without weights, and what is read off it."""
 
 import copy
+import re
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,20 +47,28 @@ def export_bare(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.ex
             returns anything but one tensor.
     """
     check_traceable(model)
-    name = type(model).__name__
     try:
         return _export(model, image_shape)
     except ArchitectureError:
         raise
     except Exception as error:  # whatever the user's modules and torch.export raise
-        if _names_two_devices(error) and (exported := _export_on_the_cpu(model, image_shape)) is not None:
-            return exported
-        cause = _failure_of(error)
-        raise ArchitectureError(
-            f"{name} cannot be traced by torch.export: {cause} {_UNTRACEABLE}"
-            if _runs_on(model, image_shape)
-            else f"{name} does not accept an image of shape {image_shape} (channels, height, width): {cause}"
-        ) from error
+        if not _names_two_devices(error):
+            raise _untraceable(model, image_shape, error) from error
+    try:
+        return _export_on_the_cpu(model, image_shape)
+    except ArchitectureError:
+        raise
+    except Exception as error:
+        raise _untraceable(model, image_shape, error) from error
+
+
+def _untraceable(model: nn.Module, image_shape: tuple[int, int, int], error: Exception) -> ArchitectureError:
+    name, cause = type(model).__name__, _failure_of(error)
+    if _runs_on(model, image_shape):
+        return ArchitectureError(f"{name} cannot be traced by torch.export: {cause} {_UNTRACEABLE}")
+    return ArchitectureError(
+        f"{name} does not accept an image of shape {image_shape} (channels, height, width): {cause}"
+    )
 
 
 def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
@@ -72,27 +82,28 @@ def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export
         return torch.export.export(bare, (image,), strict=False)
 
 
-def _export_on_the_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram | None:
+def _export_on_the_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
     """For a model with tensors that do not follow it to another device, as constants that are no buffers.
 
     Its weights are without values here, too: torch.export runs no operation on any.
-
-    Returns:
-        None: that fails, too, or values are taken out of tensors.
     """
-    _check_all_registered(model)
     bare = without_hooks(copied(model)).to("meta", torch.float32).to_empty(device="cpu").eval()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(bare, (torch.empty(1, *image_shape),), strict=False)
-    except Exception:  # the error on the meta device says what it is
-        return None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(bare, (torch.empty(1, *image_shape),), strict=False)
+    _check_all_registered(bare, exported.constants.values())
     if not exported.call_spec.out_spec.is_leaf():
         raise _no_tensor(model, exported.call_spec.out_spec.type.__name__)
     numbers = (torch.SymInt, torch.SymFloat, torch.SymBool)
-    takes_values_out = any(isinstance(node.meta.get("val"), numbers) for node in exported.graph.nodes)
-    return None if takes_values_out else exported
+    for node in exported.graph.nodes:
+        if isinstance(node.meta.get("val"), numbers):
+            lines = re.findall(r'File "(.*)", line (\d+)', node.meta.get("stack_trace") or "")
+            where = f" ({Path(lines[-1][0]).name}, line {lines[-1][1]})" if lines else ""
+            raise ArchitectureError(
+                f"{type(model).__name__} cannot be traced by torch.export: it takes a value out of a tensor{where}. "
+                f"{_UNTRACEABLE}"
+            )
+    return exported
 
 
 def _no_tensor(model: nn.Module, what: str) -> ArchitectureError:
@@ -103,20 +114,45 @@ def _names_two_devices(error: Exception) -> bool:
     return all(device in str(error) for device in ("meta", "cpu"))
 
 
-def _check_all_registered(model: nn.Module) -> None:
-    """Raises: ArchitectureError, if a module has layers or parameters in a list, where PyTorch does not see them."""
-    known = {id(one) for one in (*model.modules(), *model.parameters())}
+def _check_all_registered(model: nn.Module, constants: Iterable[object]) -> None:
+    """Refuse parameters that the model computes with and PyTorch does not see.
+
+    Args:
+        model: as it was traced.
+        constants: what its graph holds beside parameters and buffers.
+
+    Raises:
+        ArchitectureError: layers or parameters are in a list, or in another object that is no module.
+    """
+    places = {one.data_ptr(): one for one in constants if isinstance(one, Tensor)}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if not isinstance(value, list | tuple | dict) or name in _REGISTRIES:
+            if name in _REGISTRIES:
                 continue
-            for one in value.values() if isinstance(value, dict) else value:
-                if isinstance(one, nn.Module | nn.Parameter) and id(one) not in known:
+            for parameter in _parameters_within(value, set()):
+                if parameter.numel() and parameter.data_ptr() in places:
                     raise ArchitectureError(
                         f"{'.'.join(filter(None, (path, name)))} of {type(model).__name__} is a {type(value).__name__} "
-                        f"that holds {type(one).__name__}: its parameters are none of the model's, and never leak. Use "
+                        "with layers or parameters that are none of the model's to PyTorch, and never leak. Use "
                         "torch.nn.ModuleList, ModuleDict, ParameterList or ParameterDict."
                     )
+
+
+def _parameters_within(value: object, known: set[int]) -> Iterator[nn.Parameter]:
+    """Parameters in containers, modules and other objects, whatever holds them."""
+    if id(value) in known:
+        return
+    known.add(id(value))
+    if isinstance(value, nn.Parameter):
+        yield value
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+    elif isinstance(value, dict | list | tuple | set):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _parameters_within(one, known)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | Tensor | ModuleType):
+        for one in vars(value).values():
+            yield from _parameters_within(one, known)
 
 
 def _failure_of(error: Exception) -> str:

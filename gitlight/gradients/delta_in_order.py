@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _NORMS = frozenset(
@@ -22,10 +24,11 @@ def is_such_a_norm(operation: object) -> bool:
 def delta_in_order(device_type: str, has_norms: bool = True) -> AbstractContextManager[object]:
     """Within it, batch and instance norms that are run get the right gradients from autograd.
 
-    PyTorch (2.15) takes an input whose channels are outermost in memory and a δ whose channels are innermost for one
-    order where the norm's batch is one, as the stride of such a dimension says nothing; instance norm is batch norm of
-    a batch of one, whatever the images. Tokens with the batch within, weighted or under a softmax, make such a δ, and
-    for instance norm channels last. On GPUs, or where ``has_norms`` says that there are none, it does nothing.
+    PyTorch (2.15) takes an input whose channels are outermost in memory and a δ whose channels are innermost, or the
+    other way round, for one order where the norm's batch is one, as the stride of such a dimension says nothing;
+    instance norm is batch norm of a batch of one, whatever the images. Tokens with the batch within, weighted or under
+    a softmax, make such a δ, and for instance norm channels last. Here δ gets the order of the norm's result, which is
+    its input's. On GPUs, or where ``has_norms`` says that there are none, it does nothing.
     """
     return _DeltaInOrder() if has_norms and device_type == "cpu" else nullcontext()
 
@@ -36,5 +39,11 @@ class _DeltaInOrder(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _NORMS and result.requires_grad:
-            result.register_hook(torch.Tensor.contiguous)
+            result.register_hook(partial(_in_order, result.stride()))
         return result
+
+
+def _in_order(strides: tuple[int, ...], delta: Tensor) -> Tensor:
+    if delta.stride() == strides:
+        return delta
+    return torch.empty_strided(delta.shape, strides, dtype=delta.dtype, device=delta.device).copy_(delta)

@@ -24,7 +24,8 @@ def functional(
     ``then`` is done: a backward pass in it may run parts of the network again (``torch.utils.checkpoint``).
 
     Tensors that the network keeps in attributes as it runs, as a bias that evaluation mode computes only once, are of
-    the tensors that it was called with, and forgotten. Other attributes stay as the run has left them.
+    the tensors that it was called with, and forgotten, with all else that their module keeps in attributes. Those of
+    other modules stay as the run has left them.
 
     >>> network = nn.Sequential(*[nn.Linear(2, 2)] * 2)
     >>> weight = network[0].weight
@@ -52,25 +53,59 @@ def functional(
 
 @contextmanager
 def _no_tensors_left_in(network: nn.Module) -> Iterator[None]:
-    """Put back what modules had as attributes, and in dicts that are attributes, in place of tensors kept since."""
-    held: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for module in network.modules():
-        own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-        held.append((vars(module), own))
-        held += [(value, value.copy()) for value in own.values() if type(value) is dict]
+    """Put back all attributes of modules that have kept tensors of a run; other modules' stay as the run has left them.
+
+    All, as a size or a flag beside a tensor says that it is there.
+    """
+    before = [_contents(module) for module in network.modules()]
     try:
         yield
     finally:
-        for holder, former in held:
-            for name in [name for name, value in holder.items() if _holds_tensors(value)]:
-                if name not in former:
-                    del holder[name]
-                elif former[name] is not holder[name]:
-                    holder[name] = former[name]
+        for holders in before:
+            if any(_keeps_others(holder, former) for holder, former in holders):
+                for holder, former in holders:
+                    _put_back(holder, former)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """A module's attributes, and the dicts and lists among and within them, each with a copy of what it holds."""
+    attributes = vars(module)
+    found: list[tuple[Any, Any]] = [(attributes, attributes.copy())]
+    known: set[int] = set()
+    remaining = [value for name, value in attributes.items() if name not in _OF_EVERY_MODULE]
+    while remaining:
+        holder = remaining.pop()
+        if isinstance(holder, dict | list) and id(holder) not in known:
+            known.add(id(holder))
+            found.append((holder, holder.copy()))
+            remaining += holder.values() if isinstance(holder, dict) else holder
+    return found
+
+
+def _keeps_others(holder: Any, former: Any) -> bool:
+    """Whether tensors have come or gone."""
+    if isinstance(holder, list):
+        same = len(holder) == len(former) and all(a is b for a, b in zip(holder, former, strict=True))
+        return not same and (_holds_tensors(holder) or _holds_tensors(former))
+    names = [name for name in {**former, **holder} if holder.get(name) is not former.get(name)]
+    return any(_holds_tensors(holder.get(name)) or _holds_tensors(former.get(name)) for name in names)
+
+
+def _put_back(holder: Any, former: Any) -> None:
+    if isinstance(holder, list):
+        holder[:] = former
+        return
+    for name in [name for name in holder if name not in former]:
+        del holder[name]
+    holder.update(former)
 
 
 def _holds_tensors(value: object) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, tuple) and any(isinstance(one, Tensor) for one in value))
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple | set):
+        return isinstance(value, Tensor)
+    return any(map(_holds_tensors, value))
 
 
 class _Then(nn.Module):

@@ -15,7 +15,9 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 
     count = torch.cuda.device_count()
     if VISIBLE in environment:
-        return [name.strip() for name in environment[VISIBLE].split(",")][:count]
+        named = [name.strip() for name in environment[VISIBLE].split(",") if name.strip()]
+        # Of parts of GPUs a process sees the first alone.
+        return named if named and named[0].startswith("MIG-") else named[:count]
     return [str(number) for number in range(count)]
 
 
@@ -45,7 +47,8 @@ def gpus_of_worker(visible: Sequence[str], worker: int, workers: int, devices: A
         return list(visible)
     if share >= len(visible):  # Lightning refuses to take more than all
         return list(visible)
-    return [visible[(worker * share + number) % len(visible)] for number in range(share)]
+    start = worker * max(share, len(visible) // workers)  # in a block of its own, where trials differ in their shares
+    return [visible[(start + number) % len(visible)] for number in range(share)]
 
 
 def gpus_of_trial(visible: Sequence[str], worker: int, workers: int, settings: TrainerConfig) -> list[str]:

@@ -159,4 +159,35 @@ def test_what_a_model_keeps_of_a_run_is_not_used_in_the_next(method):
                 parameter.mul_(0.9)
     assert network.scale is None
     assert set(network.kept) == {"one"}
-    assert bool(network.runs) == (method in ("vmap", "loop"))
+    assert network.runs == 0
+
+
+class Sized(nn.Module):
+    """Keeps a table with the size that it was made for, a list with what the sizes were, and a gain in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gain = nn.Linear(48, N_CLASSES), nn.Parameter(torch.rand(N_CLASSES))
+        self.size, self.sizes = None, []
+
+    def forward(self, images):
+        if self.size != images.shape[1:] or self.table.device != images.device:
+            self.size = images.shape[1:]
+            self.table = torch.arange(N_CLASSES, dtype=images.dtype).cos()
+            self.kept = {"gains": [self.gain.exp()]}
+            self.sizes.append((self.size, self.gain.square()))
+        return self.layer(images.flatten(1)) * self.table * self.kept["gains"][0] * self.sizes[-1][1]
+
+
+@pytest.mark.parametrize("method", ["auto", "captured", "vmap", "loop"])
+def test_sizes_beside_what_a_model_keeps_go_with_it(method):
+    torch.manual_seed(0)
+    network = Sized().eval()
+    engine, (images, labels) = engine_of(network, method), pairs()
+    for _ in range(2):
+        found = engine(images, labels)
+        for number in range(len(images)):
+            part = slice(number, number + 1)
+            for name, wanted in autograd_loop(network, images[part], labels[part]).items():
+                assert torch.allclose(found[name][part], wanted, rtol=1e-10, atol=1e-13), name
+    assert (network.size, network.sizes) == (None, [])

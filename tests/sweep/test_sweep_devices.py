@@ -17,7 +17,7 @@ from gitlight.sweep.devices import gpus_of_trial, gpus_of_worker, visible_gpus
         (4, 2, "auto", ["01", "23"]),
         (4, 2, -1, ["01", "23"]),
         (5, 2, "auto", ["01", "23"]),
-        (4, 2, "1", ["0", "1"]),
+        (4, 2, "1", ["0", "2"]),
         (2, 4, "auto", ["0", "1", "0", "1"]),
         (3, 2, 2, ["01", "20"]),
         (2, 2, 4, ["01", "01"]),
@@ -31,6 +31,11 @@ def test_workers_have_as_many_gpus_each(n_gpus: int, workers: int, devices: Any,
     assert list(map("".join, found)) == expected
 
 
+def test_trials_of_different_sizes_have_blocks_of_their_own() -> None:
+    assert gpus_of_worker("0123", 0, 2, 2) == ["0", "1"]
+    assert gpus_of_worker("0123", 1, 2, 1) == ["2"]
+
+
 def test_one_worker_and_cpus_are_left_alone() -> None:
     assert gpus_of_trial("01", 1, 2, TrainerConfig(devices=1)) == ["1"]
     assert gpus_of_trial("01", 0, 1, TrainerConfig(devices=1)) == []
@@ -41,7 +46,8 @@ def test_one_worker_and_cpus_are_left_alone() -> None:
 def test_visible_gpus_are_those_that_the_sweep_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert visible_gpus({}) == ["0", "1"]
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-5ae, MIG-77"}) == ["GPU-5ae", "MIG-77"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-5ae, GPU-77"}) == ["GPU-5ae", "GPU-77"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-5,MIG-6, MIG-7,"}) == ["MIG-5", "MIG-6", "MIG-7"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3,1,9"}) == ["3", "1"]  # of those named, CUDA finds two
 
 

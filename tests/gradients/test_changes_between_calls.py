@@ -127,6 +127,20 @@ def test_what_is_refused_is_not_tried_again_for_what_its_runs_change(caplog):
     assert len([record for record in caplog.records if "Gradients are made by vmap" in record.getMessage()]) == 1
 
 
+def assert_right_after_changes(network, method):
+    """Gradients are autograd's of each leak by a fresh copy, before and after the weights change."""
+    engine, (images, labels) = engine_of(network, method), pairs()
+    for _ in range(2):
+        found = engine(images, labels)
+        for number in range(len(images)):
+            part = slice(number, number + 1)
+            for name, wanted in autograd_loop(network, images[part], labels[part]).items():
+                assert torch.allclose(found[name][part], wanted, rtol=1e-10, atol=1e-13), name
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(0.9)
+
+
 class Caching(nn.Module):
     """Computes from its parameters once, in evaluation mode, and keeps the results: in a dict, bare, and in a tuple."""
 
@@ -147,16 +161,7 @@ class Caching(nn.Module):
 def test_what_a_model_keeps_of_a_run_is_not_used_in_the_next(method):
     torch.manual_seed(0)
     network = Caching().eval()
-    engine, (images, labels) = engine_of(network, method), pairs()
-    for _ in range(2):
-        found = engine(images, labels)
-        for number in range(len(images)):
-            part = slice(number, number + 1)
-            for name, wanted in autograd_loop(network, images[part], labels[part]).items():
-                assert torch.allclose(found[name][part], wanted, rtol=1e-10, atol=1e-13), name
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.mul_(0.9)
+    assert_right_after_changes(network, method)
     assert network.scale is None
     assert set(network.kept) == {"one"}
     assert network.runs == 0
@@ -183,11 +188,5 @@ class Sized(nn.Module):
 def test_sizes_beside_what_a_model_keeps_go_with_it(method):
     torch.manual_seed(0)
     network = Sized().eval()
-    engine, (images, labels) = engine_of(network, method), pairs()
-    for _ in range(2):
-        found = engine(images, labels)
-        for number in range(len(images)):
-            part = slice(number, number + 1)
-            for name, wanted in autograd_loop(network, images[part], labels[part]).items():
-                assert torch.allclose(found[name][part], wanted, rtol=1e-10, atol=1e-13), name
+    assert_right_after_changes(network, method)
     assert (network.size, network.sizes) == (None, [])

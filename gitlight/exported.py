@@ -4,9 +4,8 @@ import copy
 import re
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gitlight.errors import ArchitectureError, first_line
+from gitlight.unregistered import check_all_registered, check_none_wants_a_gradient
 
 _TORCH = Path(torch.__file__).parent
 
@@ -25,8 +25,6 @@ _BY_HOOKS = {
     BasePruningMethod: "torch.nn.utils.prune; torch.nn.utils.prune.remove(module, name) makes it permanent",
 }
 """Hooks that compute a weight before each run, by kind: what made them, and what to do."""
-
-_REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 _UNTRACEABLE = (
     "A model whose control flow depends on values, that takes values out of tensors (.item(), .tolist(), .numpy(), "
@@ -79,7 +77,9 @@ def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export
         result = bare(image)
         if not isinstance(result, Tensor):
             raise _no_tensor(model, type(result).__name__)
-        return torch.export.export(bare, (image,), strict=False)
+        exported = torch.export.export(bare, (image,), strict=False)
+    check_none_wants_a_gradient(model, exported.constants)
+    return exported
 
 
 def _export_on_the_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
@@ -91,7 +91,8 @@ def _export_on_the_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> t
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(bare, (torch.empty(1, *image_shape),), strict=False)
-    _check_all_registered(bare, exported.constants.values())
+    check_none_wants_a_gradient(model, exported.constants)
+    check_all_registered(bare, exported.constants)
     if not exported.call_spec.out_spec.is_leaf():
         raise _no_tensor(model, exported.call_spec.out_spec.type.__name__)
     numbers = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -112,47 +113,6 @@ def _no_tensor(model: nn.Module, what: str) -> ArchitectureError:
 
 def _names_two_devices(error: Exception) -> bool:
     return all(device in str(error) for device in ("meta", "cpu"))
-
-
-def _check_all_registered(model: nn.Module, constants: Iterable[object]) -> None:
-    """Refuse parameters that the model computes with and PyTorch does not see.
-
-    Args:
-        model: as it was traced.
-        constants: what its graph holds beside parameters and buffers.
-
-    Raises:
-        ArchitectureError: layers or parameters are in a list, or in another object that is no module.
-    """
-    places = {one.data_ptr(): one for one in constants if isinstance(one, Tensor)}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name in _REGISTRIES:
-                continue
-            for parameter in _parameters_within(value, set()):
-                if parameter.numel() and parameter.data_ptr() in places:
-                    raise ArchitectureError(
-                        f"{'.'.join(filter(None, (path, name)))} of {type(model).__name__} is a {type(value).__name__} "
-                        "with layers or parameters that are none of the model's to PyTorch, and never leak. Use "
-                        "torch.nn.ModuleList, ModuleDict, ParameterList or ParameterDict."
-                    )
-
-
-def _parameters_within(value: object, known: set[int]) -> Iterator[nn.Parameter]:
-    """Parameters in containers, modules and other objects, whatever holds them."""
-    if id(value) in known:
-        return
-    known.add(id(value))
-    if isinstance(value, nn.Parameter):
-        yield value
-    elif isinstance(value, nn.Module):
-        yield from value.parameters()
-    elif isinstance(value, dict | list | tuple | set):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _parameters_within(one, known)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | Tensor | ModuleType):
-        for one in vars(value).values():
-            yield from _parameters_within(one, known)
 
 
 def _failure_of(error: Exception) -> str:

@@ -145,6 +145,18 @@ def test_layers_that_are_held_and_not_used_are_none_of_its_business():
     assert export_bare(model, (3, 2, 2)).graph.nodes
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_tensor_that_is_trained_and_no_parameter_is_named(moved):
+    class Loose(Normalised):
+        def forward(self, x):
+            return super().forward(x @ (self.mixed.to(x.device) if moved else self.mixed))
+
+    model = nn.Sequential(Loose())
+    model[0].mixed = torch.rand(2, 2, requires_grad=True)
+    with pytest.raises(ArchitectureError, match=r"^0\.mixed of Sequential has requires_grad and is no parameter: "):
+        export_bare(model, (3, 2, 2))
+
+
 class TakingOut(Normalised):
     def forward(self, x):
         return super().forward(x * self.mean.sum().item())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -45,14 +46,17 @@ def functional(
 
     def call(tensors: Mapping[str, Tensor], images: Tensor) -> Any:
         everywhere = {f"network.{place}": tensors[name] for place, name in places}
-        with _no_tensors_left_in(network):
-            return functional_call(_Then(network, then), everywhere, (images,), tie_weights=False)
+        run = _Then(network, then)
+        if torch.compiler.is_compiling():  # who compiles it puts back what the whole has left
+            return functional_call(run, everywhere, (images,), tie_weights=False)
+        with no_tensors_left_in(network):
+            return functional_call(run, everywhere, (images,), tie_weights=False)
 
     return call
 
 
 @contextmanager
-def _no_tensors_left_in(network: nn.Module) -> Iterator[None]:
+def no_tensors_left_in(network: nn.Module) -> Iterator[None]:
     """Put back all attributes of modules that have kept tensors of a run; other modules' stay as the run has left them.
 
     All, as a size or a flag beside a tensor says that it is there.

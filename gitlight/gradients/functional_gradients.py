@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 from gitlight.data.pair import Gradients
 from gitlight.errors import ArchitectureError, ConfigError, first_line
 from gitlight.gradients.delta_in_order import delta_in_order
-from gitlight.gradients.functional import functional
+from gitlight.gradients.functional import functional, no_tensors_left_in
 from gitlight.gradients.labels import cross_entropy
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ class FunctionalGradients:
             images = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
             labels = torch.cat([labels, labels[:1].expand(missing, -1)])
         try:
-            made = self._compiled(leaked, others, images, labels)
+            with no_tensors_left_in(self._network):
+                made = self._compiled(leaked, others, images, labels)
         except torch._dynamo.exc.TorchDynamoException as error:
             cause = first_line(error)
             raise ConfigError(

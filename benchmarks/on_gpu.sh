@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in about a quarter of an hour, the most wanted first: from the repository's root
+# What only a GPU can show, within half an hour, the most wanted first: from the repository's root
 #
 #     benchmarks/on_gpu.sh FOLDER
 #
@@ -32,7 +32,7 @@ step() { # NAME SECONDS COMMAND...
 step training 180 "$python" benchmarks/training.py lenet_hybrid resnet20_coarse # pairs/s, share of making pairs
 step ratios 150 "$python" benchmarks/gradients.py lenet resnet20 resnet18 vit --seconds 4
 step sketched 90 "$python" benchmarks/gradients.py vit_b_16_sketched vit_b_16 --seconds 4
-step lenet 420 "$python" benchmarks/generators.py lenet_hybrid # dB after ten minutes at most
+step lenet 420 "$python" benchmarks/generators.py lenet_hybrid # dB, and the time it took
 step tests 300 "$python" -m pytest -q -p no:cacheprovider tests/integration/test_gpu.py
 step updates 90 "$python" benchmarks/gradients.py lenet_n4 resnet20_n4 lenet_fedavg resnet20_fedavg --seconds 3 --no-memory
 step vit 400 "$python" benchmarks/generators.py vit_hybrid

@@ -27,9 +27,8 @@ _BY_HOOKS = {
 """Hooks that compute a weight before each run, by kind: what made them, and what to do."""
 
 _UNTRACEABLE = (
-    "A model whose control flow depends on values, that takes values out of tensors (.item(), .tolist(), .numpy(), "
-    "printing), or that makes tensors on a device of its own and not on its input's, cannot be inverted layer by "
-    "layer. Compute with tensors alone, as torch.where does."
+    "A model whose control flow depends on values, or that takes values out of tensors (.item(), .tolist(), .numpy(), "
+    "printing), cannot be inverted layer by layer. Compute with tensors alone, as torch.where does."
 )
 
 

@@ -27,8 +27,9 @@ def delta_in_order(device_type: str, has_norms: bool = True) -> AbstractContextM
     PyTorch (2.15) takes an input whose channels are outermost in memory and a δ whose channels are innermost, or the
     other way round, for one order where the norm's batch is one, as the stride of such a dimension says nothing;
     instance norm is batch norm of a batch of one, whatever the images. Tokens with the batch within, weighted or under
-    a softmax, make such a δ, and for instance norm channels last. Here δ gets the order of the norm's result, which is
-    its input's. On GPUs, or where ``has_norms`` says that there are none, it does nothing.
+    a softmax, make such a δ, and for instance norm channels last. Here δ gets the order of the norm's result: that is
+    its input's, and of an instance norm, which copies inputs that are in another, channels first. On GPUs, or where
+    ``has_norms`` says that there are none, it does nothing.
     """
     return _DeltaInOrder() if has_norms and device_type == "cpu" else nullcontext()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from smooth import smooth_images
 
 from gitlight.architecture import Architecture
 from gitlight.config import FullyConnectedConfig, GradientsConfig, LeNetConfig
@@ -10,14 +11,6 @@ from gitlight.gradients.engine import GradientEngine
 from gitlight.leaked.model import LeakedModel
 
 SHAPE, N_CLASSES = (3, 16, 16), 5
-
-
-def smooth_images(n, seed, shape):
-    """Random images that, like photographs, vary more over large distances than over small ones."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(n, 3, 5, 5, generator=generator)
-    fine = torch.nn.functional.interpolate(coarse, size=shape[1:], mode="bicubic", align_corners=False)
-    return (fine + 0.05 * torch.randn(n, *shape, generator=generator)).clamp(0, 1)
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from closed_form import run_fits
-from conftest import smooth_images
 from small_generators import build
+from smooth import smooth_images
 from torch import nn
 
 from gitlight.architecture import Architecture

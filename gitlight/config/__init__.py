@@ -15,6 +15,7 @@ from gitlight.config.generators import (
     ExactGeneratorConfig,
     GeneratorConfig,
     HybridGeneratorConfig,
+    LearnedGeneratorConfig,
     MLPGeneratorConfig,
 )
 from gitlight.config.gradients import (
@@ -69,6 +70,7 @@ __all__ = [
     "ImagePriorConfig",
     "LeNetConfig",
     "LeakedConfig",
+    "LearnedGeneratorConfig",
     "LoggingConfig",
     "LossConfig",
     "MLPGeneratorConfig",

@@ -16,7 +16,20 @@ class GeneratorConfig:
 
 
 @dataclass
-class MLPGeneratorConfig(GeneratorConfig):
+class LearnedGeneratorConfig(GeneratorConfig):
+    """Settings of every generator that is trained on pairs."""
+
+    noise_range: list[float] | None = setting(
+        None,
+        "lowest and highest noise of leaks, relative to the root mean square of their entries; the generator then sees "
+        "how noisy each leak is, and linear starts are fitted level by level, about one for each power of ten; lowest "
+        "0: leaks without noise, too (hybrid fits weights from them); for whole gradients of one image; []: none; "
+        "null: that of a channel that is one gaussian_noise with lowest_std, or none",
+    )
+
+
+@dataclass
+class MLPGeneratorConfig(LearnedGeneratorConfig):
     """LTI: one multilayer perceptron."""
 
     name: str = setting("mlp", "generator")
@@ -26,7 +39,7 @@ class MLPGeneratorConfig(GeneratorConfig):
 
 
 @dataclass
-class CoarseGeneratorConfig(GeneratorConfig):
+class CoarseGeneratorConfig(LearnedGeneratorConfig):
     """Coarse-GIT: one learned step per module."""
 
     name: str = setting("coarse", "generator")
@@ -50,7 +63,7 @@ class CoarseGeneratorConfig(GeneratorConfig):
 
 
 @dataclass
-class HybridGeneratorConfig(GeneratorConfig):
+class HybridGeneratorConfig(LearnedGeneratorConfig):
     """Hybrid-GIT: closed form, then a trained refinement."""
 
     exact_depth: int | None = setting(
@@ -60,12 +73,6 @@ class HybridGeneratorConfig(GeneratorConfig):
         None,
         "standard deviation of gradient errors over the root mean square of a leak's entries; null: estimated per leak",
         minimum=0,
-    )
-    noise_range: list[float] | None = setting(
-        None,
-        "lowest and highest noise of leaks, in the same units, which the linear start is fitted for level by level, "
-        "about one for each power of ten; lowest 0: leaks without noise, too, which the weights are then fitted from; "
-        "for whole gradients of one image; null: that of a channel that is one gaussian_noise with lowest_std, or none",
     )
     mirrored_start: bool = setting(
         True, "fit the linear start on mirrored images, too, where data.horizontal_flip mirrors those that it trains on"

@@ -10,8 +10,11 @@ from gitlight.architecture import Architecture
 from gitlight.config import CoarseGeneratorConfig
 from gitlight.data.pair import Gradients
 from gitlight.generators.averages import WeightedAverages
-from gitlight.generators.base import FitOn, Generator, PairFit, clamp_passing_gradients
+from gitlight.generators.base import FitOn, PairFit, clamp_passing_gradients
+from gitlight.generators.hybrid_fits import Start
 from gitlight.generators.modules import divide
+from gitlight.generators.noise_bands import BandedRegression, TrainsByBands, bands_for, error_of, started
+from gitlight.generators.noise_level import NoiseLevel
 from gitlight.generators.ridge import MOST_COEFFICIENTS, RidgeRegression
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
@@ -24,7 +27,7 @@ _LEAST_POSITIONS = 64
 """Positions of maps from which convolutions make them."""
 
 
-class CoarseGenerator(Generator):
+class CoarseGenerator(TrainsByBands):
     """``â_{m-1} = Step_m(â_m, g_m)`` from the last module to the first; ``g_m`` are the module's own gradients.
 
     Modules are the parts that the leaked model's data passes one after the other (`gitlight.generators.modules`): a
@@ -37,7 +40,8 @@ class CoarseGenerator(Generator):
     gradients a step sees the `WeightedAverages` of its module's layers, unless ``generator.averages`` is off.
 
     With averages, the last step does not draw the image but what a ridge regression of the averages to the (mean)
-    image leaves: that is fitted in closed form before training, and training does not change it.
+    image leaves: that is fitted in closed form before training, and training does not change it. For a range of noise
+    there is one for each band of it, and every step sees how noisy a leak is.
     """
 
     accepts_sketches = True
@@ -45,6 +49,8 @@ class CoarseGenerator(Generator):
     def __init__(self, architecture: Architecture, settings: CoarseGeneratorConfig, client_batch_size: int = 1) -> None:
         """Raises: ConfigError, if ``generator.modules`` fits no layer."""
         super().__init__(architecture, client_batch_size)
+        bands = bands_for(settings.noise_range, architecture, client_batch_size)
+        self._noise = NoiseLevel(architecture, settings.noise_range)
         self.scaling = GradientScaling(architecture)
         self.averages = WeightedAverages(architecture, client_batch_size, None if settings.averages else ())
         self._modules_down = divide(architecture, settings.modules)[::-1]
@@ -52,7 +58,12 @@ class CoarseGenerator(Generator):
         most = min(settings.linear_start_features, MOST_COEFFICIENTS // prod(architecture.image_shape))
         self._in_start = self.averages.smallest(most)
         n_start = sum(averages[name].shape[1] for name in self._in_start)
-        self.ridge = RidgeRegression(n_start, prod(architecture.image_shape)) if n_start else None
+        n_image = prod(architecture.image_shape)
+        self.ridge: RidgeRegression | BandedRegression | None = None
+        if n_start and bands:
+            self.ridge = BandedRegression([RidgeRegression(n_start, n_image) for _ in bands], bands)
+        elif n_start:
+            self.ridge = RidgeRegression(n_start, n_image)
         self._mirrored = settings.mirrored_start and n_start > 0
         self._parts = [
             (module.parameters, tuple(name for name in module.parameters if name in averages))
@@ -64,6 +75,7 @@ class CoarseGenerator(Generator):
             known: tuple[int, int, int] | None = None
             for module, (parameters, weights) in zip(self._modules_down, self._parts, strict=True):
                 n_gradient = sum(architecture.gradient_shapes[name].numel() for name in parameters)
+                n_gradient += self._noise.n_entries
                 n_averages = sum(averages[name].shape[1] for name in weights)
                 channels, height, columns = _as_maps(module.input_shape)
                 wanted = (client_batch_size * channels, height, columns)
@@ -83,24 +95,31 @@ class CoarseGenerator(Generator):
 
     def forward(self, gradients: Gradients) -> Tensor:
         """``(B, N, C, H, W)`` in [0, 1]."""
+        return self.refined(gradients)[0]
+
+    def refined(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the start's error; ones where there is no start."""
         features = self.averages.features(gradients)
         own = self.scaling.split(self.scaling(gradients))
         averages = self.averages.split(self.averages.standardise(features))
-        first = next(iter(gradients.values()))
+        first, noise = next(iter(gradients.values())), self._noise.seen(gradients)
         estimate: Tensor | None = None
         for (parameters, weights), step in zip(self._parts, self.steps, strict=True):
             none = self.scaling.mean[:0].expand(len(first), 0)  # a module may have neither
-            gradient = torch.cat([none, *(own[name] for name in parameters)], dim=1)
+            gradient = torch.cat([none, *(own[name] for name in parameters), noise], dim=1)
             its_averages = torch.cat([none, *(averages[name] for name in weights)], dim=1)
             estimate = step(gradient, its_averages, estimate)
         assert estimate is not None
         estimate = estimate.float().view(-1, *self.image_shape)
         if self.ridge is None:
-            return torch.sigmoid(estimate)
+            return torch.sigmoid(estimate), estimate.new_ones(())
+        levels = self._noise.logarithms(gradients) if isinstance(self.ridge, BandedRegression) else None
         with torch.autocast(first.device.type, enabled=False), full_float32():
-            start = self.ridge(self.start_features(features)).view(-1, 1, *self.architecture.image_shape)
+            start = started(self.ridge, self.start_features(features), levels)
+        start = start.view(-1, 1, *self.architecture.image_shape)
         # In units of the start's own error, for Adam's first steps not to be many times what is to be learned.
-        return clamp_passing_gradients(start + estimate * self.ridge.error.float())
+        error = error_of(self.ridge, levels)
+        return clamp_passing_gradients(start + estimate * error), error
 
     def start_features(self, averages: Tensor) -> Tensor:
         """What the linear start uses of the averages, ``(B, n)`` float64."""
@@ -109,36 +128,46 @@ class CoarseGenerator(Generator):
 
     def fits(self) -> Iterator[PairFit]:
         """The statistics of gradients and averages, and the linear start."""
-        yield FitOn(_Fit(self), mirrored=self._mirrored)
+        if isinstance(self.ridge, BandedRegression):
+            yield from self.ridge.fits(self._fits_of_start)
+        else:
+            yield from self._fits_of_start(self.ridge, common=True)
+
+    def _fits_of_start(self, ridge: Start | None, common: bool) -> Iterator[FitOn]:
+        yield FitOn(_Fit(self, ridge, common), mirrored=self._mirrored)
 
     def describe(self, leak: str = "gradient") -> str:
         """The modules that the leaked model falls into."""
         start = f" from a regression on averages of {len(self._in_start)} layers" if self.ridge is not None else ""
-        return f"coarse inverts {len(self._modules_down)} modules, from {self._modules_down[0].name} down{start}."
+        return (
+            f"coarse inverts {len(self._modules_down)} modules, from {self._modules_down[0].name} down{start}. "
+            f"{self._noise.describe()}"
+        ).rstrip()
 
 
 class _Fit:
-    """The `PairFit` of all that coarse estimates from pairs, in one pass: averages are computed once."""
+    """The `PairFit` of a regression and of what is common to all, in one pass: averages are computed once."""
 
-    def __init__(self, generator: CoarseGenerator) -> None:
+    def __init__(self, generator: CoarseGenerator, ridge: Start | None, common: bool) -> None:
         self._generator = generator
-        self._ridge = () if generator.ridge is None else (generator.ridge,)
+        self._common = (generator.averages, generator.scaling) if common else ()
+        self._ridge = () if ridge is None else (ridge,)
 
     def update(self, gradients: Gradients, images: Tensor, numbers: Tensor) -> None:
         generator = self._generator
         averages = generator.averages.features(gradients)
-        generator.averages.add(averages)
-        generator.scaling.update(gradients, images, numbers)
+        if self._common:
+            generator.averages.add(averages)
+            generator.scaling.update(gradients, images, numbers)
         for ridge in self._ridge:
             ridge.add(generator.start_features(averages), images.mean(dim=1).flatten(1), numbers)
 
     def sums(self) -> Sequence[Tensor]:
-        parts = (self._generator.averages, self._generator.scaling, *self._ridge)
-        return [each for part in parts for each in part.sums()]
+        return [each for part in (*self._common, *self._ridge) for each in part.sums()]
 
     def finish(self) -> None:
-        self._generator.averages.finish()
-        self._generator.scaling.finish()
+        for part in self._common:
+            part.finish()
         for ridge in self._ridge:
             ridge.solve()
 

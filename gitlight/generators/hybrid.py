@@ -14,7 +14,6 @@ from gitlight.errors import ConfigError
 from gitlight.generators.averages import WeightedAverages
 from gitlight.generators.base import (
     FitOn,
-    Generator,
     PairFit,
     ParameterEstimate,
     Reconstruction,
@@ -32,7 +31,7 @@ from gitlight.generators.hybrid_fits import (
     Start,
     take_weights,
 )
-from gitlight.generators.noise_bands import BandedRegression, bands_of
+from gitlight.generators.noise_bands import BandedRegression, TrainsByBands, bands_for, error_of, started
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import MOST_COEFFICIENTS, RidgeRegression
 from gitlight.generators.scaling import GradientScaling
@@ -40,7 +39,7 @@ from gitlight.generators.width import width_for_budget
 from gitlight.gradients.precision import full_float32
 
 
-class HybridGenerator(Generator):
+class HybridGenerator(TrainsByBands):
     """Three stages, each built on what the one before leaves open.
 
     1. `ClosedFormFeatures`: inputs of the leaked layers, by their gradient equations, as far down as these carry; and
@@ -73,15 +72,11 @@ class HybridGenerator(Generator):
                 "generator.weights_from: gradient equations alone fit the few weights that they need from any pairs. "
                 "Give generator.forward_equations=true with it."
             )
-        if settings.noise_range is not None and settings.noise is not None:
+        if settings.noise_range and settings.noise is not None:
             raise ConfigError(
                 "generator.noise_range: with generator.noise all leaks are of one level. Leave one of the two out."
             )
-        if settings.noise_range is not None and (client_batch_size > 1 or architecture.sketched):
-            raise ConfigError(
-                "generator.noise_range: only the whole gradient of one image tells its noise. Give "
-                "generator.noise_range=null."
-            )
+        self._bands = bands_for(settings.noise_range, architecture, client_batch_size)
         self._weights_from = settings.weights_from
         possible = can_separate(architecture, client_batch_size)
         if settings.separate and not possible:
@@ -127,7 +122,6 @@ class HybridGenerator(Generator):
             architecture, client_batch_size, averaged if settings.averages and not reached else (), left
         )
         n_start += self.averages.n_entries
-        self._bands = [] if settings.noise_range is None else bands_of(settings.noise_range)
         self._mirrored = settings.mirrored_start
         # Where a channel spoils what the closed form makes of all equations, averages of some may be worth more.
         both = settings.averages_of_inverted_layers and self.averages.n_entries > 0
@@ -176,6 +170,10 @@ class HybridGenerator(Generator):
         """``(B, N, C, H, W)`` in [0, 1]."""
         return self._refined(gradients)[0]
 
+    def refined(self, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the start's error."""
+        return self._refined(gradients)[:2]
+
     def _refined(self, gradients: Gradients) -> tuple[Tensor, Tensor, FeatureValues]:
         """What `forward` gives; the start's error, as `_error` gives it; and the walk's features."""
         features, averages, start = self.closed_form(gradients)
@@ -191,16 +189,6 @@ class HybridGenerator(Generator):
         error = self._error(features)
         images = clamp_passing_gradients(start.unsqueeze(1) + residual.float() * error)
         return images.view(-1, *self.image_shape), error, features
-
-    @property
-    def has_own_loss(self) -> bool:
-        """For a range of noise, where leaks with much of it would be all that counts, by their errors."""
-        return isinstance(self.ridge, BandedRegression)
-
-    def training_loss(self, gradients: Gradients, images: Tensor) -> Tensor:
-        """Squared errors over those of each leak's start."""
-        found, error, _ = self._refined(gradients)
-        return ((found - images) / error).square().mean()
 
     def reconstruct(self, gradients: Gradients) -> Reconstruction:
         """`forward`, and the labels, where the walk tells images apart by them."""
@@ -222,11 +210,7 @@ class HybridGenerator(Generator):
             for fit in self.walk.fits():
                 yield FitOn(fit, noise=self._bands[0]) if self._bands else fit
         if isinstance(self.ridge, BandedRegression):
-            for number, band in enumerate(self._bands):
-                # What is common to all bands goes by the noisiest: there features differ most.
-                common = number == len(self._bands) - 1
-                for fit in self._start_fits(self.ridge.band(number), common):
-                    yield FitOn(fit, noise=band)
+            yield from self.ridge.fits(self._start_fits)
         elif self.ridge is not None:
             yield from self._start_fits(self.ridge, common=True)
 
@@ -257,13 +241,10 @@ class HybridGenerator(Generator):
     def _error(self, features: FeatureValues) -> Tensor:
         """The start's error, of all leaks, ``()``, or of each, ``(B · slots, 1, 1, 1, 1)``."""
         assert self.ridge is not None
-        if isinstance(self.ridge, BandedRegression):
-            # As in `AsItIs`: below one thousandth of a grey level there is nothing to learn, nor to divide by.
-            return self.ridge.errors(features.levels[:, 0]).clamp_min(1e-6).float().view(-1, 1, 1, 1, 1)
         if isinstance(self.ridge, AsItIs) and self.walk.n_slots > 1:
             # Of images that are told apart and of those that are not, as stated: what is exact stays so.
             return (10 ** features.levels[:, -1]).clamp(1e-6, 1.0).float().view(-1, 1, 1, 1, 1)
-        return self.ridge.error.float()
+        return error_of(self.ridge, features.levels[:, 0])
 
     def closed_form(self, gradients: Gradients) -> tuple[FeatureValues, Tensor, Tensor]:
         """Features, averages, and the start ``(B · slots, C, H, W)``.
@@ -274,10 +255,8 @@ class HybridGenerator(Generator):
         with torch.no_grad(), torch.autocast(first.device.type, enabled=False), full_float32():
             features, averages = self.walked(gradients), self._of_each_slot(self.averages.features(gradients))
             flat = features.values[-1]
-            if isinstance(self.ridge, BandedRegression):
-                flat = self.ridge(self.start_features(features.values, averages), features.levels[:, 0])
-            elif self.ridge is not None:
-                flat = self.ridge(self.start_features(features.values, averages))
+            if self.ridge is not None:
+                flat = started(self.ridge, self.start_features(features.values, averages), features.levels[:, 0])
             return features, averages, flat.reshape(-1, *self.architecture.image_shape).float()
 
     def walked(self, gradients: Gradients) -> FeatureValues:

@@ -11,6 +11,7 @@ from gitlight.architecture import Architecture
 from gitlight.config import MLPGeneratorConfig
 from gitlight.data.pair import Gradients, as_rows
 from gitlight.generators.base import Generator, PairFit
+from gitlight.generators.noise_level import NoiseLevel, check_noise_range
 from gitlight.generators.scaling import GradientScaling
 from gitlight.generators.width import width_for_budget
 
@@ -18,15 +19,18 @@ from gitlight.generators.width import width_for_budget
 class MLPGenerator(Generator):
     """Hidden layers of equal size with ReLU, sigmoid output; any leaked model, any client batch size.
 
-    With ``scale_inputs`` off it is LTI as published: raw gradients in.
+    With ``scale_inputs`` off it is LTI as published: raw gradients in. For a range of noise it sees
+    how noisy a leak is.
     """
 
     accepts_sketches = True
 
     def __init__(self, architecture: Architecture, settings: MLPGeneratorConfig, client_batch_size: int = 1) -> None:
         super().__init__(architecture, client_batch_size)
+        check_noise_range(settings.noise_range, architecture, client_batch_size)
+        self._noise = NoiseLevel(architecture, settings.noise_range)
         self.scaling = GradientScaling(architecture) if settings.scale_inputs else None
-        n_inputs = sum(shape.numel() for shape in architecture.gradient_shapes.values())
+        n_inputs = sum(shape.numel() for shape in architecture.gradient_shapes.values()) + self._noise.n_entries
         n_outputs = prod(self.image_shape)
 
         def build(width: int) -> nn.Sequential:
@@ -49,8 +53,12 @@ class MLPGenerator(Generator):
             flat = torch.cat([as_rows(gradient) for gradient in gradients.values()], dim=1).float()
         else:
             flat = self.scaling(gradients)
-        images: Tensor = self.network(flat)
+        images: Tensor = self.network(torch.cat([flat, self._noise.seen(gradients)], dim=1))
         return images.view(-1, *self.image_shape).float()
+
+    def describe(self, leak: str = "gradient") -> str:
+        """Whether it sees a leak's noise, where it was to."""
+        return self._noise.describe()
 
     def fits(self) -> Sequence[PairFit]:
         """The scaling's statistics."""

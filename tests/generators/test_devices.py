@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from closed_form import run_fits
-from conftest import smooth_images
 from pretended_gpu import GPU, MixedDevicesError, OnGPU, as_on_the_cpu, held, pretended_gpu
 from small_generators import DEEP, build
+from smooth import smooth_images
 from torch import nn
 
 import gitlight.generators.exact.forward
@@ -50,6 +50,8 @@ def test_a_module_and_its_gradients_move():
 CASES = {
     "mlp": ("mlp", LeNetConfig(width=3), {}),
     "coarse": ("coarse", LeNetConfig(width=3), {}),
+    "mlp_range_of_noise": ("mlp", LeNetConfig(width=3), {"noise": 1e-2, "noise_range": [0, 1e-2]}),
+    "coarse_range_of_noise": ("coarse", LeNetConfig(width=3), {"noise": 1e-2, "noise_range": [0, 1e-2]}),
     "coarse_resnet": ("coarse", DEEP[0], {}),
     "coarse_two_images": ("coarse", LeNetConfig(width=3), {"n_images": 2}),
     "hybrid": ("hybrid", LeNetConfig(width=3), {}),

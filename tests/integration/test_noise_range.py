@@ -12,12 +12,18 @@ from gitlight.errors import ConfigError
 RANGE = "channel: [{name: gaussian_noise, relative_std: 0.1, lowest_std: 0}]\n"
 
 
+GENERATORS = {
+    "mlp": "{name: mlp, hidden_size: 200}",
+    "coarse": "{name: coarse, hidden_size: 50, channels: 8}",
+    "hybrid": "{name: hybrid, channels: 8, blocks: 1}",
+}
+
+
 @pytest.mark.slow
-def test_the_range_is_decided_in_training_and_kept(train, evaluate, tmp_path):
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_range_is_decided_in_training_and_kept(train, evaluate, tmp_path, name):
     run = tmp_path / "run"
-    (tmp_path / "run.yaml").write_text(
-        f"{RANGE}generator: {{name: hybrid, channels: 8, blocks: 1}}\ntrainer: {{max_epochs: 1}}\n"
-    )
+    (tmp_path / "run.yaml").write_text(f"{RANGE}generator: {GENERATORS[name]}\ntrainer: {{max_epochs: 1}}\n")
     assert train("run.yaml", *SMALL, f"output_dir={run}") == 0
     assert load_config(run).generator.noise_range == [0, 0.1]
     # A run's folder has the range in its config.yaml; the config that the run was begun with has not.
@@ -44,10 +50,26 @@ NO_LEVEL = [
 
 
 @pytest.mark.parametrize("settings", NO_LEVEL)
-def test_leaks_that_do_not_tell_their_noise_have_no_range(tmp_path, settings):
-    (tmp_path / "run.yaml").write_text(f"{RANGE}generator: {{name: hybrid}}\n")
+@pytest.mark.parametrize("name", GENERATORS)
+def test_leaks_that_do_not_tell_their_noise_have_no_range(tmp_path, settings, name):
+    (tmp_path / "run.yaml").write_text(f"{RANGE}generator: {{name: {name}}}\n")
     config = load_config(tmp_path / "run.yaml", settings)
     assert with_decisions(config).generator.noise_range is None
     config = load_config(tmp_path / "run.yaml", [*settings, "generator.noise_range=[0, 0.1]"])
     with pytest.raises(ConfigError, match=r"generator.noise_range: the noise of a leak"):
         with_decisions(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (["generator.name=mlp"], [0, 0.1]),
+        (["generator.name=mlp", "generator.scale_inputs=false"], None),  # as published
+        (["generator.name=mlp", "generator.noise_range=[]"], []),
+        (["generator.name=coarse"], [0, 0.1]),
+        (["generator.name=hybrid", "generator.noise=0.01"], None),
+    ],
+)
+def test_which_generators_take_the_channels_range(tmp_path, settings, wanted):
+    (tmp_path / "run.yaml").write_text(RANGE)
+    assert with_decisions(load_config(tmp_path / "run.yaml", settings)).generator.noise_range == wanted

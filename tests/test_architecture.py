@@ -207,3 +207,49 @@ def test_a_layer_of_many_inputs_takes_them_in_order():
 def test_a_name_that_no_layer_has_is_an_error():
     with pytest.raises(KeyError, match="nothing"):
         Architecture.of(Residual(), (3, 4, 4), 2)["nothing"]
+
+
+HEADS = {
+    "log_softmax": [nn.LogSoftmax(dim=1)],
+    "log_softmax of the last dimension": [nn.LogSoftmax(dim=-1)],
+    "dropout": [nn.Dropout(0.5), nn.LogSoftmax(dim=1)],
+    "moves": [nn.Unflatten(1, (5, 1, 1)), nn.Flatten()],
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_what_makes_no_difference_behind_the_logits_is_left_out(head):
+    body = [nn.Flatten(), nn.Linear(12, 5)]
+    with_head, without = (Architecture.of(nn.Sequential(*body, *rest), (3, 2, 2), 5) for rest in (head, []))
+    assert [layer.kind for layer in with_head.layers] == ["flatten", "linear"]
+    assert with_head.output == without.output == "1"
+
+
+class Behind(nn.Module):
+    def __init__(self, after):
+        super().__init__()
+        self.linear = nn.Linear(12, 5)
+        self.after = after
+
+    def forward(self, x):
+        return self.after(self.linear(x.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        torch.relu,
+        lambda z: z.log_softmax(0),
+        lambda z: -z.log_softmax(1),
+        lambda z: z.softmax(1),
+        lambda z: z.log_softmax(1) + z,  # the logits are used once more
+        lambda z: z.flip(1),
+        lambda z: z[:, :4],
+        lambda z: z.view(-1, 5, 1).expand(-1, 5, 5).flatten(1)[:, :5],
+    ],
+)
+def test_what_changes_the_logits_is_not(after):
+    n_classes = after(torch.zeros(1, 5)).shape[1]
+    architecture = Architecture.of(Behind(after), (3, 2, 2), n_classes)
+    assert len(architecture.layers) > 2
+    assert architecture.output != "linear"

@@ -34,6 +34,19 @@ def test_hybrid_is_exact_for_fully_connected_networks_with_nothing_to_train(make
     torch.testing.assert_close(generator(pair.gradients), pair.images, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("behind", [[], [nn.LogSoftmax(dim=1)], [nn.Dropout(0.5), nn.LogSoftmax(dim=-1)]])
+def test_hybrid_is_exact_whatever_makes_no_difference_behind_the_logits(behind):
+    torch.manual_seed(0)
+    body = [nn.Flatten(), nn.Linear(48, 12), nn.Sigmoid(), nn.Linear(12, 5)]
+    network = nn.Sequential(*body, *behind).eval().requires_grad_(False)
+    architecture = Architecture.of(network, (3, 4, 4), 5)
+    images, labels = torch.rand(6, 1, 3, 4, 4), torch.randint(5, (6, 1))
+    gradients = GradientEngine(network, architecture, GradientsConfig(dtype="float64"))(images, labels)
+    generator = run_fits(build("hybrid", architecture), [])
+    torch.testing.assert_close(generator(gradients), images, rtol=0, atol=1e-6)
+    assert build("hybrid", architecture, 2).walk.n_slots == 2, "and tells images apart"
+
+
 @pytest.fixture(scope="module")
 def fully_solved():
     """A small convolutional model whose image forward equations reach, and 300 noisy pairs of it."""

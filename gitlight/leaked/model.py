@@ -16,6 +16,7 @@ from gitlight.exported import draws_random_numbers
 from gitlight.leaked import LEAKED_MODELS
 from gitlight.leaked.batch_norm import check_replaced, use_batch_statistics
 from gitlight.leaked.custom import given
+from gitlight.leaked.normalisation import replace_normalize
 from gitlight.leaked.weights import load_weights
 from gitlight.optimization import configure_optimizer
 from gitlight.sharding import ShardableModule
@@ -63,6 +64,7 @@ class LeakedModel(ShardableModule):
                 if network is None
                 else given(settings, network)
             )
+            replace_normalize(self.network)
             if settings.init == "uniform":
                 for parameter in self.network.parameters():
                     nn.init.uniform_(parameter, -settings.init_range, settings.init_range)

@@ -228,10 +228,17 @@ class ExactGenerator(Generator):
         ]
         chosen: list[str] = []
         total = 0
+        sizes = {name: torch.Size(self.architecture[name].output_shape).numel() for name in found}
         for name in reversed(found):
-            total += torch.Size(self.architecture[name].output_shape).numel()
-            if total <= self._settings.ridge_features:
+            if total + sizes[name] <= self._settings.ridge_features:
+                total += sizes[name]
                 chosen.append(name)
+        if found and not chosen:
+            smallest = min(sizes.values())
+            raise ConfigError(
+                f"generator.ridge_features: {self._settings.ridge_features} is less than any result has that the walk "
+                f"finds. Give {smallest} or more."
+            )
         if not chosen:
             raise ArchitectureError(
                 "exact finds nothing of this leaked model's activations: its last layer is not a linear layer with a "

@@ -8,11 +8,15 @@ from gitlight.generators.exact import (  # noqa: F401  (each registers its rule)
     addition,
     attention,
     batch_norm,
+    clipped,
     concatenation,
     convolution,
+    entrywise,
+    exponential,
     layer_norm,
     linear,
     moves,
+    one_minimum,
     pooling,
 )
 from gitlight.generators.exact.rule import Estimate, InverseRule, known_kinds, register_rule, rule_for

@@ -46,9 +46,6 @@ class AdditionRule(InverseRule):
             name = next(iter((*self.layer.parameters.values(), *self.layer.constants.values())), None)
             added = self.layer.arguments["other"] if name is None else weights[name]
             return _averaged_to(Estimate(output.value - added, output.variance, output.at_most), shape)
-        if len(self.layer.inputs) == 1:
-            number = self.layer.arguments["other"]
-            return Estimate(output.value - number, output.variance)
         other = others[1 - position]
         if other is None:
             raise ValueError(f"{self.layer.place}: neither branch is known, only their sum")

@@ -1,25 +1,20 @@
 """The inverse rule of batch normalisation in evaluation mode: an affine map of each channel."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from gitlight.architecture import Layer
 from gitlight.errors import ArchitectureError
-from gitlight.generators.exact.rule import Estimate, InverseRule, Weights, register_rule
+from gitlight.generators.exact.entrywise import EntrywiseAffineRule
+from gitlight.generators.exact.rule import Weights, register_rule
 
 
 @register_rule("batch_norm")
-class BatchNormRule(InverseRule):
+class BatchNormRule(EntrywiseAffineRule):
     """``z = γ (x − μ)/√(v + ε) + β`` with running mean ``μ`` and variance ``v``: invertible where all four are known.
 
     The running statistics are buffers: no gradient tells them, and an attacker who knows the architecture alone has to
     know them from elsewhere (a model that was never trained has ``μ = 0``, ``v = 1``).
     """
-
-    inverts = "yes"
-    carry_needs = "nothing"
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
@@ -30,25 +25,6 @@ class BatchNormRule(InverseRule):
             )
         self._epsilon = float(layer.arguments["eps"])
         self.loses = "the scale of each channel, unless its running statistics are known"
-
-    def invert(self, output: Estimate, position: int, others: Sequence[Estimate | None], weights: Weights) -> Estimate:
-        """``x = (z − β)/s + μ`` with ``s = γ/√(v + ε)``; unknown where ``γ`` is zero."""
-        scale, shift = self.affine(weights)
-        seen = scale != 0
-        variance = torch.where(seen, output.variance / scale.square(), torch.inf)
-        return Estimate((output.value - shift) / torch.where(seen, scale, 1.0), variance)
-
-    def carry(
-        self,
-        delta: Tensor,
-        position: int,
-        inputs: Sequence[Estimate | None],
-        output: Estimate | None,
-        weights: Weights,
-    ) -> Tensor:
-        """``δ · s``."""
-        scale, _ = self.affine(weights)
-        return delta * scale
 
     def affine(self, weights: Weights) -> tuple[Tensor, Tensor]:
         """``s`` and ``β − s μ``, each ``(C, 1, …)``.

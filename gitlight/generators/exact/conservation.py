@@ -29,8 +29,8 @@ from gitlight.generators.exact.rule import InverseRule, Weights
 def conserved(architecture: Architecture, rules: Mapping[str, InverseRule]) -> bool:
     """Whether the law gives sums over channels between all layers of a chain.
 
-    It does where nothing but homogeneous operations is between layers whose weights have no groups, and each input
-    channel of a layer stems from one output channel of the layer below.
+    It does where nothing but homogeneous operations is above the first of layers whose weights have no groups, and each
+    input channel of a layer stems from one output channel of the layer below.
     """
     affine = []
     for layer in architecture.layers:
@@ -39,7 +39,7 @@ def conserved(architecture: Architecture, rules: Mapping[str, InverseRule]) -> b
             if rule.groups != 1 or (rule.weight is None) or (rule.bias is None and layer.constants):
                 return False
             affine.append(layer)
-        elif not rule.homogeneous:
+        elif affine and not rule.homogeneous:
             return False
     return all(_channels_below(architecture, rules, layer) is not None for layer in affine[:-1])
 

@@ -8,8 +8,12 @@ from torch import nn
 from gitlight.errors import ArchitectureError
 from gitlight.generators.exact import Estimate, rule_for
 
-ONE_TO_ONE = [nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(0.1), nn.LeakyReLU(2.0)]
-ONE_MINIMUM = [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU()]
+ONE_TO_ONE = [
+    *(nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(0.1), nn.LeakyReLU(2.0), nn.LogSigmoid()),
+    *(nn.ELU(), nn.ELU(0.3), nn.SELU(), nn.CELU(), nn.CELU(0.5), nn.Softplus(), nn.Softplus(2.0, 3.0)),
+]
+ONE_MINIMUM = [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish()]
+CLIPPED = [nn.Hardtanh(), nn.Hardtanh(-0.5, 2.0), nn.ReLU6(), nn.Hardsigmoid()]
 INPUTS = torch.linspace(-4, 4, 80, dtype=torch.float64).view(2, 40)
 
 
@@ -38,9 +42,9 @@ def test_the_input_and_its_error_follow_from_the_output(module):
     assert found.at_most is None
 
 
-@pytest.mark.parametrize("module", [*ONE_TO_ONE, nn.ReLU(), nn.ReLU(inplace=True)], ids=repr)
+@pytest.mark.parametrize("module", [*ONE_TO_ONE, *CLIPPED, nn.ReLU(), nn.ReLU(inplace=True)], ids=repr)
 def test_delta_passes_as_autograd_says(module):
-    outputs, slopes = through(type(module)(*([module.negative_slope] if isinstance(module, nn.LeakyReLU) else [])))
+    outputs, slopes = through(nn.ReLU() if isinstance(module, nn.ReLU) else module)
     delta = torch.randn_like(outputs)
     torch.testing.assert_close(rule_of(module).carry(delta, 0, [None], known(outputs), {}), delta * slopes)
 
@@ -88,6 +92,18 @@ def test_relu_gives_units_that_are_on_and_a_bound_for_the_others():
     assert torch.isinf(found.variance[~on]).all()
 
 
+@pytest.mark.parametrize("module", CLIPPED, ids=repr)
+def test_a_clipped_unit_is_known_between_its_bounds_and_bounded_below(module):
+    outputs, slopes = through(module)
+    found = rule_of(module).invert(known(outputs, 1e-12), 0, [None], {})
+    between, below = slopes > 0, (slopes == 0) & (INPUTS < 0)
+    torch.testing.assert_close(found.value[between], INPUTS[between])
+    torch.testing.assert_close(found.variance[between], (1e-12 / slopes.square())[between])
+    assert torch.isinf(found.variance[~between]).all()
+    assert torch.equal(found.at_most, below)
+    assert (INPUTS[below] <= found.value[below]).all()
+
+
 def test_relu_units_within_their_error_are_off():
     outputs = torch.tensor([[1.0, 0.03, 0.01, 1e-9, -0.5]], dtype=torch.float64)
     rule = rule_of(nn.ReLU(), 5)
@@ -96,11 +112,19 @@ def test_relu_units_within_their_error_are_off():
     assert rule.on(known(torch.zeros(1, 5, dtype=torch.float64))).tolist() == [[False] * 5]
 
 
-@pytest.mark.parametrize(("module", "bounds"), [(nn.Sigmoid(), (0.0, 1.0)), (nn.Tanh(), (-1.0, 1.0))], ids=repr)
+BOUNDED = [
+    *((nn.Sigmoid(), (0.0, 1.0)), (nn.Tanh(), (-1.0, 1.0)), (nn.ELU(), (-1.0, -1.0)), (nn.SELU(), (-1.7580994, -1.8))),
+    *((nn.CELU(0.5), (-0.5, -0.5)), (nn.Softplus(2.0), (0.0, 0.0)), (nn.LogSigmoid(), (0.0, 0.0))),
+]
+
+
+@pytest.mark.parametrize(("module", "bounds"), BOUNDED, ids=repr)
 def test_saturated_outputs_stay_finite_and_are_counted(module, bounds):
     rule = rule_of(module, 4)
     low, high = bounds
-    outputs = torch.tensor([[low, high, low - 1e-3, 0.4], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    sign = -1 if isinstance(module, nn.LogSigmoid) else 1  # the bound is above
+    outputs = torch.tensor([[low, high, low - sign * 1e-3, 0.4 * sign], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    outputs[1] *= sign
     found = rule.invert(known(outputs, 1e-20), 0, [None], {})
     assert torch.isfinite(found.value).all()
     assert torch.isfinite(rule.carry(torch.ones_like(outputs), 0, [None], known(outputs), {})).all()

@@ -137,6 +137,50 @@ def test_settings_that_do_not_fit_are_named(lenet_architecture, mlp_architecture
         list(missing.fits())
 
 
+class Shifted(nn.Module):
+    """Takes images of [-1, 1], as many models do."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images * 2 - 1)
+
+
+def convolutional(activation):
+    torch.manual_seed(4)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 3, 2, 1), activation(), nn.Conv2d(6, 6, 3, 1, 1), activation()),
+        *(nn.Flatten(), nn.Linear(96, 6)),
+    ).requires_grad_(False)
+
+
+@pytest.mark.parametrize("activation", [nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.LogSigmoid, nn.Tanh])
+def test_activations_that_are_one_to_one_and_shifted_inputs_let_the_image_through(activation):
+    network = Shifted(convolutional(activation))
+    architecture = Architecture.of(network, (1, 8, 8), 6)
+    images, labels = torch.rand(300, 1, 1, 8, 8), torch.randint(6, (300, 1))
+    gradients = GradientEngine(network, architecture, GradientsConfig(dtype="float64"))(images, labels)
+    pair = GradientPair(gradients, images, labels, torch.arange(300).view(300, 1))
+    generator = run_fits(ExactGenerator(architecture, ExactGeneratorConfig()), [pair])
+    found = generator.reconstruct({name: gradient[:4] for name, gradient in gradients.items()})
+    assert found.verdicts == (DETERMINED,) * 4
+    torch.testing.assert_close(found.images, images[:4], rtol=0, atol=1e-4)
+
+
+def test_a_regression_stands_on_what_is_not_too_large_for_it():
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 12), nn.ReLU()),
+        nn.Linear(12, 5),
+    )
+    architecture = Architecture.of(network, (1, 8, 8), 5)
+    assert ExactGenerator(architecture, ExactGeneratorConfig(ridge_features=76)).features == ["3", "5"]
+    assert ExactGenerator(architecture, ExactGeneratorConfig(ridge_features=63)).features == ["5"]
+    with pytest.raises(ConfigError, match=r"generator.ridge_features: 11 is less .* Give 12 or more"):
+        ExactGenerator(architecture, ExactGeneratorConfig(ridge_features=11))
+
+
 def test_a_model_that_gives_nothing_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False))
     with pytest.raises(Exception, match=r"generator.name=mlp"):

@@ -31,6 +31,6 @@ class ChannelNormalisation(nn.Module):
 def replace_normalize(network: nn.Module) -> None:
     """Puts a `ChannelNormalisation` in the place of each ``Normalize`` that is a module of the network."""
     for module in network.modules():
-        for name, child in module.named_children():
+        for name, child in list(module._modules.items()):  # named_children would leave out a module's second name
             if isinstance(child, Normalize | NormalizeV2) and all(child.std):
                 setattr(module, name, ChannelNormalisation(list(child.mean), list(child.std)))

@@ -140,6 +140,7 @@ def _pairs(architecture: Architecture, client_batch_size: int) -> list[_Pair]:
     for layer in architecture.layers:
         weight, bias = layer.parameters.get("weight"), _bias(layer, consumers[layer.name])
         plain = layer.kind in ("linear", "conv2d") and layer.arguments.get("groups", 1) == 1
+        plain = plain and bool(layer.inputs)  # others are of parameters alone, as where these make weights
         if not plain or weight is None or bias is None or uses[weight] > 1 or uses[bias] > 1:
             continue
         if weight not in architecture.sketched and bias not in architecture.sketched:

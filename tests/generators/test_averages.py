@@ -122,6 +122,24 @@ def test_a_weight_that_is_used_twice_has_no_average():
     assert list(averages.split(torch.zeros(1, averages.n_entries))) == ["last.weight"]
 
 
+class Hyper(nn.Module):
+    """Makes a convolution's weight of a parameter, by a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.code, self.make = nn.Parameter(torch.rand(5)), nn.Linear(5, 54)
+        self.head = nn.Linear(2 * 14 * 14, 10)
+
+    def forward(self, images):
+        made = nn.functional.conv2d(images, self.make(self.code).view(2, 3, 3, 3))
+        return self.head(made.tanh().flatten(1))
+
+
+def test_a_layer_that_sees_no_image_has_no_average():
+    architecture = Architecture.of(Hyper(), SHAPE, 10)
+    assert [pair.weight for pair in WeightedAverages(architecture, 1)._pairs] == ["head.weight"]
+
+
 def test_tiny_gradients_keep_their_averages_and_zero_ones_are_zero(make_pairs):
     leaked, pair = make_pairs(LeNetConfig(width=4), dtype="float32")
     averages = WeightedAverages(leaked.architecture, 1)

@@ -74,18 +74,21 @@ def test_a_model_that_autograd_cannot_differentiate_is_named_with_what_to_do(met
 class Checkpointed(nn.Module):
     """Computes its first layer again on the way back."""
 
-    def __init__(self):
+    def __init__(self, use_reentrant=False):
         super().__init__()
-        self.first, self.last = nn.Linear(48, 6), nn.Linear(6, N_CLASSES)
+        self.first, self.second, self.last = nn.Linear(48, 6), nn.Linear(6, 6), nn.Linear(6, N_CLASSES)
+        self.use_reentrant = use_reentrant
 
     def forward(self, images):
-        return self.last(checkpoint(lambda x: self.first(x).tanh(), images.flatten(1), use_reentrant=False))
+        hidden = self.first(images.flatten(1))
+        return self.last(checkpoint(lambda x: self.second(x).tanh(), hidden, use_reentrant=self.use_reentrant))
 
 
 @pytest.mark.parametrize("method", ["auto", "loop"])
-def test_what_is_computed_again_on_the_way_back_has_each_clients_own_weights(method):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_computed_again_on_the_way_back_has_each_clients_own_weights(method, use_reentrant):
     torch.manual_seed(0)
-    network, (images, labels) = Checkpointed(), pairs(2)
+    network, (images, labels) = Checkpointed(use_reentrant), pairs(2)
     settings = GradientsConfig(method=method, dtype="float64", updates=UpdatesConfig(epochs=3, learning_rate=0.5))
     architecture = Architecture.of(network, SHAPE, N_CLASSES)
     found = LocalUpdates(network, architecture, settings)(images, labels, torch.arange(3))

@@ -8,7 +8,6 @@ Rochette et al. 2019, arXiv 1912.06015). Autograd itself never computes a gradie
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,30 +20,15 @@ from gitlight.errors import first_line
 from gitlight.gradients.buffers import Scratch
 from gitlight.gradients.delta_in_order import delta_in_order
 from gitlight.gradients.labels import cross_entropy
-from gitlight.gradients.layer_gradients import Call, Layout, NoRuleError
+from gitlight.gradients.layer_gradients import Call, NoRuleError
+from gitlight.gradients.layouts import find_layouts
 from gitlight.gradients.precision import plain_tensor
+from gitlight.gradients.recorder import Prepared, Recorder
 from gitlight.gradients.steps import Step
 from gitlight.gradients.tracing import trace
 
 Reduction = Callable[[Tensor], Tensor]
 """What a gradient ``(B, *shape)`` goes through before it is kept."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A network's tensors for one call: everything that does not depend on images.
-
-    Attributes:
-        externals: the tensors of the graph, detached.
-        folded: step number → further values of a convolution that has absorbed its norm.
-        roots: tensors computed from leaked parameters, with their autograd graphs.
-        leaves: the leaked parameters at the ends of those graphs.
-    """
-
-    externals: Mapping[str, Tensor]
-    folded: Mapping[int, Mapping[str, Tensor]]
-    roots: Mapping[str, Tensor]
-    leaves: Mapping[str, Tensor]
 
 
 class CapturedGradients:
@@ -72,7 +56,7 @@ class CapturedGradients:
         two = images.new_zeros(2, *image_shape)
         try:
             prepared = self.prepare(tensors)
-            self._find_layouts(prepared, images.new_zeros(3, *image_shape))
+            find_layouts(self._traced, prepared, images.new_zeros(3, *image_shape))
             trial = _Chunk(self._traced.steps, prepared, 1, None, scratch=self._scratch)
             self._backward(trial, two, torch.zeros(2, dtype=torch.int64, device=images.device), 2)
         except (NoRuleError, torch.OutOfMemoryError):
@@ -147,57 +131,8 @@ class CapturedGradients:
         if starts:
             torch.autograd.grad(loss, starts, allow_unused=True)
 
-    @torch.no_grad()
-    def _find_layouts(self, prepared: Prepared, images: Tensor) -> None:
-        """See where each step has its examples, from the NaN that one of three images is made of."""
-        images[1] = float("nan")
-        logits = self._traced.body(_Probe(self._traced.steps, prepared), images, prepared.externals)
-        if logits[[0, 2]].isnan().any():
-            raise NoRuleError("its output ties images together")
 
-
-class _Recorder:
-    """Runs the steps of a traced network."""
-
-    def __init__(self, steps: tuple[Step, ...], prepared: Prepared) -> None:
-        self._steps = steps
-        self.prepared = prepared
-
-    def _values(self, number: int, computed: tuple[Any, ...]) -> dict[str, Any]:
-        step, left = self._steps[number], iter(computed)
-        externals = self.prepared.externals
-        values = step.bind([next(left) if name is None else externals[name] for name in step.sources])
-        values.update(self.prepared.folded.get(number, {}))
-        return values
-
-
-class _Probe(_Recorder):
-    """Finds the steps' layouts."""
-
-    def run(self, number: int, *computed: Any) -> Tensor:
-        step, values = self._steps[number], self._values(number, computed)
-        output = step.apply(values)
-        for argument, shape in step.symbolic.items():
-            step.layouts[argument] = _layout(values.get(argument, output), shape, step)
-        return output
-
-
-def _layout(tensor: Tensor, shape: Any, step: Step) -> Layout:
-    """Where the second of three images is, from its NaN."""
-    batch = [dim for dim, size in enumerate(shape) if isinstance(size, torch.SymInt)]
-    if len(batch) != 1:
-        raise NoRuleError(f"{step.place} has the images in {len(batch)} of its dimensions")
-    (dim,) = batch
-    marked = tensor.isnan().movedim(dim, 0).flatten(1).any(1)
-    per_image = len(marked) // 3
-    for outer in (n for n in range(1, per_image + 1) if per_image % n == 0):
-        pattern = marked.view(outer, 3, -1)
-        if not pattern[:, [0, 2]].any() and (pattern.any() or per_image == 1):
-            return Layout(dim, outer, per_image // outer)
-    raise NoRuleError(f"{step.place} ties images together")
-
-
-class _Chunk(_Recorder):
+class _Chunk(Recorder):
     """One chunk's forward pass, and the hooks of its backward pass."""
 
     def __init__(
@@ -221,7 +156,7 @@ class _Chunk(_Recorder):
         self.starts: list[Tensor] = []
 
     def run(self, number: int, *computed: Any) -> Tensor:
-        step, values = self._steps[number], self._values(number, computed)
+        step, values = self._steps[number], self.values(number, computed)
         output = step.apply(values)
         if not output.requires_grad:
             output.requires_grad_()

@@ -48,7 +48,7 @@ class Call:
 
     Attributes:
         kind: the operation's name.
-        values: the operation's arguments by name; parameters are detached.
+        values: the operation's arguments by name, members of lists by `with_members`; parameters are detached.
         layouts: where the arguments that depend on the images, and ``output``, have their examples.
         n_leaks: ``B``.
         destination: argument → tensor ``(B, *shape)`` to write its gradient into; None where it does not leak.
@@ -154,11 +154,26 @@ def differentiated(call: Call, delta: Tensor) -> None:
         out.copy_(found[argument])
 
 
+def with_members(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, and each member of a list by a name of its own, which a rule sees its gradient wanted by.
+
+    >>> with_members({"equation": "bi,io->bo", "tensors": ["x", "w"]})
+    {'equation': 'bi,io->bo', 'tensors': ['x', 'w'], 'tensors[0]': 'x', 'tensors[1]': 'w'}
+    """
+    lists = {name: value for name, value in arguments.items() if isinstance(value, list | tuple)}
+    return {**arguments, **{f"{name}[{n}]": member for name, value in lists.items() for n, member in enumerate(value)}}
+
+
 def applied(operation: Any, values: Mapping[str, Any]) -> Any:
-    """An ATen operation's result, of arguments by name."""
+    """An ATen operation's result, of arguments by name; of what is in lists, by `with_members`."""
+
+    def value(name: str) -> Any:
+        found = values[name]
+        return [values[f"{name}[{n}]"] for n in range(len(found))] if isinstance(found, list | tuple) else found
+
     schema = operation._schema.arguments
-    positional = [values[a.name] for a in schema if not a.kwarg_only]
-    return operation(*positional, **{a.name: values[a.name] for a in schema if a.kwarg_only})
+    positional = [value(a.name) for a in schema if not a.kwarg_only]
+    return operation(*positional, **{a.name: value(a.name) for a in schema if a.kwarg_only})
 
 
 @gradient_rule("linear")

@@ -23,7 +23,8 @@ from gitlight.exported import (
 from gitlight.gradients import broadcast_gradients  # noqa: F401  # registers its rules
 from gitlight.gradients.delta_in_order import is_such_a_norm
 from gitlight.gradients.exporting import exported_for_any_number
-from gitlight.gradients.layer_gradients import NoRuleError, differentiated, rule_for
+from gitlight.gradients.in_place import out_of_place
+from gitlight.gradients.layer_gradients import NoRuleError, differentiated, rule_for, with_members
 from gitlight.gradients.precision import plain_tensor
 from gitlight.gradients.selection import depends_on_memory, move_selections, overwritten_inputs
 from gitlight.gradients.steps import FoldedNorm, Slot, Step
@@ -41,6 +42,7 @@ class TracedNetwork:
         steps: the operations that use leaked parameters.
         overwrites: whether the body overwrites anything, images perhaps.
         overwritten: names of constants, and in the graph of parameters and buffers, that may be overwritten.
+        makes_integers: whether it takes integers out of real numbers, as of pixels for embeddings.
     """
 
     constants: Mapping[str, Tensor]
@@ -50,6 +52,7 @@ class TracedNetwork:
     steps: tuple[Step, ...]
     overwrites: bool
     overwritten: frozenset[str]
+    makes_integers: bool
 
     @cached_property
     def has_norms(self) -> bool:
@@ -81,10 +84,12 @@ def trace(
     exported = exported_for_any_number(network, image_shape, dtype)
     if device.type != "cpu":
         exported = move_to_device_pass(exported, str(device))
+    held = held_tensors(exported, network)
+    images = frozenset(exported.graph_signature.user_inputs)
+    out_of_place(exported.graph, images, {name for name, target in held.items() if target in leaked})
     move_selections(exported.graph)
     constants = {name: exported.constants[target].to(device) for name, target in lifted_constants(exported).items()}
-    held = held_tensors(exported, network)
-    builder = _Builder(held, constants, leaked, frozenset(exported.graph_signature.user_inputs))
+    builder = _Builder(held, constants, leaked, images)
     for node in exported.graph.nodes:
         builder.add(node)
     return TracedNetwork(
@@ -95,6 +100,7 @@ def trace(
         tuple(builder.steps),
         depends_on_memory(exported.graph),
         frozenset(overwritten_inputs(exported.graph)) & frozenset({*held, *constants}),
+        any(map(_makes_integers, exported.graph.nodes)),
     )
 
 
@@ -180,7 +186,9 @@ class _Builder:
         kind = kind_of(node) or str(operation)
         kind = f"{kind}_batch_norm" if norm is not None else kind
         rule = rule_for(kind)
-        if rule is differentiated and not self._can_be_divided(node):
+        if _is_complex(node) and self._can_be_divided(node):
+            rule = differentiated  # the others are of real numbers
+        elif rule is differentiated and not self._can_be_divided(node):
             raise NoRuleError(f"{_place(node)} uses a parameter, and there is no rule for {kind}")
         sources: list[fx.Node] = []
 
@@ -189,12 +197,9 @@ class _Builder:
                 sources.append(source)
             return Slot(sources.index(source))
 
-        given = arguments_of(node)
+        given = with_members(arguments_of(node))
         arguments = {name: map_arg(value, slot) for name, value in given.items()}
         names = {name: v.name for name, v in given.items() if isinstance(v, fx.Node) and v.name in self._wanted}
-        nested = {v.name for v in sources if v.name in self._wanted} - set(names.values())
-        if nested:
-            raise NoRuleError(f"{_place(node)} takes parameters in a list, and its rule does not")
         step = Step(_place(node), kind, operation, rule, arguments, [], names)
         step.sources = [None if source in self._known else source.name for source in sources]
         step.symbolic = {
@@ -214,14 +219,13 @@ class _Builder:
     def _can_be_divided(self, node: fx.Node) -> bool:
         """Whether an operation can be run for the images of one leak alone.
 
-        It has one result, overwrites nothing, and takes images as tensors: none in a list, no number of them.
+        It has one result, overwrites nothing, and takes images as tensors, no number of them.
         """
-        result, given, schema = node.meta["val"], arguments_of(node), getattr(node.target, "_schema", None)
-        alone = [value for value in given.values() if isinstance(value, fx.Node) and value in self._known]
-        tensors = all(isinstance(value.meta["val"], Tensor) for value in alone)
-        listed = any(source in self._known for source in node.all_input_nodes if source not in alone)
-        has_gradient = isinstance(result, Tensor) and result.is_floating_point()
-        return has_gradient and tensors and not listed and schema is not None and not schema.is_mutable
+        result, schema = node.meta["val"], getattr(node.target, "_schema", None)
+        of_images = [source.meta["val"] for source in node.all_input_nodes if source in self._known]
+        tensors = all(isinstance(value, Tensor) for value in of_images)
+        has_gradient = isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex())
+        return has_gradient and tensors and schema is not None and not schema.is_mutable
 
     def _value(self, node: fx.Node) -> fx.Node:
         if node in self._known:
@@ -252,6 +256,17 @@ def _norm_to_fold(node: fx.Node) -> fx.Node | None:
         return None
     (user,) = node.users
     return user if user.target == torch.ops.aten.batch_norm.default and not arguments_of(user)["training"] else None
+
+
+def _makes_integers(node: fx.Node) -> bool:
+    if kind_of(node) not in ("to", "_to_copy", "type_as"):
+        return False
+    before, after = node.all_input_nodes[0].meta["val"].dtype, node.meta["val"].dtype
+    return bool(before.is_floating_point and not after.is_floating_point and after != torch.bool)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], Tensor) and node.meta["val"].is_complex()
 
 
 def _plain(target: Any) -> bool:

@@ -81,6 +81,14 @@ def windows(x):
     return x[..., :4].unflatten(3, (2, 2)).permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
+def overwritten(module, x):
+    maps = (x + 2).mul_(module.a).add_(module.a, alpha=3)
+    rows = F.dropout(tokens(maps), training=False)
+    rows += module.b
+    rows /= module.c
+    return rows
+
+
 OPERATIONS = {
     "prelu": lambda: Between(lambda m, x: m.many(m.one(x)), one=nn.PReLU(), many=nn.PReLU(6, 0.3)),
     "quotient": lambda: Between(lambda m, x: (x + 2) / m.b / m.t, b=parameter(6, 1, 1), t=parameter()),
@@ -127,6 +135,19 @@ OPERATIONS = {
     "recurrent cell": lambda: Between(
         lambda m, x: m.c(x[:, :, 1, 0], m.c(x[:, :, 0, 0], m.r(x[:, :, 2, 0]))), c=nn.GRUCell(6, 5), r=nn.RNNCell(6, 5)
     ),
+    "products by name": lambda: Between(
+        lambda m, x: torch.einsum("bchw,cd,bdw->bdh", x.tanh(), m.w, torch.einsum("dc,bchw->bdw", m.v, x)),
+        w=parameter(6, 3),
+        v=parameter(3, 6),
+    ),
+    "parts of a parameter": lambda: Between(lambda m, x: m.w[x.mean((2, 3)).topk(2).indices], w=parameter(6, 4)),
+    "embedded pixels": lambda: Between(
+        lambda m, x: m.e((x.tanh() * 4 + 4).long()) * x[..., None], e=nn.Embedding(9, 2)
+    ),
+    "complex filter": lambda: Between(
+        lambda m, x: torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(m.f), s=(4, 5)), f=parameter(4, 3, 2)
+    ),
+    "sums in place": lambda: Between(overwritten, a=parameter(6, 1, 1), b=parameter(1, 20, 6), c=parameter(6)),
     "learned mask": lambda: Between(
         lambda m, x: F.scaled_dot_product_attention(tokens(x), tokens(x), tokens(x), m.mask), mask=parameter(20, 20)
     ),

@@ -206,15 +206,18 @@ def test_batches_that_a_rule_would_take_apart_wrongly_are_left_to_vmap(network, 
         made("captured")
 
 
-class Mixed(nn.Module):
-    """Takes its parameter in a list."""
+class SeenTwice(nn.Module):
+    """Adds a parameter to what another tensor is a view of."""
 
     def __init__(self):
         super().__init__()
-        self.mixture, self.head = nn.Parameter(torch.rand(3, 2)), nn.Linear(512, N_CLASSES)
+        self.first, self.bias, self.head = nn.Linear(768, 6), nn.Parameter(torch.rand(6)), nn.Linear(6, N_CLASSES)
 
     def forward(self, images):
-        return self.head(torch.einsum("bchw,cd->bdhw", images, self.mixture).flatten(1))
+        hidden = self.first(images.flatten(1))
+        halves = hidden.unflatten(1, (2, 3))
+        hidden += self.bias
+        return self.head(halves.tanh().flatten(1))
 
 
 class Counting(nn.Sequential):
@@ -245,7 +248,7 @@ def test_a_wrapped_network_is_captured():
         (nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.Dropout(0.5), nn.Linear(8, 4)), "dropout '2'"),
         (nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4)), "batch_norm '1'"),
         (Counting(nn.Linear(768, 4)), r"a constant, as len\(images\) does, and images.shape\[0\] does not"),
-        (Mixed(), "einsum 'einsum' uses a parameter, and there is no rule for einsum"),
+        (SeenTwice(), "add_ 'add_' uses a parameter, and there is no rule for add_"),
     ],
 )
 def test_what_has_no_rule_is_named_and_left_to_vmap(network, named, caplog):

@@ -136,7 +136,7 @@ def gradient_by_autograd(
         if not loss.requires_grad:
             return {name: torch.zeros_like(parameter) for name, parameter in leaked.items()}
         # As a client calls it: a checkpoint with use_reentrant=True goes through no torch.autograd.grad.
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
     try:

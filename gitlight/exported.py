@@ -4,7 +4,8 @@ import copy
 import re
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def _untraceable(model: nn.Module, image_shape: tuple[int, int, int], error: Exc
 def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
     bare = without_hooks(copied(model)).to("meta", torch.float32).eval()
     image = torch.empty(1, *image_shape, device="meta")
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), without_autocast():
         warnings.simplefilter("ignore")
         result = bare(image)
         if not isinstance(result, Tensor):
@@ -87,7 +88,7 @@ def _export_on_the_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> t
     Its weights are without values here, too: torch.export runs no operation on any.
     """
     bare = without_hooks(copied(model)).to("meta", torch.float32).to_empty(device="cpu").eval()
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), without_autocast():
         warnings.simplefilter("ignore")
         exported = torch.export.export(bare, (torch.empty(1, *image_shape),), strict=False)
     check_none_wants_a_gradient(model, exported.constants)
@@ -188,6 +189,33 @@ def without_hooks(model: nn.Module) -> nn.Module:
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     return model
+
+
+@contextmanager
+def without_autocast(kept_where_on: bool = False) -> Iterator[None]:
+    """Trace regions of ``torch.autocast`` as all others: a graph would hold each as one operation, with a graph within.
+
+    Args:
+        kept_where_on: whether those that autocast stay regions, for who needs their rounding. Those that only switch
+            it off (``enabled=False``) are none in any case.
+    """
+    autocast: Any = torch.autocast
+    init, enter, leave = autocast.__init__, autocast.__enter__, autocast.__exit__
+
+    def begun(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        init(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)  # which it does not take
+
+    def entered(self: Any) -> Any:
+        return enter(self) if kept_where_on and self._enabled else self
+
+    def left(self: Any, *raised: Any) -> Any:
+        return leave(self, *raised) if kept_where_on and self._enabled else None
+
+    autocast.__init__, autocast.__enter__, autocast.__exit__ = begun, entered, left
+    try:
+        yield
+    finally:
+        autocast.__init__, autocast.__enter__, autocast.__exit__ = init, enter, leave
 
 
 def lifted_constants(exported: Any) -> dict[str, str]:

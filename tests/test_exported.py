@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from gitlight.config import GivenConfig, GradientsConfig, LeNetConfig
-from gitlight.errors import ArchitectureError
+from gitlight.errors import ArchitectureError, ConfigError
 from gitlight.exported import export_bare
 from gitlight.gradients.engine import GradientEngine
 from gitlight.leaked.lenet import lenet
@@ -102,6 +102,42 @@ def test_tensors_that_do_not_follow_the_model_to_another_device_are_traced():
         engine = GradientEngine(leaked.network, leaked.architecture, GradientsConfig(method=method))
         error = (leaked(images[0]).softmax(1) - torch.eye(2)).mean(0)
         torch.testing.assert_close(engine(images, labels)["layer.bias"][0], error)
+
+
+class Autocasting(nn.Module):
+    """A region that autocasts, or is kept from it, on whatever device the images are."""
+
+    def __init__(self, enabled):
+        super().__init__()
+        self.first, self.last, self.enabled = nn.Linear(12, 4), nn.Linear(4, 2), enabled
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.enabled):
+            hidden = self.first(x.flatten(1)).tanh()
+        return self.last(hidden.to(x.dtype))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_regions_of_autocast_are_traced_and_captured_where_they_switch_it_off(enabled):
+    torch.manual_seed(0)
+    leaked = LeakedModel(GivenConfig(), (3, 2, 2), 2, network=Autocasting(enabled))
+    assert [layer.kind for layer in leaked.architecture.layers if layer.kind != "to"] == [
+        "flatten", "linear", "tanh", "linear",
+    ]  # fmt: skip
+    images, labels = torch.rand(2, 2, 3, 2, 2), torch.tensor([[0, 1], [1, 1]])
+
+    def gradients(method):
+        engine = GradientEngine(leaked.network, leaked.architecture, GradientsConfig(method=method))
+        return engine(images, labels)["first.weight"]
+
+    if enabled:
+        torch.testing.assert_close(gradients("auto"), gradients("loop"), rtol=0.05, atol=0.01)
+        with pytest.raises(ConfigError, match="captured does not fit"):
+            gradients("captured")
+    else:
+        torch.testing.assert_close(gradients("captured"), gradients("loop"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.Linear(2, 2)(torch.rand(1, 2)).dtype == torch.bfloat16
 
 
 class Plain:

@@ -9,7 +9,7 @@ from torch import nn
 
 from gitlight.architecture import ImageShape
 from gitlight.errors import ArchitectureError, first_line
-from gitlight.exported import copied, without_hooks
+from gitlight.exported import copied, without_autocast, without_hooks
 from gitlight.gradients.layer_gradients import NoRuleError
 
 # Any number but 0 and 1, which torch.export would take for constants.
@@ -44,7 +44,7 @@ def exported_for_any_number(network: nn.Module, image_shape: ImageShape, dtype: 
         twin = twin.to("cpu", dtype)
     images = torch.zeros(_TRACED_IMAGES, *image_shape, dtype=dtype)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), without_autocast(kept_where_on=True):
             warnings.simplefilter("ignore")
             shapes: Any = {0: torch.export.Dim("batch")}
             # Wrapped models, as by DataParallel, take all that they are given as one argument.

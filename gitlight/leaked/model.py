@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from gitlight.architecture import Architecture, ImageShape
 from gitlight.config import LeakedConfig, OptimizerConfig
 from gitlight.errors import ArchitectureError
-from gitlight.exported import draws_random_numbers
+from gitlight.exported import copied, draws_random_numbers, without_hooks
 from gitlight.leaked import LEAKED_MODELS
 from gitlight.leaked.batch_norm import check_replaced, use_batch_statistics
 from gitlight.leaked.custom import given
@@ -85,6 +85,7 @@ class LeakedModel(ShardableModule):
         self._optimizer = optimizer
         if optimizer is None:
             _warn_of_zeros(self.network, self.architecture)
+            _warn_of_hooks(self.network, image_shape)
             self.freeze()
 
     @property
@@ -167,6 +168,24 @@ def _warn_of_zeros(network: nn.Module, architecture: Architecture) -> None:
             "gradients of all other parameters are zero, and tell nothing of the images. Give trained weights "
             "(leaked.weights), or initialise it.",
             name,
+        )
+
+
+def _warn_of_hooks(network: nn.Module, image_shape: ImageShape) -> None:
+    """Say that closed forms invert another model, where a user's hooks change values: no graph holds what they do."""
+    hooked = [path or "itself" for path, m in network.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    if not hooked:
+        return
+    like = next(network.parameters())
+    image = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0)).to(like)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with_them, without = copied(network).eval()(image), without_hooks(copied(network)).eval()(image)
+    if not torch.equal(with_them, without):
+        log.warning(
+            "Hooks of the leaked model's modules change what it puts out (hooks of %s). Its gradients have that, and "
+            "its architecture has not: exact, and the closed form of hybrid, invert the model without them, which is "
+            "another. Compute in forward what hooks compute.",
+            ", ".join(hooked),
         )
 
 

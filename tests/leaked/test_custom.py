@@ -277,3 +277,11 @@ def test_torchvisions_normalisation_is_part_of_the_model(normalize, method):
     found = engine(images, labels)
     wanted = plain_gradients(network.double(), images, labels)
     assert relative_error(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize(("factor", "told"), [(2, True), (None, False)])
+def test_hooks_that_change_values_are_pointed_out(factor, told, caplog):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 5))
+    network[1].register_forward_hook(lambda _module, _inputs, output: output * factor if factor else None)
+    LeakedModel(GivenConfig(), (3, 4, 4), 5, network=network)
+    assert ("change what it puts out (hooks of 1)" in caplog.text) == told

@@ -108,7 +108,10 @@ def _export_on_the_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> t
 
 
 def _no_tensor(model: nn.Module, what: str) -> ArchitectureError:
-    return ArchitectureError(f"{type(model).__name__} returns {what}, not one tensor of logits.")
+    return ArchitectureError(
+        f"{type(model).__name__} returns {what}, not one tensor of logits. Wrap it in a module whose forward returns "
+        "these alone."
+    )
 
 
 def _names_two_devices(error: Exception) -> bool:
@@ -118,7 +121,9 @@ def _names_two_devices(error: Exception) -> bool:
 def _failure_of(error: Exception) -> str:
     """A sentence on what a model's code raised, and in which line of it."""
     cause = first_line(error).rstrip(".")
-    if not isinstance(error, RuntimeError | ValueError):
+    if "torch.nonzero()" in cause:  # which goes on with advice on torch's own switches
+        cause = "how many entries x[mask] and torch.nonzero give depends on values"
+    elif not isinstance(error, RuntimeError | ValueError):
         cause = f"{type(error).__name__}: {cause}"  # which says little without it, as a KeyError's
     libraries = (str(_TORCH), str(Path(__file__).parent))
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(libraries)]

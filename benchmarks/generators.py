@@ -47,6 +47,7 @@ class Case(NamedTuple):
 METRICS = {"PSNR, dB": ("psnr", 2), "SSIM": ("ssim", 4), "LPIPS": ("lpips", 4), "MSE": ("mse", 5)}
 """Column → metric and digits; LPIPS is measured where AlexNet's weights are at hand."""
 LEVELS = (1e-3, 1e-2, 1e-1)
+AT_LEVELS = tuple((noise(level),) for level in (0, 1e-4, *LEVELS))
 LTI = (
     *("generator.hidden_size=3000", "generator.scale_inputs=false", "optimizer.learning_rate=1e-4"),
     *("optimizer.schedule=step", "optimizer.warmup_fraction=0", "data.batch_size=256", "data.horizontal_flip=false"),
@@ -85,8 +86,10 @@ CASES = {
         "lenet_hybrid_range",
         ("generator.mirrored_start=false",),
         12,
-        tuple((noise(level),) for level in (0, 1e-4, *LEVELS)),
+        AT_LEVELS,
     ),
+    "lenet_coarse_range": Case("lenet_coarse_range", (), 24, AT_LEVELS),
+    "lenet_mlp_range": Case("lenet_mlp_range", (), 50, AT_LEVELS),
     "lenet_hybrid_half_0": Case("lenet_hybrid", SHORT, 12),
     **{
         f"lenet_hybrid_half_{level:g}": Case("lenet_hybrid", (noise(level / 2), *SHORT), 12, ((noise(level),),))

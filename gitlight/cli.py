@@ -92,11 +92,14 @@ def identify_command(arguments: Sequence[str]) -> int:
 
 
 def _train(config: Config) -> None:
+    from gitlight.runs import checkpoint_path
     from gitlight.training import train
 
     folder = train(config)
+    # A limit of steps or of time, or no validation at all, leaves no best one.
+    unchosen = "" if checkpoint_path(folder, "best").is_file() else " evaluation.checkpoint=last"
     uses = {
-        "generator": "python evaluate.py {}",
+        "generator": f"python evaluate.py {{}}{unchosen}",
         "leaked": "python train.py CONFIG leaked.weights={}",
         "image_prior": "python evaluate.py CONFIG attack=gias attack.image_prior={}",
     }

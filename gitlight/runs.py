@@ -36,6 +36,15 @@ def checkpoint_path(run_folder: Path, which: str) -> Path:
     return run_folder / CHECKPOINTS / f"{which}.ckpt"
 
 
+def available_checkpoint(run_folder: Path, which: str) -> str:
+    """``which`` checkpoint of another run to take: its ``last`` where no validation has chosen a ``best`` one."""
+    chosen = checkpoint_path(run_folder, which)
+    if chosen.is_file() or not checkpoint_path(run_folder, "last").is_file():
+        return which
+    log.warning("%s has no %s, as it ended before a validation: its %s is taken", run_folder, chosen.name, LAST)
+    return "last"
+
+
 def previous_path(last: Path, number: int) -> Path:
     """Where the checkpoint is that was ``last.ckpt`` so many checkpoints ago, from 1."""
     return last.with_name(f"{last.stem}-{number}{last.suffix}")

@@ -1,6 +1,7 @@
 """Trained generators: from a run's checkpoint, with a clear word on what does not fit."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from gitlight.config import Config
 from gitlight.config_loading import load_config
 from gitlight.errors import CheckpointError, ConfigError, differences, misfit
 from gitlight.generators.base import Generator
-from gitlight.runs import checkpoint_path, load_checkpoint, run_folder
+from gitlight.runs import available_checkpoint, checkpoint_path, load_checkpoint, run_folder
 from gitlight.training import build_generator
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,12 @@ def load_generator_weights(generator: Generator, state: dict[str, Tensor], path:
 
 
 def generator_of_run(
-    folder: Path, key: str, architecture: Architecture, fingerprint: str, client_batch_size: int, device: torch.device
+    folder: Path,
+    key: str,
+    architecture: Architecture,
+    fingerprint: str,
+    client_batch_size: int | None,
+    device: torch.device,
 ) -> tuple[Generator, str]:
     """The trained generator of another run, for the leaks of this one; and what its results call it.
 
@@ -69,7 +75,7 @@ def generator_of_run(
         key: the setting that names it, for messages.
         architecture: of the leaked model that is attacked.
         fingerprint: `LeakedModel.fingerprint` of that model.
-        client_batch_size: images per leak.
+        client_batch_size: images per leak; None: it is asked for no images, and any will do.
         device: where to put it.
 
     Raises:
@@ -80,12 +86,14 @@ def generator_of_run(
     config = load_config(folder)
     if config.task != "generator":
         raise ConfigError(f"{key}: {folder} is a run of task={config.task}, which trains no generator.")
-    if config.data.client_batch_size != client_batch_size:
+    if client_batch_size not in (None, config.data.client_batch_size):
         raise ConfigError(
             f"{key}: the generator of {folder} was trained with data.client_batch_size="
             f"{config.data.client_batch_size}, and these leaks are of {client_batch_size} images."
         )
-    checkpoint = trained_checkpoint(config)
+    # The command line's evaluation.checkpoint is of the run that is evaluated: nobody could give it for this one.
+    which = available_checkpoint(folder, config.evaluation.checkpoint)
+    checkpoint = trained_checkpoint(replace(config, evaluation=replace(config.evaluation, checkpoint=which)))
     stored = next((part["leaked_fingerprint"] for part in checkpoint.values() if _names_a_leaked_model(part)), None)
     if stored != fingerprint:
         raise CheckpointError(
@@ -93,7 +101,7 @@ def generator_of_run(
             "model that is attacked. Give a run with the same `leaked` and `data` settings."
         )
     generator = build_generator(config, architecture)
-    load_generator_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, config.evaluation.checkpoint))
+    load_generator_weights(generator, checkpoint["state_dict"], checkpoint_path(folder, which))
     return generator.to(device).eval(), config.generator.name
 
 

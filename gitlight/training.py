@@ -37,6 +37,7 @@ from gitlight.metrics import match
 from gitlight.optimization import configure_optimizer
 from gitlight.perceptual import perceptual_term
 from gitlight.rank_watch import RankWatch
+from gitlight.report.attacked import FAILURE
 from gitlight.runs import (
     WANDB_ID,
     check_run_folder,
@@ -136,7 +137,12 @@ class GITModule(ShardableModule):
         reconstructions = self(pair.gradients)
         if self.is_waited_for(batch_idx):
             self(pair.gradients)
-        self.val_loss.update(self._loss(reconstructions, pair), weight=len(pair))
+        loss = self._loss(reconstructions, pair)
+        if self.generator.refuses:
+            # A failure, as in ``val/mse``: left out, the checkpoint that refuses most would have the least loss.
+            refused = 1 - torch.isfinite(reconstructions).flatten(1).all(dim=1).double().mean()
+            loss = (1 - refused) * loss + refused * FAILURE["mse"]
+        self.val_loss.update(loss, weight=len(pair))
         self.log("val/loss", self.val_loss, on_epoch=True, batch_size=len(pair))
         return {"reconstructions": reconstructions}
 

@@ -16,7 +16,7 @@ from gitlight.data.pair import GradientPair
 from gitlight.data.sampling import mixed_seed
 from gitlight.errors import CheckpointError, ConfigError, misfit
 from gitlight.optimization import configure_optimizer
-from gitlight.runs import checkpoint_path, load_checkpoint
+from gitlight.runs import available_checkpoint, checkpoint_path, load_checkpoint
 from gitlight.sharding import ShardableModule
 
 _SMALLEST = 4
@@ -152,7 +152,7 @@ def load_image_prior(folder: Path, shape: ImageShape, device: torch.device) -> I
             f"{shape} (channels, height, width). Train one with the same data.image_size and data.channels."
         )
     prior = ImagePrior(config.image_prior, shape, config.seed)
-    path = checkpoint_path(folder, config.evaluation.checkpoint)
+    path = checkpoint_path(folder, available_checkpoint(folder, config.evaluation.checkpoint))
     state = load_checkpoint(path)["state_dict"]
     try:
         prior.load_state_dict(state)

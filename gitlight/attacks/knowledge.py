@@ -164,7 +164,7 @@ def _recovered(
 ) -> dict[str, Tensor]:
     folder = run_folder(config) if settings.recovered_from is None else Path(settings.recovered_from)
     generator, name = generator_of_run(
-        folder, "attack.recovered_from", datamodule.architecture, datamodule.leaked_model.fingerprint(), 1, device
+        folder, "attack.recovered_from", datamodule.architecture, datamodule.leaked_model.fingerprint(), None, device
     )
     found = {key: estimate.value for key, estimate in generator.estimated_parameters().items()}
     if not found:

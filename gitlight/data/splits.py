@@ -58,7 +58,7 @@ def public_positions(n_public: int, settings: DataConfig, has_validation: bool, 
     if n_used > n_public:
         raise ConfigError(
             f"data.n_public_images: {n_used} asked for, but {settings.name} has {n_public} public images "
-            "of the chosen classes. Lower it, or leave it out to use all."
+            "of the chosen classes. Lower it, or give data.n_public_images=null to use all."
         )
     n_held_out = 0 if has_validation else settings.n_validation
     if n_held_out >= n_used:

@@ -108,7 +108,7 @@ class Generator(nn.Module, ABC):
     Attributes:
         architecture: structure of the leaked model.
         client_batch_size: ``N``, the number of images to reconstruct from one leak.
-        refuses: whether it answers leaks that it cannot invert with NaN, on purpose; they are left out of the loss.
+        refuses: whether it answers leaks that it cannot invert with NaN, on purpose; training leaves them out.
         one_gradient: whether it inverts one gradient exactly, and so takes no updates of several local steps.
         accepts_sketches: whether it can do with sketches of gradients.
         fitted: whether the closed-form parts have been estimated from pairs (kept in checkpoints).

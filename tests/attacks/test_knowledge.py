@@ -1,5 +1,7 @@
 """What attacks are given: image priors, generators and attacks to start from, and what is said of bad ones."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -155,3 +157,25 @@ def test_labels_of_client_batches_are_read_as_pairs_tell(run, tmp_path):
     assert attack("attack.labels=given").knowledge == ("architecture", "parameters", "labels")
     assert attack("attack.labels=optimised").knowledge == ("architecture", "parameters")
     assert attack("data.client_batch_size=1").knowledge == ("architecture", "parameters")
+
+
+@pytest.mark.parametrize(
+    "attack", [["attack=gias", "attack.image_prior=RUN/vae"], ["attack=ig", "attack.prior=RUN/mlp"]]
+)
+def test_a_run_without_a_validation_is_taken_at_its_last_checkpoint(run, tmp_path, caplog, attack):
+    copy = tmp_path / "short"
+    shutil.copytree(run, copy)
+    for best in copy.rglob("best.ckpt"):
+        best.unlink()
+    settings = [entry.replace("RUN", str(copy)) for entry in attack]
+    config = load_config(run / "small.yaml", [*settings, "attack.iterations=2", f"output_dir={tmp_path / 'run'}"])
+    assert evaluate(config).result.n_images == 4
+    assert "ended before a validation: its last.ckpt is taken" in caplog.text
+
+
+def test_weights_of_a_run_of_client_batches_are_asked_for_whatever_their_size(run, tmp_path):
+    batches = ["data.client_batch_size=2", f"output_dir={tmp_path}"]
+    train(load_config(run / "small.yaml", ["generator.name=mlp", "generator.hidden_size=8", *batches]))
+    config = load_config(tmp_path, ["attack=ig", "attack.knowledge=recovered"])
+    with pytest.raises(ConfigError, match=r"a run of mlp, which has identified no weight.*generator\.name=exact"):
+        knowledge_of(config, build_pairs(config), torch.device("cpu"))

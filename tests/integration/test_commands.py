@@ -125,3 +125,20 @@ def test_a_generator_in_closed_form_needs_no_training(train, evaluate, tmp_path)
     result = json.loads((tmp_path / "runs/exact/evaluation/metrics.json").read_text())["results"][0]
     assert result["metrics"]["psnr"]["mean"] > 80
     assert result["label_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("ending", ["trainer.max_steps=2", "trainer.limit_val_batches=0"])
+def test_the_evaluation_that_a_run_without_validation_is_told_of_works(train, evaluate, tmp_path, capfd, ending):
+    (tmp_path / "short.yaml").write_text("generator: {name: mlp, hidden_size: 8}\ntrainer: {max_epochs: 1}\n")
+    assert train("short.yaml", *SMALL, ending) == 0
+    told = capfd.readouterr().out.partition("next: python evaluate.py ")[2].split()
+    assert told == ["runs/short", "evaluation.checkpoint=last"]
+    assert evaluate(*told, "evaluation.n_images=4") == 0
+
+
+def test_leaks_without_an_image_count_in_the_loss_of_a_validation(train, tmp_path):
+    (tmp_path / "exact.yaml").write_text("generator: {name: exact}\ntrainer: {max_epochs: 1}\n")
+    assert train("exact.yaml", *SMALL, "leaked.init=default", "channel=[{name: pruning, fraction: 0.9}]") == 0
+    (row,) = (row for row in rows(tmp_path / "runs" / "exact" / "metrics.csv") if row["val/loss"])
+    assert float(row["val/mse"]) > 0.5
+    assert float(row["val/loss"]) == pytest.approx(float(row["val/mse"]), rel=1e-4)

@@ -85,7 +85,7 @@ def test_a_sketch_and_entries_that_never_vary_are_no_average(train, evaluate, tm
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [(["generator.name=exact"], "ExactGenerator has no trained weights"), ([*MLP, "trainer.strategy=fsdp"], "sharded")],
+    [(["generator.name=exact"], "exact has no trained weights"), ([*MLP, "trainer.strategy=fsdp"], "sharded")],
 )
 def test_what_has_no_average_is_named(train, tmp_path, capsys, settings, message):
     (tmp_path / "run.yaml").write_text("optimizer: {ema_decay: 0.9}\n")

@@ -20,8 +20,8 @@ def check_averaging(config: Config, trained: nn.Module) -> None:
         return
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise ConfigError(
-            f"optimizer.ema_decay: {config.generator.name} has no trained weights to average with these settings. Leave "
-            "it out."
+            f"optimizer.ema_decay: {config.generator.name} has no trained weights with these settings, to average. "
+            "Leave it out."
         )
     if config.trainer.strategy == "fsdp":
         raise ConfigError(

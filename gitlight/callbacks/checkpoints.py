@@ -102,6 +102,8 @@ class _LastCheckpoint(_MovableCheckpoint):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop where a signal has come since the last batch of the epoch before, whose end is saved by now."""
+        # The step that ended that epoch is no news between the batches of this one, which may be summed up first.
+        self._step = trainer.global_step
         if self._last_checkpoint_saved and (signal_number := self._agreed_signal(trainer)):
             self._stop(trainer, signal_number)
 

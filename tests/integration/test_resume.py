@@ -163,6 +163,18 @@ def test_a_run_that_max_time_ended_goes_on_like_one_never_ended(
     assert same_weights(ended, of_two_epochs, 2 * STEPS_AN_EPOCH)
 
 
+def test_no_checkpoint_is_of_a_step_whose_batches_are_being_summed_up(train, tmp_path):
+    (tmp_path / "run.yaml").write_text("generator: {name: mlp, hidden_size: 8}\ntrainer: {max_epochs: 2}\n")
+    # An epoch ends with a step of one batch alone, after which the next begins with one of two.
+    uneven = ["trainer.limit_train_batches=5", "trainer.accumulate_grad_batches=2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train("run.yaml", *SMALL, *uneven, "trainer.checkpoint_every_n_steps=3", f"output_dir={whole}") == 0
+    shutil.copytree(whole, resumed)
+    assert train(str(resumed), "trainer.resume=previous") == 0
+    assert metrics(resumed) == metrics(whole)
+    assert same_weights(resumed, whole, steps=6)
+
+
 def test_a_damaged_checkpoint_is_gone_past(train, run, capsys):
     last = run / "checkpoints" / "last.ckpt"
     shutil.copy(last, run / "checkpoints" / "last-1.ckpt")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import log_softmax
 
 from gitlight.architecture import Architecture
@@ -86,4 +87,5 @@ class LeakedFunction:
 
         if len(images) == 1:
             return of_one(images[0])
-        return [value.squeeze(1) for value in torch.func.vmap(of_one)(images)]
+        with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernel of CPUs
+            return [value.squeeze(1) for value in torch.func.vmap(of_one)(images)]

@@ -101,3 +101,12 @@ def test_it_moves_to_another_precision():
     moved = function.to(torch.device("cpu"), torch.float32)
     found = moved.gradient(torch.rand(1, 3, 16, 16), torch.full((1, 5), 0.2))
     assert {value.dtype for value in found.values()} == {torch.float32}
+
+
+def test_attention_of_several_images_has_a_rule_whichever_kernel_is_allowed(recwarn):
+    _, function = leaked_function("vit")
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    wanted = function.logits(images)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), torch.no_grad():
+        torch.testing.assert_close(function.logits(images), wanted)
+    assert not [warning for warning in recwarn if "batching rule" in str(warning.message)]

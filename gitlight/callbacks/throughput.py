@@ -64,7 +64,7 @@ class Throughput(Callback):
             self._counter.__enter__()
             if _makes_pairs(trainer):
                 # Those of virtual ranks are made within the step.
-                trainer.datamodule.clock.counter, trainer.datamodule.clock.flops = self._counter, 0  # type: ignore[attr-defined]
+                trainer.datamodule.clock.counter = self._counter  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop counting."""
@@ -137,7 +137,6 @@ class Throughput(Callback):
         counted, self._counter = self._counter.get_total_flops(), None
         if _makes_pairs(trainer):
             trainer.datamodule.clock.counter = None  # type: ignore[attr-defined]
-            counted -= trainer.datamodule.clock.flops  # type: ignore[attr-defined]
         return counted
 
     def _flops(self, trainer: Trainer, tally: "_Tally") -> dict[str, float]:

@@ -3,15 +3,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_run import Fit, TinyData, TinyModule, batches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import FlopCounterMode
 
 import gitlight.callbacks.throughput
 from gitlight.callbacks import Throughput
 from gitlight.callbacks.checkpoints import last_checkpoint
 from gitlight.csv_logger import CSVFileLogger, read_rows
 from gitlight.data.pair import GradientPair
+from gitlight.data.pair_clock import PairClock
 
 
 class FakeClock:
@@ -117,3 +120,18 @@ def test_counting_ends_with_a_step_that_fails(fit: Fit, clock: FakeClock) -> Non
     with pytest.raises(RuntimeError, match="on purpose"):
         fit([Throughput()], Failing(clock), TinyData(batches(4), batches(3)))
     assert not _get_current_dispatch_mode_stack()
+
+
+def test_operations_that_make_pairs_are_not_counted() -> None:
+    clock, one = PairClock(), torch.ones(3, 3)
+    with FlopCounterMode(display=False) as counter:
+        clock.counter = counter
+        one @ one
+        with clock.running(torch.device("cpu")):
+            one @ one
+            torch.export.export(
+                nn.Linear(3, 4), (torch.ones(2, 3),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            ).module()(one)
+        one @ one
+    assert counter.get_total_flops() == 2 * 2 * 27
+    assert type(counter.get_total_flops()) is int

@@ -142,3 +142,13 @@ def test_leaks_without_an_image_count_in_the_loss_of_a_validation(train, tmp_pat
     (row,) = (row for row in rows(tmp_path / "runs" / "exact" / "metrics.csv") if row["val/loss"])
     assert float(row["val/mse"]) > 0.5
     assert float(row["val/loss"]) == pytest.approx(float(row["val/mse"]), rel=1e-4)
+
+
+def test_steps_that_make_the_first_pairs_are_saved(train, tmp_path):
+    # Virtual ranks make pairs within the step whose operations are counted, and without a fit no others came before.
+    (tmp_path / "parts.yaml").write_text("generator: {name: mlp, hidden_size: 8, scale_inputs: false}\n")
+    parts = ["trainer.virtual_ranks=2", "trainer.max_steps=2", "trainer.checkpoint_every_n_steps=1"]
+    assert train("parts.yaml", *SMALL, *parts) == 0
+    state = load_checkpoint(tmp_path / "runs" / "parts" / "checkpoints" / "last.ckpt")["callbacks"]["Throughput"]
+    assert type(state["flops_per_pair"]) is float
+    assert state["flops_per_pair"] > 0

@@ -29,6 +29,16 @@ def check_averaging(config: Config, trained: nn.Module) -> None:
         )
 
 
+def check_clipping(config: Config, trained: nn.Module) -> None:
+    """``trainer.gradient_clip_val`` clips the gradient of what is trained."""
+    trains = any(parameter.requires_grad for parameter in trained.parameters())
+    if config.trainer.gradient_clip_val is not None and not trains:
+        raise ConfigError(
+            f"trainer.gradient_clip_val: {config.generator.name} has no trained weights with these settings, whose "
+            "gradient could be clipped. Leave it out."
+        )
+
+
 def check_loss(config: Config) -> None:
     """``loss`` is of generators, and its weight that of a term."""
     if config.loss.perceptual is None:

@@ -13,6 +13,7 @@ from gitlight.config import Config
 from gitlight.config_loading import load_config
 from gitlight.errors import CheckpointError, ConfigError, differences, misfit
 from gitlight.generators.base import Generator
+from gitlight.gradients.updates import describe_leak
 from gitlight.runs import available_checkpoint, checkpoint_path, load_checkpoint, run_folder
 from gitlight.training import build_generator
 
@@ -68,7 +69,7 @@ def generator_of_run(
     client_batch_size: int | None,
     device: torch.device,
 ) -> tuple[Generator, str]:
-    """The trained generator of another run, for the leaks of this one; and what its results call it.
+    """The trained generator of another run, for the leaks of this one, whole gradients; and what its results call it.
 
     Args:
         folder: the run's.
@@ -90,6 +91,17 @@ def generator_of_run(
         raise ConfigError(
             f"{key}: the generator of {folder} was trained with data.client_batch_size="
             f"{config.data.client_batch_size}, and these leaks are of {client_batch_size} images."
+        )
+    if config.gradients.sketch.name != "none":
+        raise ConfigError(
+            f"{key}: the generator of {folder} was trained on sketches (gradients.sketch.name="
+            f"{config.gradients.sketch.name}), and these leaks are whole gradients. Give a run with "
+            "gradients.sketch.name=none."
+        )
+    if (leak := describe_leak(config.gradients.updates, config.data.client_batch_size)) != "gradient":
+        raise ConfigError(
+            f"{key}: the generator of {folder} was trained on updates of several local steps ({leak}), and these leaks "
+            "are gradients. Give a run with gradients.updates.epochs=1 gradients.updates.batch_size=null."
         )
     # The command line's evaluation.checkpoint is of the run that is evaluated: nobody could give it for this one.
     which = available_checkpoint(folder, config.evaluation.checkpoint)

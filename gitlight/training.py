@@ -16,6 +16,7 @@ from gitlight.attacks.image_prior import ImagePrior, ImagesAlone
 from gitlight.callbacks.run_settings import check_remaining, check_resumable
 from gitlight.compatibility import (
     check_averaging,
+    check_clipping,
     check_loss,
     check_perceptual,
     check_virtual_ranks,
@@ -254,6 +255,7 @@ def _train(config: Config, network: nn.Module | None, signals: StopSignals, held
     speed_up(trained, config.trainer)
     check_shardable(trained, config.trainer, config.optimizer)
     check_averaging(config, trained)
+    check_clipping(config, trained)
     resumed = None if resume is None else _checked_checkpoint(resume, module, datamodule, config)
     settings, world_size = trainer_settings(config, not any(p.requires_grad for p in module.parameters()))
     check_virtual_ranks(config, trained, world_size)

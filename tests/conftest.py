@@ -1,7 +1,7 @@
 import pytest
 
-# As a module with doctests it would be imported under the name that the folders' own have.
-collect_ignore = ["conftest.py"]
+# As modules with doctests they would all be imported under one name.
+collect_ignore_glob = ["*conftest.py"]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from gitlight.attacks.knowledge import knowledge_of
 from gitlight.config_loading import load_config
@@ -74,6 +75,25 @@ def test_bad_image_priors_are_named(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"best\.ckpt"):
         attack(f"attack.image_prior={damaged}")
     assert not (tmp_path / "run" / "evaluation" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("of_prior", "message"),
+    [
+        ({"sketch": {"name": "count"}}, r"attack\.prior: .* trained on sketches \(gradients\.sketch\.name=count\)"),
+        ({"updates": {"epochs": 2}}, r"attack\.prior: .* trained on updates of several local steps"),
+    ],
+)
+def test_a_prior_that_takes_no_whole_gradients_is_named(run, tmp_path, of_prior, message):
+    other = tmp_path / "other"
+    other.mkdir()
+    settings = yaml.safe_load((run / "mlp" / "config.yaml").read_text())
+    for group, changed in of_prior.items():
+        settings["gradients"][group].update(changed)
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    config = load_config(run / "small.yaml", ["attack=ig", f"attack.prior={other}", f"output_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=message):
+        evaluate(config)
 
 
 def test_labels_are_given_to_both_attacks_or_to_none(run, tmp_path):

@@ -83,6 +83,13 @@ def test_a_sketch_and_entries_that_never_vary_are_no_average(train, evaluate, tm
     assert train(str(tmp_path / "run"), "trainer.resume=last", "trainer.max_epochs=11") == 0
 
 
+def test_nothing_to_train_has_nothing_to_clip(train, tmp_path, capsys):
+    settings = ["generator.name=exact", "trainer.gradient_clip_val=1"]
+    assert train(*SMALL, *settings, f"output_dir={tmp_path / 'run'}") == 2
+    assert "trainer.gradient_clip_val: exact has no trained weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [(["generator.name=exact"], "exact has no trained weights"), ([*MLP, "trainer.strategy=fsdp"], "sharded")],

@@ -31,6 +31,8 @@ def with_decisions(config: Config) -> Config:
     spoilt = bool(config.channel) or (leak != "gradient" and config.data.client_batch_size == 1)
     if settings.averages_of_inverted_layers is None:
         settings = replace(settings, averages_of_inverted_layers=spoilt)
+    if settings.local_start is None:
+        settings = replace(settings, local_start=True)
     if settings.closed_form_alone is None:
         settings = replace(settings, closed_form_alone=not spoilt)
     if leak != "gradient":
@@ -48,7 +50,7 @@ def with_decisions_of(config: Config, trained: Config) -> Config:
     settings, former = config.generator, trained.generator
     if type(settings) is not type(former):
         return config
-    decided = ("separate", "noise_range", "averages_of_inverted_layers", "closed_form_alone")
+    decided = ("separate", "noise_range", "averages_of_inverted_layers", "local_start", "closed_form_alone")
     its = [name for name in decided if hasattr(settings, name)]
     left_open = {name: getattr(former, name) for name in its if getattr(settings, name) is None}
     return replace(config, generator=replace(settings, **left_open))

@@ -115,6 +115,11 @@ class HybridGeneratorConfig(LearnedGeneratorConfig):
         "so that it has at most 134 million coefficients",
         minimum=1,
     )
+    local_start: bool | None = setting(
+        None,
+        "fit a second linear start, from neighbourhoods in the deepest feature maps that are exact, the same at all "
+        "positions, and take whichever errs less; of one image per leak; null: yes, where there are such maps",
+    )
     closed_form_alone: bool | None = setting(
         None,
         "where the closed form reaches the image, leave it at that and train nothing; null: unless a channel or "

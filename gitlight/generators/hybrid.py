@@ -21,16 +21,18 @@ from gitlight.generators.base import (
 )
 from gitlight.generators.exact.features import LEVELS, ClosedFormFeatures, FeatureValues
 from gitlight.generators.exact.separated import SeparatedFeatures, can_separate
-from gitlight.generators.hybrid_features import deepest_that_fit, smallest_parameters
+from gitlight.generators.hybrid_features import deepest_for_local_start, deepest_that_fit, smallest_parameters
 from gitlight.generators.hybrid_fits import (
     AsItIs,
     AsItIsOrRegression,
     FeatureFit,
     FeatureStandardisation,
     MatchedFit,
+    Regression,
     Start,
     take_weights,
 )
+from gitlight.generators.local_regression import LocalOrWhole, LocalRegression, stride_of
 from gitlight.generators.noise_bands import BandedRegression, TrainsByBands, bands_for, error_of, started
 from gitlight.generators.refinement import FeatureMaps, Refinement
 from gitlight.generators.ridge import MOST_COEFFICIENTS, RidgeRegression
@@ -128,10 +130,20 @@ class HybridGenerator(TrainsByBands):
         n_weighed = n_start - self.averages.n_entries if both else 0
         self.ridge: Start | BandedRegression | None = None
         self._sees_image = by_gradients and not self._solved
+        single = client_batch_size == 1 and not (reached or by_gradients)
+        exact = self.walk.features if settings.local_start and single else ()
+        self._local = deepest_for_local_start(architecture, exact)
 
-        def regression() -> RidgeRegression | AsItIsOrRegression:
+        def regression() -> Regression:
             ridge = RidgeRegression(n_start, n_image, n_weighed)
-            return AsItIsOrRegression(ridge) if self._sees_image else ridge
+            if self._sees_image:
+                return AsItIsOrRegression(ridge)
+            if self._local is None:
+                return ridge
+            result = self.walk.features[self._local].result
+            stride = stride_of(architecture, result)
+            assert stride is not None  # or there would be none
+            return LocalOrWhole(ridge, LocalRegression(shapes[self._local], architecture.image_shape, stride))
 
         if reached:
             self.ridge = AsItIs()
@@ -271,6 +283,8 @@ class HybridGenerator(TrainsByBands):
     def start_features(self, features: list[Tensor], averages: Tensor) -> Tensor:
         """What the linear start uses, flattened: ``(B, n)`` float64."""
         chosen = [features[-1].flatten(1)] if self._sees_image else []
+        if self._local is not None:
+            chosen.append(features[self._local].flatten(1))
         for index, shape in self._in_start.items():
             feature = features[index]
             if feature.shape[1:] != shape:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from math import isqrt, prod
 
-from gitlight.architecture import Architecture
+from gitlight.architecture import IMAGE, Architecture
 from gitlight.errors import ConfigError
+from gitlight.generators.exact.features import Feature
+from gitlight.generators.local_regression import LocalRegression, stride_of
 
 
 def smallest_parameters(names: Sequence[str], architecture: Architecture, limit: int) -> tuple[str, ...]:
@@ -49,3 +51,14 @@ def deepest_that_fit(shapes: Sequence[tuple[int, ...]], limit: int) -> dict[int,
             f"least {min((*map(prod, shapes), *averaged))}."
         )
     return chosen
+
+
+def deepest_for_local_start(architecture: Architecture, features: Sequence[Feature]) -> int | None:
+    """Position of the feature nearest to the image of which a `LocalRegression` can be made, and which is exact."""
+    for position in reversed(range(len(features))):
+        feature = features[position]
+        if feature.exact and feature.result != IMAGE:
+            stride = stride_of(architecture, feature.result)
+            if LocalRegression.is_possible(feature.shape, architecture.image_shape, stride):
+                return position
+    return None

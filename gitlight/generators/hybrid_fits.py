@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gitlight.data.pair import Gradients
 from gitlight.errors import CheckpointError, misfit
 from gitlight.generators.exact.inversion import Inversion
+from gitlight.generators.local_regression import LocalOrWhole
 from gitlight.generators.ridge import RidgeRegression
 from gitlight.metrics import match
 from gitlight.runs import checkpoint_path, load_checkpoint
@@ -142,7 +143,10 @@ class AsItIsOrRegression(nn.Module):
         return features[:, :n_image], features[:, n_image:]
 
 
-Start = RidgeRegression | AsItIs | AsItIsOrRegression
+Regression = RidgeRegression | AsItIsOrRegression | LocalOrWhole
+"""What is fitted on features."""
+
+Start = Regression | AsItIs
 """What makes the linear start."""
 
 

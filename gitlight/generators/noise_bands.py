@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from gitlight.architecture import Architecture
 from gitlight.data.pair import Gradients
 from gitlight.generators.base import FitOn, Generator
-from gitlight.generators.hybrid_fits import AsItIsOrRegression, Start
+from gitlight.generators.hybrid_fits import Regression, Start
 from gitlight.generators.noise_level import check_noise_range, telling_weight
-from gitlight.generators.ridge import RidgeRegression
 
 _SHOWS = 1e-5
 """Noise below this changes little of a start that is fitted without any: nothing on LeNet, where 1e-4 costs 0.9 dB."""
@@ -60,9 +59,7 @@ class BandedRegression(nn.Module):
     every one of them.
     """
 
-    def __init__(
-        self, regressions: Sequence[RidgeRegression | AsItIsOrRegression], bands: Sequence[tuple[float, float]]
-    ) -> None:
+    def __init__(self, regressions: Sequence[Regression], bands: Sequence[tuple[float, float]]) -> None:
         """Args: one for each band, each of which chooses weights for itself; and the bands."""
         super().__init__()
         self.regressions = nn.ModuleList(regressions)
@@ -70,13 +67,13 @@ class BandedRegression(nn.Module):
         edges = [max(highest, _SHOWS) for _, highest in bands[:-1]]
         self._edges = [math.log10(edge) for edge in edges]
 
-    def band(self, number: int) -> RidgeRegression | AsItIsOrRegression:
+    def band(self, number: int) -> Regression:
         """The regression of one band."""
         regression = self.regressions[number]
-        assert isinstance(regression, RidgeRegression | AsItIsOrRegression)
+        assert isinstance(regression, Regression)
         return regression
 
-    def fits(self, of_one: Callable[[RidgeRegression | AsItIsOrRegression, bool], Iterable[FitOn]]) -> Iterator[FitOn]:
+    def fits(self, of_one: Callable[[Regression, bool], Iterable[FitOn]]) -> Iterator[FitOn]:
         """The fits of each band, on pairs with noise of it.
 
         Args:

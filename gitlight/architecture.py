@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gitlight.exported import export_bare
 from gitlight.layer import ELEMENTWISE, IMAGE, MOVES, Layer
-from gitlight.traced_layers import layers_of, up_to_the_logits
+from gitlight.traced_layers import layers_of, puts_out_logits, up_to_the_logits
 
 __all__ = ["ELEMENTWISE", "IMAGE", "MOVES", "Architecture", "ImageShape", "Layer"]
 
@@ -71,7 +71,8 @@ class Architecture:
         is_frozen = not any(p.requires_grad for p in model.parameters())
         shapes = {key: p.shape for key, p in model.named_parameters() if p.requires_grad or is_frozen}
         layers, output = layers_of(exported, frozenset(shapes), model)
-        layers, output = up_to_the_logits(layers, output, n_classes)
+        if puts_out_logits(exported, n_classes):  # others are refused by what they end in
+            layers, output = up_to_the_logits(layers, output, n_classes)
         return cls(layers, output, MappingProxyType(shapes), image_shape, n_classes)
 
     def __getitem__(self, name: str) -> Layer:

@@ -29,6 +29,12 @@ def layers_of(exported: Any, leaked: frozenset[str], model: nn.Module) -> tuple[
     return tuple(layers), output
 
 
+def puts_out_logits(exported: Any, n_classes: int) -> bool:
+    """Whether the exported model maps one image to ``(1, n_classes)``; a ``squeeze`` drops the first of these."""
+    (result,) = (node for node in exported.graph.nodes if node.op == "output")
+    return tuple(result.args[0][0].meta["val"].shape) == (1, n_classes)
+
+
 def up_to_the_logits(layers: tuple[Layer, ...], output: str, n_classes: int) -> tuple[tuple[Layer, ...], str]:
     """Leaves out what behind the logits makes no difference: log-softmax, which cross-entropy has itself, and moves.
 

@@ -253,3 +253,9 @@ def test_what_changes_the_logits_is_not(after):
     architecture = Architecture.of(Behind(after), (3, 2, 2), n_classes)
     assert len(architecture.layers) > 2
     assert architecture.output != "linear"
+
+
+@pytest.mark.parametrize("after", [torch.squeeze, lambda z: z.squeeze().log_softmax(-1), lambda z: z.unsqueeze(0)])
+def test_an_output_that_is_no_row_of_logits_stays_as_it_is(after):
+    architecture = Architecture.of(Behind(after), (3, 2, 2), 5)
+    assert architecture.output != "linear", "what drops the batch dimension is to be named"

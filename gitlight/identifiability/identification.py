@@ -67,7 +67,11 @@ def identify(config: Config) -> IdentifiabilityReport:
     layers = tuple(layer_reports(inversion, leaks))
     image_is = _image_is(inversion, layers)
     saturated = _saturated(inversion, leaks)
-    headline = (_what_is_found(image_is, layers), *_limits(inversion, saturated), _what_it_takes(inversion, image_is))
+    headline = (
+        _what_is_found(inversion, image_is, layers),
+        *_limits(inversion, saturated),
+        _what_it_takes(inversion, image_is),
+    )
     return IdentifiabilityReport(
         leaked=config.leaked.name,
         activation=config.leaked.activation,
@@ -193,16 +197,33 @@ def _image_is(inversion: Inversion, layers: tuple[LayerReport, ...]) -> str:
     return "estimate"
 
 
-def _what_is_found(image_is: str, layers: tuple[LayerReport, ...]) -> str:
+def _what_is_found(inversion: Inversion, image_is: str, layers: tuple[LayerReport, ...]) -> str:
     if image_is == "exact":
         return "The image is exact: the equations of one image's gradient determine it."
     weak = next((layer for layer in layers if not layer.verdict.exact), None)
-    assert weak is not None, "an image that is not exact has a layer to blame"
+    found = "an estimate" if image_is == "estimate" else "not reached"
+    if weak is None:
+        return f"The image is {found}: {_lost_below(inversion)}."
     if image_is == "estimate":
         return f"The image is an estimate: the input of {weak.kind} {weak.name!r} is {weak.words}."
     if weak.verdict is Verdict.NOT_REACHED:
         return f"The image is not reached: the walk stops above {weak.kind} {weak.name!r}, since {weak.reason}."
     return f"The image is not reached: the input of {weak.kind} {weak.name!r} is {weak.words}."
+
+
+def _lost_below(inversion: Inversion) -> str:
+    """What keeps an image from being exact of which all inputs of layers with weights are."""
+    known = inversion.plan.known
+    for layer in reversed(inversion.architecture.layers):
+        rule = inversion.rules[layer.name]
+        if layer.name not in known or isinstance(rule, AffineRule):
+            continue
+        needed = (*layer.parameters.values(), *layer.constants.values())
+        if missing := [name for name in needed if name not in inversion.parameters_to_fit]:
+            return f"{layer.place} takes {', '.join(missing)}, which no gradient tells"
+        if rule.loses and (rule.inverts == "partly" or any(name not in known for name in layer.inputs)):
+            return f"{layer.place} loses {rule.loses}"
+    return "what is known of the layers above does not tell it"
 
 
 def _limits(inversion: Inversion, saturated: dict[str, float]) -> Iterator[str]:

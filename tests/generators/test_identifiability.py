@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import Normalize
 
 from gitlight.architecture import IMAGE, Architecture
-from gitlight.config import Config, DataConfig, FullyConnectedConfig, LeNetConfig, ResNetConfig, ViTConfig
+from gitlight.config import Config, CustomConfig, DataConfig, FullyConnectedConfig, LeNetConfig, ResNetConfig, ViTConfig
 from gitlight.generators.exact.forward import forward_values
 from gitlight.generators.exact.inversion import Inversion
 from gitlight.generators.exact.plan import rules_of
@@ -181,6 +182,36 @@ def test_saturated_units_that_nothing_is_read_through_do_no_harm():
     report = identify(Config(leaked=settings, data=DataConfig(image_size=16)))
     assert "Saturated: " in report.to_text()
     assert "float32 gives estimates" not in " ".join(report.headline)
+
+
+def net(first):
+    return nn.Sequential(first, nn.Conv2d(3, 24, 3, 1, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(64 * 24, 8))
+
+
+def with_hardtanh():
+    return net(nn.Hardtanh(0.2, 0.8))
+
+
+def with_relu():
+    return net(nn.ReLU())
+
+
+def normalised():
+    return net(Normalize((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (with_hardtanh, "estimate: hardtanh '0' loses how far beyond its bounds a unit is"),
+        (with_relu, "estimate: relu '0' loses how far below zero a unit is that is off"),
+        (normalised, "reached: div '0.div' takes 0.std, which no gradient tells"),
+    ],
+)
+def test_what_is_lost_below_all_weights_is_named(made, words):
+    settings = CustomConfig(target=f"{__name__}:{made.__name__}")
+    headline = identify(Config(leaked=settings, data=DataConfig(image_size=8))).headline
+    assert f"{words}." in headline[0]
 
 
 def test_dependent_equations_are_not_called_exact():

@@ -29,8 +29,14 @@ class ChannelNormalisation(nn.Module):
 
 
 def replace_normalize(network: nn.Module) -> None:
-    """Puts a `ChannelNormalisation` in the place of each ``Normalize`` that is a module of the network."""
-    for module in network.modules():
-        for name, child in list(module._modules.items()):  # named_children would leave out a module's second name
-            if isinstance(child, Normalize | NormalizeV2) and all(child.std):
+    """Puts a `ChannelNormalisation` in the place of each ``Normalize`` that is a module of the network.
+
+    Not of a subclass, which may do more.
+    """
+    for module in list(network.modules()):
+        # Not `named_children`, which gives a module that has two names under one of them.
+        for name, child in module._modules.items():
+            if not isinstance(child, Normalize | NormalizeV2) or type(child) not in (Normalize, NormalizeV2):
+                continue
+            if all(child.std):
                 setattr(module, name, ChannelNormalisation(list(child.mean), list(child.std)))

@@ -5,8 +5,6 @@ import pytest
 import torch
 from plain_autograd import plain_gradients, relative_error
 from torch import nn
-from torchvision import transforms
-from torchvision.transforms import v2
 
 from gitlight.config import CustomConfig, GivenConfig, GradientsConfig
 from gitlight.errors import ArchitectureError, ConfigError
@@ -261,22 +259,6 @@ def test_a_last_layer_of_zeros_is_pointed_out(zeros, caplog):
     LeakedModel(GivenConfig(), (3, 4, 4), 5, network=network)
     told = "3.weight of the leaked model's last layer is all zeros" in caplog.text
     assert told == zeros
-
-
-@pytest.mark.parametrize("normalize", [transforms.Normalize, v2.Normalize])
-@pytest.mark.parametrize("method", ["loop", "vmap", "captured"])
-def test_torchvisions_normalisation_is_part_of_the_model(normalize, method):
-    torch.manual_seed(0)
-    network = nn.Sequential(normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)), nn.Flatten(), nn.Linear(192, 5))
-    leaked = LeakedModel(GivenConfig(), SHAPE, 5, network=network)
-    images, labels = torch.rand(3, 1, *SHAPE), torch.randint(5, (3, 1))
-    torch.testing.assert_close(leaked(images[:, 0]), network(images[:, 0]))
-    assert isinstance(network[0], normalize), "the user's own is never changed"
-    assert leaked.network.state_dict().keys() == network.state_dict().keys()
-    engine = GradientEngine(leaked.network, leaked.architecture, GradientsConfig(method=method, dtype="float64"))
-    found = engine(images, labels)
-    wanted = plain_gradients(network.double(), images, labels)
-    assert relative_error(found, wanted) < 1e-6
 
 
 @pytest.mark.parametrize(("factor", "told"), [(2, True), (None, False)])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 IMAGE = "image"
 """What stands for the model's input among the inputs of a `Layer`."""
@@ -86,6 +86,9 @@ class Layer:
         if self.kind == "getitem":
             picked: Tensor = inputs[0][self.arguments["1"]]
             return picked
+        if self.kind == "hardsigmoid":
+            # PyTorch has no second derivative of it, which whatever descends on gradients takes.
+            return nn.functional.hardtanh(inputs[0] + 3, 0.0, 6.0) / 6
         if self.operation._schema.is_mutable:
             inputs = [value.clone() for value in inputs]
         given: dict[str, Any] = dict(self.arguments)

@@ -30,16 +30,18 @@ class ClippedRule(InverseRule):
 
     def between(self, output: Estimate) -> Tensor:
         """Which units are between the bounds, by more than rounding, or by more than half of their error."""
-        rounding = 1e-7 * (self._high - self._low)
+        # One bound may be far beyond all values, as of nn.Hardtanh(0, 1e9).
+        largest = (output.value - self._low).flatten(1).abs().amax(dim=1)
+        rounding = 1e-7 * largest.clamp(1e-300, self._high - self._low)
         distance = torch.minimum(output.value - self._low, self._high - output.value)
-        return distance > (2 * output.variance.sqrt()).clamp_min(rounding)
+        return distance > torch.maximum(rounding.view(-1, *[1] * (distance.dim() - 1)), 2 * output.variance.sqrt())
 
     def invert(self, output: Estimate, position: int, others: Sequence[Estimate | None], weights: Weights) -> Estimate:
         """``(a − t)/s`` between the bounds; below, the lower one's input as a bound; above, unknown."""
         between = self.between(output)
         value = (output.value.clamp(self._low, self._high) - self._shift) / self._slope
         variance = torch.where(between, output.variance / self._slope**2, torch.inf)
-        below = ~between & (output.value < (self._low + self._high) / 2)
+        below = ~between & (output.value - self._low < self._high - output.value)
         return Estimate(value, variance, below)
 
     def carry(

@@ -1,6 +1,7 @@
 """Inverse rules of activation functions that end in an exponential: ELU, SELU, CELU, softplus, log-sigmoid.
 
-Each is one to one, towards a bound that it never reaches.
+Each is one to one, towards a bound that it never reaches. Units there are lost to rounding as those of a sigmoid, but
+pass next to nothing of ``δ``: what is found below comes from the others, and is no estimate for them.
 """
 
 import torch
@@ -9,11 +10,14 @@ from typing_extensions import override
 
 from gitlight.architecture import Layer
 from gitlight.errors import ArchitectureError
-from gitlight.generators.exact.activations import CLOSEST, InvertibleActivation, share_at_bounds
-from gitlight.generators.exact.rule import Estimate, register_rule
+from gitlight.generators.exact.activations import CLOSEST, InvertibleActivation
+from gitlight.generators.exact.rule import register_rule
 
 _SELU = (1.6732632423543772, 1.0507009873554805)
 """``α`` and scale (Klambauer et al. 2017)."""
+
+_LEAST_THRESHOLD = 15.0
+"""Of softplus: it jumps by ``log(1 + exp(−threshold))/β`` there, 3e-7 for this one, and 2e-9 for the usual 20."""
 
 
 @register_rule("elu", "selu", "celu")
@@ -48,10 +52,6 @@ class ELURule(InvertibleActivation):
     def _inside(self, outputs: Tensor) -> Tensor:
         return outputs.clamp_min(-self._depth * (1 - CLOSEST))
 
-    @override
-    def saturated(self, output: Estimate) -> Tensor:
-        return share_at_bounds((output.value + self._depth) / self._depth, output.variance / self._depth**2)
-
 
 @register_rule("softplus")
 class SoftplusRule(InvertibleActivation):
@@ -62,6 +62,11 @@ class SoftplusRule(InvertibleActivation):
         self._beta, self._threshold = (float(layer.arguments[name]) for name in ("beta", "threshold"))
         if self._beta <= 0:
             raise ArchitectureError(f"{layer.place} has beta={self._beta:g}: there is a rule for one above zero.")
+        if self._threshold < _LEAST_THRESHOLD:
+            raise ArchitectureError(
+                f"{layer.place} has threshold={self._threshold:g}: it jumps there, and outputs near it have two "
+                f"inputs each. There is a rule for one of {_LEAST_THRESHOLD:g} or more."
+            )
 
     @override
     def inverse(self, outputs: Tensor) -> Tensor:
@@ -78,10 +83,6 @@ class SoftplusRule(InvertibleActivation):
     def _inside(self, outputs: Tensor) -> Tensor:
         return outputs.clamp_min(CLOSEST)
 
-    @override
-    def saturated(self, output: Estimate) -> Tensor:
-        return share_at_bounds(output.value, output.variance)
-
 
 @register_rule("log_sigmoid")
 class LogSigmoidRule(InvertibleActivation):
@@ -97,7 +98,3 @@ class LogSigmoidRule(InvertibleActivation):
 
     def _inside(self, outputs: Tensor) -> Tensor:
         return outputs.clamp_max(-CLOSEST)
-
-    @override
-    def saturated(self, output: Estimate) -> Tensor:
-        return share_at_bounds(-output.value, output.variance)

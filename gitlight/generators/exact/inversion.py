@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gitlight.architecture import IMAGE, Architecture, Layer
-from gitlight.data.pair import Gradients, as_rows
+from gitlight.data.pair import Gradients
 from gitlight.generators.base import PairFit, ParameterEstimate
 from gitlight.generators.exact.affine import AffineRule
+from gitlight.generators.exact.doubt import doubtful
 from gitlight.generators.exact.factor import allow_factor, by_factor
 from gitlight.generators.exact.fits import (
     ConservationFit,
@@ -24,8 +25,7 @@ from gitlight.generators.exact.fits import (
     plan_fits,
     refits,
 )
-from gitlight.generators.exact.forward import computable, gradient_mismatch
-from gitlight.generators.exact.labels import labels_from_bias_gradient
+from gitlight.generators.exact.forward import computable
 from gitlight.generators.exact.leaks import Leaks, last_delta, rounded, usable_leaks
 from gitlight.generators.exact.matching import matching_fits
 from gitlight.generators.exact.plan import Plan, plan_walk, rules_of
@@ -260,15 +260,9 @@ class Inversion(nn.Module):
         if self.steps:
             delta = last_delta(self.rules[self.architecture.output], leaks)
             found.status = worsen(found.status, rounded(delta, leaks.noise), Status.ROUNDED)
-        everything = set(self.architecture.parameter_shapes)
-        if IMAGE in found.values and set(weights) == everything <= leaks.gradients.keys():
-            # The one check that no assumption enters: does the image give the leaked gradient?
-            images = found.values[IMAGE].value.clamp(0, 1)
-            label = labels_from_bias_gradient(found.deltas[self.architecture.output])
-            mismatch = gradient_mismatch(self.architecture, images, label, leaks.gradients, weights)
-            size = sum(as_rows(g).square().sum(dim=1) for g in leaks.gradients.values()) ** 0.5
-            expected = leaks.noise * self.architecture.n_parameters**0.5 / size
-            found.status = worsen(found.status, ~(mismatch < 1e-3 + 10 * expected), Status.ESTIMATE)
+        if IMAGE in found.values:
+            doubt = doubtful(self.architecture, its[0], found, leaks, weights)
+            found.status = worsen(found.status, doubt, Status.ESTIMATE)
         return found
 
     def _seen_by_factor(self) -> Tensor | None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from closed_form import run_fits
+from closed_form import add, run_fits
 from torch import nn
 
 from gitlight.architecture import Architecture
@@ -167,6 +167,76 @@ def test_activations_that_are_one_to_one_and_shifted_inputs_let_the_image_throug
     found = generator.reconstruct({name: gradient[:4] for name, gradient in gradients.items()})
     assert found.verdicts == (DETERMINED,) * 4
     torch.testing.assert_close(found.images, images[:4], rtol=0, atol=1e-4)
+
+
+class Added(nn.Module):
+    """Adds a buffer, whose value no attacker knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("added", torch.full((6, 1, 1), 0.3))
+
+    def forward(self, x):
+        return x + self.added
+
+
+class Embedded(nn.Module):
+    """Patches with a learned position each, whose gradient is δ: of fewer entries than pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.positions = nn.Conv2d(1, 6, 2, 2), nn.Parameter(torch.randn(16, 6))
+        self.head = nn.Linear(96, 6)
+
+    def forward(self, x):
+        return self.head((self.patches(x).flatten(2).transpose(1, 2) + self.positions).sigmoid().flatten(1))
+
+
+def verdicts_and_errors(network, dtype="float64"):
+    torch.manual_seed(0)
+    network = network.requires_grad_(False)
+    architecture = Architecture.of(network, (1, 8, 8), 6)
+    images, labels = torch.rand(300, 1, 1, 8, 8), torch.randint(6, (300, 1))
+    gradients = GradientEngine(network, architecture, GradientsConfig(dtype=dtype))(images, labels)
+    pair = GradientPair(gradients, images, labels, torch.arange(300).view(300, 1))
+    generator = ExactGenerator(architecture, ExactGeneratorConfig(matching_epochs=1))
+    for fit in generator.fits():
+        add(fit, pair)
+        fit.sums()
+        fit.finish()
+    generator.fitted.fill_(True)
+    images = torch.cat([images[:6], torch.zeros(1, 1, 1, 8, 8)])
+    gradients = GradientEngine(network, architecture, GradientsConfig(dtype=dtype))(images, torch.ones(7, 1).long())
+    found = generator.reconstruct(gradients)
+    return found.verdicts, (found.images - images).abs().flatten(1).amax(dim=1)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), Added(), nn.Sigmoid(), nn.Flatten(), nn.Linear(96, 6)),
+        Embedded(),
+        nn.Sequential(nn.Hardtanh(0.2, 0.8), convolutional(nn.Sigmoid)),
+        nn.Sequential(Shifted(nn.ReLU()), convolutional(nn.Sigmoid)),
+        nn.Sequential(Shifted(nn.GELU()), convolutional(nn.Sigmoid)),
+    ],
+    ids=["too few equations", "position embedding", "clipped images", "images with ReLU", "images with GELU"],
+)
+def test_an_image_that_is_not_determined_is_not_called_so(network):
+    verdicts, errors = verdicts_and_errors(network)
+    assert (errors[:6] > 0.1).all()
+    assert set(verdicts) == {Status.ESTIMATE.words}
+
+
+def test_a_first_relu_takes_nothing_of_images_that_are_never_negative():
+    verdicts, errors = verdicts_and_errors(nn.Sequential(nn.ReLU(), convolutional(nn.Sigmoid)))
+    assert (errors < 1e-5).all()
+    assert set(verdicts) == {DETERMINED}
+
+
+def test_gradient_matching_passes_a_hardsigmoid():
+    verdicts, _ = verdicts_and_errors(convolutional(nn.Hardsigmoid))
+    assert set(verdicts) <= {status.words for status in Status if status is not Status.EXACT}
 
 
 def test_a_regression_stands_on_what_is_not_too_large_for_it():

@@ -153,12 +153,12 @@ def test_a_residual_sum_ends_the_walk_and_is_named():
 
 
 def test_an_operation_without_a_rule_is_an_error_or_the_end():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(144, 2))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardshrink(), nn.Flatten(), nn.Linear(144, 2))
     architecture = Architecture.of(model, (3, 8, 8), 2)
-    with pytest.raises(ArchitectureError, match=r"no inverse rule for hardswish '1'.*register_rule"):
+    with pytest.raises(ArchitectureError, match=r"no inverse rule for hardshrink '1'.*register_rule"):
         Inversion(architecture, None, 1)
     plan = Inversion(architecture, None, 1, strict=False).plan
-    assert plan.obstacles == {"0": "there is no inverse rule for hardswish '1'"}
+    assert plan.obstacles == {"0": "there is no inverse rule for hardshrink '1'"}
 
 
 def test_weights_that_nothing_reaches_are_matched_with_a_warning(make_pairs, caplog):

@@ -236,11 +236,11 @@ def test_max_pooling_ends_the_walk_with_the_reason():
 
 
 def test_an_operation_without_a_rule_is_named_or_ends_the_walk():
-    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Softplus(), nn.Flatten(), nn.Linear(432, N_CLASSES))
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Hardshrink(), nn.Flatten(), nn.Linear(432, N_CLASSES))
     architecture = Architecture.of(model, SHAPE, N_CLASSES)
-    with pytest.raises(ArchitectureError, match="softplus '1'"):
+    with pytest.raises(ArchitectureError, match="hardshrink '1'"):
         rules_of(architecture, strict=True)
-    assert plan_of(model).obstacles["0"] == "there is no inverse rule for softplus '1'"
+    assert plan_of(model).obstacles["0"] == "there is no inverse rule for hardshrink '1'"
     assert plan_of(model).known["1"] is Known.EXACT
 
 

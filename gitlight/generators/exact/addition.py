@@ -20,6 +20,7 @@ class AdditionRule(InverseRule):
 
     inverts = "partly"
     carry_needs = "nothing"
+    carries_without_weights = True
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)

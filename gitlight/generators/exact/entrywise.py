@@ -87,13 +87,31 @@ class ScaleRule(_WithAnother):
 class DifferenceRule(_WithAnother):
     """``x − α c``, ``c − α x``."""
 
+    carries_without_weights = True
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._alpha = float(layer.arguments.get("alpha", 1))
+        # rsub(x, c) is c − α x.
+        self._is_subtracted = (self._role == "self") != (layer.kind == "sub")
+        self._scale = -self._alpha if self._is_subtracted else 1.0
+
+    def carry(
+        self,
+        delta: Tensor,
+        position: int,
+        inputs: Sequence[Estimate | None],
+        output: Estimate | None,
+        weights: Weights,
+    ) -> Tensor:
+        """``δ``, or ``−α δ``, whatever ``c`` is."""
+        return delta * self._scale
+
     def affine(self, weights: Weights) -> tuple[Tensor, Tensor]:
         """One and ``−α c``; or ``−α`` and ``c``."""
-        other, alpha = self.other(weights), float(self.layer.arguments.get("alpha", 1))
-        # rsub(x, c) is c − α x.
-        if (self._role == "self") == (self.layer.kind == "sub"):
-            return torch.ones((), dtype=torch.float64), -alpha * other
-        return torch.tensor(-alpha, dtype=torch.float64), other
+        other = self.other(weights)
+        shift = other if self._is_subtracted else -self._alpha * other
+        return torch.tensor(self._scale, dtype=torch.float64), shift
 
 
 @register_rule("neg")

@@ -246,7 +246,7 @@ def _not_carried(
     needed = (*layer.parameters.values(), *layer.constants.values())
     if isinstance(rule, AffineRule):
         needed = (rule.weight,) if rule.weight is not None else needed
-    if layer.kind == "add":
+    if rule.carries_without_weights:
         needed = ()
     missing = [name for name in needed if name not in weights]
     if missing:

@@ -50,6 +50,7 @@ class InverseRule:
         inverts: ``"yes"``: the input follows from the output; ``"partly"``: some entries do, others are bounded;
             ``"no"``.
         carry_needs: what `carry` must know beside ``δ`` and the weights: nothing, the output or the input.
+        carries_without_weights: whether `carry` needs no parameter and no buffer, though the operation has some.
         carry_exact: whether `carry` is exact, given exactly what it needs.
         homogeneous: whether ``f(t·x) = t·f(x)`` for ``t > 0`` and all that it computes with are its inputs; such
             operations conserve ``Σ δ·x`` (`gitlight.generators.exact.conservation`).
@@ -59,6 +60,7 @@ class InverseRule:
 
     inverts: ClassVar[Literal["yes", "partly", "no"]] = "no"
     carry_needs: ClassVar[Literal["nothing", "output", "input"]] = "input"
+    carries_without_weights: ClassVar[bool] = False
     carry_exact: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = False
     slopes: tuple[float, float] | None = None

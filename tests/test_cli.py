@@ -141,8 +141,13 @@ def test_what_ends_by_a_signal_keeps_its_exit_code_through_another(monkeypatch):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [signal.SIG_IGN] * 2
 
 
-def test_what_to_do_next_can_be_copied_whatever_the_folder_is_called(monkeypatch, capsys):
-    monkeypatch.setattr("gitlight.training.train", lambda config: Path("runs/it's a run"))
+@pytest.mark.parametrize("checkpoint", ["best", "last"])
+def test_what_to_do_next_can_be_copied_whatever_the_folder_is_called(monkeypatch, capsys, tmp_path, checkpoint):
+    run = tmp_path / "it's a run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / f"{checkpoint}.ckpt").touch()
+    monkeypatch.setattr("gitlight.training.train", lambda config: run)
     assert train_command([], DEMO) == 0
     (words,) = (line.partition("next: ")[2] for line in capsys.readouterr().out.splitlines() if "next: " in line)
-    assert shlex.split(words) == ["python", "evaluate.py", "runs/it's a run"]
+    given = [] if checkpoint == "best" else ["evaluation.checkpoint=last"]  # without a validation there is no best one
+    assert shlex.split(words) == ["python", "evaluate.py", str(run), *given]

@@ -46,8 +46,9 @@ class HybridGenerator(TrainsByBands):
 
     1. `ClosedFormFeatures`: inputs of the leaked layers, by their gradient equations, as far down as these carry; and
        `WeightedAverages` of the inputs of all layers further down.
-    2. A linear start: ridge regression from both to the image, fitted on the pairs in closed form; or the image itself,
-       where the walk reaches it, unless leaks are such that the regression is nearer. Training changes neither.
+    2. A linear start: ridge regression from both to the image, fitted on the pairs in closed form, or from
+       neighbourhoods in exact maps (`LocalRegression`), whichever errs less; or the image itself, where the walk
+       reaches it, unless leaks are such that the regression is nearer. Training changes none of it.
     3. A convolutional `Refinement`, trained: it sees the start, the features as maps, how sure each of them is, how
        noisy the leak, and maps made from the gradients of the layers that the walk does not reach; it adds what the
        start misses.

@@ -55,6 +55,7 @@ CASES = {
     "coarse_resnet": ("coarse", DEEP[0], {}),
     "coarse_two_images": ("coarse", LeNetConfig(width=3), {"n_images": 2}),
     "hybrid": ("hybrid", LeNetConfig(width=3), {}),
+    "hybrid_local_start": ("hybrid", LeNetConfig(width=3), {"local_start": True}),
     "hybrid_resnet": ("hybrid", DEEP[0], {}),
     "hybrid_vit": ("hybrid", replace(DEEP[1], learned_positions=False), {}),
     "hybrid_two_images": ("hybrid", LeNetConfig(width=3), {"n_images": 2}),
